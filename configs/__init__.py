@@ -1,0 +1,1 @@
+"""Configurations that come with gqe_jax: `gqe train --config NAME[:ARG]`."""

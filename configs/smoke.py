@@ -1,0 +1,44 @@
+"""A small GQE language model on bytes: a few minutes on a laptop's CPU.
+
+  gqe train --config smoke --run runs/smoke                     the default corpus
+  gqe train --config smoke:steps=9000 --run runs/smoke          longer (about an hour on two cores): continues the run
+  gqe train --config smoke:kind=gqa --run runs/smoke_gqa        its dense twin: all eight query heads attend
+"""
+
+from gqe_jax.config import defaults
+from gqe_jax.config_files import parse_argument
+
+
+def get_config(argument=None):
+    """Arguments: steps (of the run), kind ("gqe" or "gqa")."""
+    arguments = parse_argument(argument, steps=600, kind="gqe")
+    heads = {"num_kv_heads": 4, "head_dim": 32}
+    if arguments.kind == "gqa":
+        config = defaults(kind="gqa", num_query_heads=8, **heads)
+    else:
+        config = defaults(num_query_experts=8, top_k=1, **heads)
+    config.name = f"smoke_{arguments.kind}"
+
+    model = config.model
+    model.vocab_size = 259  # bytes
+    model.d_model = 128
+    model.num_layers = 6
+    model.d_ff = 384
+    model.context = 512
+    model.dtype = "float32"  # CPUs have no fast bfloat16
+
+    config.data.batch_size = 8  # rows: 4096 tokens a step
+
+    optimizer = config.optimizer
+    optimizer.learning_rate = 4e-3
+    optimizer.min_learning_rate = 4e-5
+    optimizer.warmup_steps = min(60, arguments.steps // 10)
+    optimizer.decay_steps = arguments.steps // 4
+
+    train = config.train
+    train.steps = arguments.steps
+    train.log_every = 20
+    train.eval_every = 200
+    train.eval_batches = 12
+    train.checkpoint_every = 100
+    return config

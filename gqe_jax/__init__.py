@@ -1,0 +1,42 @@
+"""Grouped Query Experts (GQE): mixture-of-experts on grouped-query attention, in JAX and Flax."""
+
+from gqe_jax import convert
+from gqe_jax.attention import GQAttention, GQEAttention, KVCache, RouterStats, rotary_tables
+from gqe_jax.config import (
+    ConfigError,
+    GQAConfig,
+    GQEConfig,
+    ModelConfig,
+    RopeScaling,
+    RouterConfig,
+    RunConfig,
+)
+from gqe_jax.kernels import attend, merge_partials
+from gqe_jax.models.transformer import Transformer, token_losses
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # Layers for your own Flax model, and what they return
+    "GQEAttention",
+    "GQAttention",
+    "RouterStats",
+    "KVCache",
+    # The attention call underneath
+    "attend",
+    "merge_partials",
+    "rotary_tables",
+    # The language model
+    "Transformer",
+    "token_losses",
+    # Configuration
+    "ModelConfig",
+    "GQEConfig",
+    "GQAConfig",
+    "RouterConfig",
+    "RopeScaling",
+    "RunConfig",
+    "ConfigError",
+    # Weights to PyTorch's names and back
+    "convert",
+]

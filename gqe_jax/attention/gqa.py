@@ -1,0 +1,99 @@
+"""Dense attention by head counts: MHA, MQA, GQA, and SQA (fewer query heads than d_model / head_dim)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gqe_jax.attention.base import Attention, default_kernel_init
+from gqe_jax.attention.cache import KVCache
+from gqe_jax.config import GQAConfig, RopeScaling
+from gqe_jax.linear import Linear
+
+
+class GQAttention(Attention):
+    """Grouped-query attention: H query heads in G groups, each group with one KV head.
+
+    H = G is multi-head attention, G = 1 multi-query attention, H · D < d_model sparse-query attention (SQA).
+
+    Args:
+      d_model: width d of the input and the output.
+      num_query_heads: H, a multiple of G. Head h belongs to group h // (H / G).
+      num_kv_heads: G.
+      head_dim: D; None means d_model / H.
+      rope_theta: base of the rotary embedding; None for none.
+      rope_scaling: stretches it to longer contexts.
+      qk_norm: RMS norm of each query and key head, before the rotary embedding.
+      bias: on the four projections.
+      softcap: scores become softcap · tanh(scores / softcap).
+      window: a token sees itself and the window - 1 tokens before it.
+      implementation: of `attend`; None picks by platform.
+      dtype: of the computation; None follows the input.
+      kernel_init, out_kernel_init: of the projections, and of the last one.
+
+    Raises:
+      ConfigError: head counts that do not divide, odd head_dim with rotary embedding.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_query_heads: int,
+        num_kv_heads: int,
+        head_dim: int | None = None,
+        *,
+        rope_theta: float | None = 10_000.0,
+        rope_scaling: RopeScaling = RopeScaling(),
+        qk_norm: bool = False,
+        qk_norm_eps: float = 1e-6,
+        bias: bool = False,
+        softcap: float | None = None,
+        window: int | None = None,
+        implementation: str | None = None,
+        dtype: jax.typing.DTypeLike | None = None,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        kernel_init: nnx.Initializer = default_kernel_init,
+        out_kernel_init: nnx.Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        config = GQAConfig(
+            num_query_heads=num_query_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            qk_norm=qk_norm,
+            qk_norm_eps=qk_norm_eps,
+            bias=bias,
+            softcap=softcap,
+            window=window,
+            implementation=implementation,
+        ).resolve(d_model)
+        linear = functools.partial(
+            Linear,
+            use_bias=bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=kernel_init,
+            rngs=rngs,
+        )
+        super().__init__(d_model, config, linear, param_dtype=param_dtype, rngs=rngs)
+        heads = (num_kv_heads, num_query_heads // num_kv_heads, config.head_dim)
+        self.q_proj = linear(d_model, heads)
+        self.o_proj = linear(heads, d_model, kernel_init=out_kernel_init or kernel_init)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: KVCache | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[jax.Array, None] | tuple[jax.Array, None, KVCache]:
+        """Causal self-attention; arguments and results as `GQEAttention`'s, with None in place of its statistics."""
+        del rngs  # no randomness in dense attention
+        context, cache = self._context(x, segment_ids, positions, cache)
+        y = self.o_proj(context.attend(self.q_proj(x)))
+        return (y, None) if cache is None else (y, None, cache)

@@ -1,0 +1,148 @@
+"""Grouped Query Experts: in each KV group a router picks k of M query heads per token (arXiv 2606.20945, section 3)."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gqe_jax.attention.base import Attention, default_kernel_init
+from gqe_jax.attention.cache import KVCache
+from gqe_jax.attention.router import Router, RouterStats
+from gqe_jax.config import GQEConfig, RopeScaling, RouterConfig
+from gqe_jax.linear import Linear
+
+
+class GQEAttention(Attention):
+    """Mixture of query-head experts on grouped-query attention.
+
+    With p = softmax over the M experts of each group g, e_1 … e_k the k largest of them, and one shared head beside
+    the experts:
+
+        o[g, j] = Attention(q[g, e_j], K_g, V_g)                    the slots, k per group
+        ō       = Σ_{g,j} w[g, j] · o[g, j],   w = p[g, e_j] / Σ of all selected p
+        s       = Attention(q_s, mean_g K_g, mean_g V_g)            the shared head
+        y       = concat(o[1,1], …, o[G,k], ō, s) · W_o
+
+    Keys and values are dense: the cache is that of grouped-query attention. Unselected experts cost no attention.
+
+    Args:
+      d_model: width d of the input and the output.
+      num_query_experts: N = G · M query heads in all.
+      num_kv_heads: G.
+      top_k: k, experts selected per token and group.
+      head_dim: D; None means d_model / N.
+      variant: "gqe" (as above); "hard_concat" (the k · G slots alone); "weighted_concat" (those, each scaled by its p).
+      router: kind, initialisation, losses and balancing of the router.
+      rope_theta: base of the rotary embedding; None for none.
+      rope_scaling: stretches it to longer contexts.
+      qk_norm: RMS norm of each query and key head, before the rotary embedding; one scale [D] serves all queries.
+      bias: on the projections of q, k, v, o and the shared query; never on the router.
+      softcap: scores become softcap · tanh(scores / softcap).
+      window: a token sees itself and the window - 1 tokens before it.
+      implementation: of `attend`; None picks by platform.
+      dtype: of the computation; None follows the input. The router computes in float32 always.
+      kernel_init, out_kernel_init: of the projections, and of the last one.
+
+    Raises:
+      ConfigError: top_k > M, head counts that do not divide, odd head_dim with rotary embedding.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_query_experts: int,
+        num_kv_heads: int,
+        top_k: int,
+        head_dim: int | None = None,
+        *,
+        variant: Literal["gqe", "hard_concat", "weighted_concat"] = "gqe",
+        router: RouterConfig = RouterConfig(),
+        rope_theta: float | None = 10_000.0,
+        rope_scaling: RopeScaling = RopeScaling(),
+        qk_norm: bool = False,
+        qk_norm_eps: float = 1e-6,
+        bias: bool = False,
+        softcap: float | None = None,
+        window: int | None = None,
+        implementation: str | None = None,
+        dtype: jax.typing.DTypeLike | None = None,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        kernel_init: nnx.Initializer = default_kernel_init,
+        out_kernel_init: nnx.Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        config = GQEConfig(
+            num_query_experts=num_query_experts,
+            num_kv_heads=num_kv_heads,
+            top_k=top_k,
+            head_dim=head_dim,
+            variant=variant,
+            router=router,
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            qk_norm=qk_norm,
+            qk_norm_eps=qk_norm_eps,
+            bias=bias,
+            softcap=softcap,
+            window=window,
+            implementation=implementation,
+        ).resolve(d_model)
+        linear = functools.partial(
+            Linear,
+            use_bias=bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=kernel_init,
+            rngs=rngs,
+        )
+        super().__init__(d_model, config, linear, param_dtype=param_dtype, rngs=rngs)
+        groups, experts, dim = num_kv_heads, config.experts_per_group, config.head_dim
+        out = functools.partial(linear, kernel_init=out_kernel_init or kernel_init)
+        self.q_proj = linear(d_model, (groups, experts, dim))
+        self.router = Router(d_model, groups, experts, top_k, router, rngs=rngs)
+        # W_o as two parameters: the routed slots' rows are sharded with their groups, those of ō and s are replicated.
+        self.o_proj = out((groups, top_k, dim), d_model)
+        if variant == "gqe":
+            self.q_shared = linear(d_model, dim)
+            self.o_extra = out((2, dim), d_model, use_bias=False)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: KVCache | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[jax.Array, RouterStats] | tuple[jax.Array, RouterStats, KVCache]:
+        """Causal self-attention.
+
+        Args:
+          x: [B, S, d].
+          segment_ids: int32 [B, S]; tokens see their own segment only, 0 = padding. With a cache: 1 = token and 0 =
+            padding behind the tokens, which takes no place in the cache.
+          positions: int32 [B or 1, S], for the rotary embedding; None counts from the start (from the cache's length).
+          cache: from `init_cache`; the S tokens continue it.
+          rngs: randomness of training, stream "router": the router's jitter, and the draws of the `random` router.
+
+        Returns:
+          (y [B, S, d], statistics of the routing), and the grown cache if one was given.
+
+        Raises:
+          ValueError: shapes that do not fit, or more tokens than the cache holds.
+        """
+        context, cache = self._context(x, segment_ids, positions, cache)
+        expert_index, probs, stats = self.router(x, segment_ids=segment_ids, positions=context.positions, rngs=rngs)
+        o = context.attend(self.q_proj(x), expert_index)
+
+        if self.config.variant == "weighted_concat":
+            o = (o * probs[..., None]).astype(o.dtype)
+        y = self.o_proj(o)
+        if self.config.variant == "gqe":
+            weights = probs / jnp.maximum(probs.sum(axis=(-2, -1), keepdims=True), 1e-9)
+            mixed = jnp.sum(o * weights[..., None], axis=(2, 3))
+            shared = context.mean_head().attend(self.q_shared(x)[:, :, None, None, :])
+            y += self.o_extra(jnp.stack([mixed.astype(o.dtype), shared[:, :, 0, 0]], axis=-2))
+        return (y, stats) if cache is None else (y, stats, cache)

@@ -1,0 +1,179 @@
+"""The command `gqe`: reads arguments, calls one function, turns errors into a paragraph and an exit code.
+
+Exit codes: 0 done; 1 the run failed (disk, numbers); 2 input that cannot be used; 128 + n stopped by signal n, saved.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from gqe_jax.config import ConfigError
+
+# Verb → function that adds its arguments and returns what runs it. Each imports what it needs: `gqe --help` is quick.
+Runner = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `gqe VERB ...`; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="gqe",
+        description="Train, evaluate and use language models with Grouped Query Experts attention.",
+        epilog="Start with: gqe train --config smoke --run runs/smoke",
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, (summary, _) in VERBS.items():
+        verbs.add_parser(verb, help=summary, add_help=False)
+    if argv and argv[0] in VERBS:
+        return _run_verb(argv[0], argv[1:])
+    parser.parse_args(argv)  # help, or the error
+    return 2
+
+
+def _run_verb(verb: str, argv: list[str]) -> int:
+    summary, add = VERBS[verb]
+    parser = argparse.ArgumentParser(
+        prog=f"gqe {verb}", description=summary, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    run = add(parser)
+    overrides = [arg for arg in argv if re.match(r"--config\.", arg)]
+    args = parser.parse_args([arg for arg in argv if arg not in overrides])
+    if overrides and not hasattr(args, "config"):
+        parser.error(f"{overrides[0]}: gqe {verb} takes no config overrides")
+    args.overrides = [override.removeprefix("--config.") for override in overrides]
+    try:
+        return run(args)
+    except (ConfigError, FloatingPointError, OSError) as error:
+        print(f"gqe {verb}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def _add_train(parser: argparse.ArgumentParser) -> Runner:
+    parser.epilog = """example:
+  gqe train --config smoke --run runs/smoke --config.train.steps=200
+
+--config.a.b=VALUE overrides any field of the configuration. A run that exists is continued from its newest checkpoint."""
+    _add_config(parser)
+    parser.add_argument("--run", required=True, metavar="DIR", help="directory of the run: metrics and checkpoints")
+    parser.add_argument(
+        "--previous-checkpoint",
+        action="store_true",
+        help="if the newest checkpoint is damaged, set it aside and continue from the one before",
+    )
+
+    def run(args: argparse.Namespace) -> int:
+        from gqe_jax.config_files import load_config
+        from gqe_jax.train.loop import Interrupted, train
+
+        config = load_config(args.config, args.overrides)
+        try:
+            train(config, args.run, previous_checkpoint=args.previous_checkpoint)
+        except Interrupted as stop:
+            print(f"gqe train: {stop}; the same command continues it", file=sys.stderr)
+            return 128 + stop.signal_number
+        print(f"\ncheckpoints: {args.run}/checkpoints   metrics: {args.run}/metrics.jsonl")
+        print("next: " + "   |   ".join(f"gqe {verb} --run {args.run}" for verb in ("eval", "generate", "inspect run")))
+        return 0
+
+    return run
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> Runner:
+    parser.epilog = """example:
+  gqe eval --run runs/smoke"""
+    _add_run(parser)
+    parser.add_argument("--data", metavar="DIR", help="prepared data (default: what the run was trained on)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="ROWS")
+
+    def run(args: argparse.Namespace) -> int:
+        import dataclasses
+
+        from gqe_jax.data.prepared import open_data
+        from gqe_jax.evaluate.heldout import compare_with_compressors, evaluate_model
+        from gqe_jax.parallel.mesh import make_mesh
+        from gqe_jax.train.run import load_model
+
+        trained = load_model(args.run, args.step)
+        config = trained.config
+        if args.data is not None:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=args.data))
+        data = open_data(config.data, config.model)
+        data.manifest.check_tokenizer(trained.tokenizer)
+        result = evaluate_model(trained.model, data, make_mesh(), batch_size=args.batch_size)
+        print(
+            f"{args.run}, step {trained.step}: held-out loss {result.loss:.4f} nats/token, perplexity "
+            f"{result.perplexity:.3f} per token, {result.bits_per_byte:.4f} bits/byte ({result.tokens:,} tokens)"
+        )
+        print(compare_with_compressors(result, data))
+        return 0
+
+    return run
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> Runner:
+    from gqe_jax import generate
+
+    parser.epilog = """example:
+  gqe generate --run runs/smoke --prompt 'def main(' --max-new-tokens 200"""
+    _add_run(parser)
+    generate.add_arguments(parser)
+
+    def run(args: argparse.Namespace) -> int:
+        from gqe_jax.train.run import load_model
+
+        trained = load_model(args.run, args.step)
+        return generate.run_generation(trained.model, trained.tokenizer, args)
+
+    return run
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> Runner:
+    from gqe_jax.data import prepare_cli
+
+    prepare_cli.add_arguments(parser)
+    return prepare_cli.run
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> Runner:
+    from gqe_jax.bench import attention
+
+    what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    attention.add_arguments(what.add_parser("attention", help="attend() and whole layers against PyTorch"))
+    return attention.run
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> Runner:
+    from gqe_jax.evaluate import run_report
+
+    what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    run_report.add_arguments(what.add_parser("run", help="configuration, loss curve and expert load of a run"))
+    return run_report.run
+
+
+VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Runner]]] = {
+    "train": ("Train a model, or continue a run.", _add_train),
+    "eval": ("Loss of a trained model on held-out text, beside what compressors reach.", _add_eval),
+    "generate": ("Continue a prompt with a trained model.", _add_generate),
+    "prepare": ("Turn text into rows of tokens to train on.", _add_prepare),
+    "inspect": ("Look at a run.", _add_inspect),
+    "bench": ("Measure this machine.", _add_bench),
+}
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:ARG]",
+        help="configuration: a Python file with get_config(arg), or the name of one that comes with gqe_jax (smoke)",
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", required=True, metavar="DIR", help="directory of the run")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the newest)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

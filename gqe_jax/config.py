@@ -1,0 +1,399 @@
+"""What a run is made of: frozen dataclasses that validate themselves, and the way from a ConfigDict to them.
+
+A config file (`configs/*.py`) defines `get_config(arg=None)` and returns an `ml_collections.ConfigDict` that starts
+from `defaults()`. `build` turns it into a `RunConfig`; every error names the field, its value, the rule and the remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import ml_collections
+
+
+class ConfigError(ValueError):
+    """Input that cannot be used: the message names the field, the value, the rule and the remedy."""
+
+
+def _require(rule: bool, message: str) -> None:
+    if not rule:
+        raise ConfigError(message)
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{name}={value} must be positive: set {name} to at least 1")
+
+
+def _require_fraction(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(0.0 <= value < 1.0, f"{name}={value} must lie in [0, 1): choose a value in that range")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Stretches rotary embeddings to contexts beyond the one trained on; formulas in `attention/rotary.py`."""
+
+    kind: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"
+    factor: float = 1.0  # context after / context before
+    original_context: int = 2048  # tokens the unscaled tables were trained for (unused by "linear")
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn: rotations above which a frequency is left alone
+    beta_slow: float = 1.0  # yarn: rotations below which it is fully interpolated
+    attention_factor: float | None = None  # yarn: multiplies cos and sin; None = 0.1 ln(factor) + 1
+
+    def __post_init__(self):
+        _require(self.factor >= 1.0, f"rope_scaling.factor={self.factor} must be at least 1: it stretches the context")
+        _require_positive(self, "original_context")
+        _require(
+            self.low_freq_factor < self.high_freq_factor,
+            f"rope_scaling.low_freq_factor={self.low_freq_factor} must be below "
+            f"high_freq_factor={self.high_freq_factor}: swap or separate them",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How each KV group chooses k of its M query experts for a token (spec, layer steps 3 and 7)."""
+
+    kind: Literal["learned", "fixed", "random"] = "learned"  # fixed: experts 0..k-1; random: a uniform draw per token
+    init_std: float = 0.02  # 0 makes every token pick expert 0, and the balance loss then moves all of them together
+    load_balance_weight: float = 0.01
+    z_loss_weight: float = 0.0
+    jitter: float = 0.0  # training only: router input times U(1 - jitter, 1 + jitter)
+    bias_update_rate: float = 0.0  # loss-free balancing: step of the selection bias against the load error; 0 = off
+    seed: int = 0  # of the `random` router where no rngs are given (evaluation, generation)
+
+    def __post_init__(self):
+        _require_fraction(self, "jitter")
+        for name in ("init_std", "load_balance_weight", "z_loss_weight", "bias_update_rate"):
+            value = getattr(self, name)
+            _require(value >= 0, f"router.{name}={value} must not be negative: use 0 to switch it off")
+        _require(
+            self.kind == "learned" or (self.jitter == 0 and self.bias_update_rate == 0),
+            f"router.kind={self.kind!r} has nothing to learn or to balance: set router.jitter and "
+            f"router.bias_update_rate to 0, or use router.kind='learned'",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """What every kind of attention has. The keys are also the layers' constructor arguments."""
+
+    kind: str
+    num_kv_heads: int
+    head_dim: int | None = None  # None: d_model / number of query heads
+    rope_theta: float | None = 10_000.0  # None: no rotary embedding
+    rope_scaling: RopeScaling = RopeScaling()
+    qk_norm: bool = False  # RMS norm of each query and key head before the rotary embedding
+    qk_norm_eps: float = 1e-6
+    bias: bool = False
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+    window: int | None = None  # a token sees itself and the window - 1 tokens before it
+    implementation: str | None = None  # of attend(); None: by platform
+
+    @property
+    def query_heads(self) -> tuple[str, int]:
+        """(name of the field, its value) of the number of query heads of the kind."""
+        raise TypeError(f"{type(self).__name__} states no query heads: use a kind of attention from ATTENTION_CONFIGS")
+
+    def __post_init__(self):
+        name, heads = self.query_heads
+        _require(heads > 0, f"{name}={heads} must be positive: set it to a multiple of num_kv_heads")
+        _require_positive(self, "num_kv_heads")
+        _require(
+            heads % self.num_kv_heads == 0,
+            f"{name}={heads} is not a multiple of num_kv_heads={self.num_kv_heads}: every KV group needs the same "
+            f"number of query heads; change either",
+        )
+        for field in ("head_dim", "rope_theta", "softcap", "window"):
+            value = getattr(self, field)
+            _require(value is None or value > 0, f"{field}={value} must be positive, or None")
+        _require(
+            self.rope_theta is None or self.head_dim is None or self.head_dim % 2 == 0,
+            f"head_dim={self.head_dim} is odd, but rotary embedding (rope_theta={self.rope_theta}) turns pairs of "
+            f"dimensions: make head_dim even, or set rope_theta=None",
+        )
+        _require(
+            self.rope_scaling.kind == "none" or self.rope_theta is not None,
+            f"rope_scaling.kind={self.rope_scaling.kind!r} has nothing to scale, since rope_theta=None switches rotary "
+            f"embedding off: set rope_theta, or rope_scaling.kind='none'",
+        )
+
+    def resolve(self, d_model: int) -> typing.Self:
+        """The same config with `head_dim` filled in for a model of width `d_model`."""
+        if self.head_dim is not None:
+            return self
+        name, heads = self.query_heads
+        _require(
+            d_model % heads == 0,
+            f"head_dim=None means d_model / {name}, but {d_model} / {heads} is no integer: set head_dim",
+        )
+        return dataclasses.replace(self, head_dim=d_model // heads)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GQEConfig(AttentionConfig):
+    """Grouped Query Experts: per token, `top_k` of each group's num_query_experts / num_kv_heads attend."""
+
+    kind: str = "gqe"
+    num_query_experts: int
+    top_k: int = 1
+    variant: Literal["gqe", "hard_concat", "weighted_concat"] = "gqe"
+    router: RouterConfig = RouterConfig()
+
+    @property
+    def query_heads(self) -> tuple[str, int]:
+        return "num_query_experts", self.num_query_experts
+
+    @property
+    def experts_per_group(self) -> int:
+        return self.num_query_experts // self.num_kv_heads
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require_positive(self, "top_k")
+        _require(
+            self.top_k <= self.experts_per_group,
+            f"top_k={self.top_k} exceeds experts_per_group={self.experts_per_group} (num_query_experts="
+            f"{self.num_query_experts} / num_kv_heads={self.num_kv_heads}): lower top_k or raise num_query_experts",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GQAConfig(AttentionConfig):
+    """Dense attention by head counts: MHA (H = G), GQA (H > G), MQA (G = 1), SQA (fewer query heads than usual)."""
+
+    kind: str = "gqa"
+    num_query_heads: int
+
+    @property
+    def query_heads(self) -> tuple[str, int]:
+        return "num_query_heads", self.num_query_heads
+
+
+ATTENTION_CONFIGS: dict[str, type[AttentionConfig]] = {"gqe": GQEConfig, "gqa": GQAConfig}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A pre-norm decoder (RMSNorm, SwiGLU), Llama-compatible in every dense detail."""
+
+    vocab_size: int = 259
+    d_model: int = 1024
+    num_layers: int = 24
+    d_ff: int = 2816  # hidden width of SwiGLU
+    context: int = 2048  # longest sequence, in tokens: rows of training data, cache of generation
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-6
+    init_std: float = 0.02  # of every weight; the two projections into the residual stream: / sqrt(2 num_layers)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "attention", "dots", "full"] = "none"  # recomputed in the backward pass
+    attention: AttentionConfig = GQEConfig(num_query_experts=16, num_kv_heads=8)
+
+    def __post_init__(self):
+        _require_positive(self, "vocab_size", "d_model", "num_layers", "d_ff", "context")
+        object.__setattr__(self, "attention", self.attention.resolve(self.d_model))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Prepared rows to train on (`gqe prepare`)."""
+
+    path: str | None = None  # None: the default corpus, the text of the running Python's standard library
+    tokenizer: str = "bytes"  # of the default corpus; a prepared directory brings its own
+    batch_size: int = 512  # rows of the global batch
+    seed: int = 0  # of the order of rows
+
+    def __post_init__(self):
+        _require_positive(self, "batch_size")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a schedule and gradient clipping (`train/optimizer.py`)."""
+
+    learning_rate: float = 5e-4  # peak
+    min_learning_rate: float = 1e-5  # floor that the decay ends on
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    warmup_steps: int = 100
+    decay_steps: int = 100  # "wsd": length of the last, decaying part
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-7
+    weight_decay: float = 0.1  # matrices only
+    clip: Literal["zclip", "norm", "none"] = "zclip"
+    clip_norm: float = 1.0  # "norm": longest global gradient norm
+    zclip_threshold: float = 2.5  # z-score above which a gradient counts as a spike
+    zclip_decay: float = 0.97  # of the running mean and variance of the norm
+    zclip_warmup_steps: int = 25  # steps that only observe
+
+    def __post_init__(self):
+        _require_positive(self, "learning_rate", "eps", "clip_norm", "zclip_threshold", "zclip_warmup_steps")
+        _require_fraction(self, "b1", "b2", "zclip_decay")
+        for name in ("warmup_steps", "decay_steps", "weight_decay", "min_learning_rate"):
+            value = getattr(self, name)
+            _require(value >= 0, f"optimizer.{name}={value} must not be negative")
+        _require(
+            self.min_learning_rate <= self.learning_rate,
+            f"min_learning_rate={self.min_learning_rate} exceeds learning_rate={self.learning_rate}: lower the floor",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, rhythm and record of a run."""
+
+    steps: int = 1000
+    seed: int = 0  # of initialisation and of all randomness in the model
+    accumulate: int = 1  # microbatches per step; router statistics and the balance loss are taken per microbatch
+    loss_chunk: int = 512  # tokens of each row whose logits exist at one time
+    log_every: int = 10
+    eval_every: int = 250  # 0: only at the end
+    eval_batches: int = 0  # of held-out text, in evaluations before the last one; 0: all
+    checkpoint_every: int = 250
+    keep: int = 3  # newest checkpoints kept
+    tensorboard: bool = False
+    wandb: bool = False
+
+    def __post_init__(self):
+        _require_positive(self, "steps", "accumulate", "loss_chunk", "log_every", "checkpoint_every", "keep")
+        for name in ("eval_every", "eval_batches"):
+            value = getattr(self, name)
+            _require(value >= 0, f"train.{name}={value} must not be negative: set it to 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All of a run; saved beside its checkpoints."""
+
+    name: str = "gqe"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+
+    def __post_init__(self):
+        steps, optimizer = self.train.steps, self.optimizer
+        decay = optimizer.decay_steps if optimizer.schedule == "wsd" else 0
+        _require(
+            optimizer.warmup_steps + decay <= steps,
+            f"optimizer.warmup_steps={optimizer.warmup_steps} + decay_steps={decay} exceed train.steps={steps}: "
+            f"shorten warm-up or decay, or train longer",
+        )
+        _require(
+            self.data.batch_size % self.train.accumulate == 0,
+            f"data.batch_size={self.data.batch_size} is not a multiple of train.accumulate={self.train.accumulate}: "
+            f"every microbatch needs the same number of rows; change either",
+        )
+
+
+def defaults(**attention: Any) -> ml_collections.ConfigDict:
+    """Every field of `RunConfig` at its default, to start a config file from.
+
+    Args:
+      **attention: fields of `model.attention`, its `kind` first of all ("gqe" unless given).
+    """
+    config = _to_config_dict(RunConfig())
+    config.model.attention = _to_config_dict(_build(AttentionConfig, {"kind": "gqe"} | attention, "model.attention."))
+    return config
+
+
+def _to_config_dict(config: Any) -> ml_collections.ConfigDict:
+    # A field that is None gets a placeholder, so that an override from the command line is read as the field's type.
+    hints = typing.get_type_hints(type(config))
+    result = ml_collections.ConfigDict()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            result[field.name] = _to_config_dict(value)
+        elif value is None:
+            result[field.name] = ml_collections.config_dict.placeholder(_without_none(hints[field.name]))
+        else:
+            result[field.name] = value
+    return result
+
+
+def _without_none(hint: Any) -> Any:
+    (kind,) = (option for option in typing.get_args(hint) if option is not type(None))
+    return kind
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dictionary of a config dataclass (JSON-serialisable)."""
+    return dataclasses.asdict(config)
+
+
+def build(mapping: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
+    """Checks a ConfigDict (or the dictionary saved in a checkpoint) and makes the `RunConfig` of it.
+
+    Raises:
+      ConfigError: unknown key (with the nearest known one), wrong type, or a rule broken.
+    """
+    return _build(RunConfig, mapping, "")
+
+
+def _lookup_kind(kind: Any) -> type[AttentionConfig]:
+    _require(
+        kind in ATTENTION_CONFIGS,
+        f"model.attention.kind={kind!r} is unknown: use one of {', '.join(map(repr, ATTENTION_CONFIGS))}",
+    )
+    return ATTENTION_CONFIGS[kind]
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """A ' (did you mean ...?)' for an error message, or the known names where none is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def _build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
+    if cls is AttentionConfig:
+        cls = _lookup_kind(mapping.get("kind"))
+    hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)}
+    for key in mapping:
+        if key not in known:
+            kind = f" for attention.kind={mapping['kind']!r}" if issubclass(cls, AttentionConfig) else ""
+            raise ConfigError(f"unknown config key {path + key!r}{kind}: {nearest(key, known)}")
+    values = {key: _convert(hints[key], value, path + key) for key, value in mapping.items()}
+    missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
+    _require(not missing, f"config key {path + missing[0]!r} is missing: set it" if missing else "")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        if not path or str(error).startswith("in config."):
+            raise
+        raise ConfigError(f"in config.{path[:-1]}: {error}") from None
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    optional = isinstance(hint, types.UnionType)
+    if optional and value is None:
+        return None
+    kind = _without_none(hint) if optional else hint
+    if dataclasses.is_dataclass(kind):
+        _require(isinstance(value, Mapping | ml_collections.ConfigDict), f"{path}={value!r} must be a group of keys")
+        return _build(kind, value, path + ".")
+    if typing.get_origin(kind) is Literal:
+        allowed = typing.get_args(kind)
+        _require(value in allowed, f"{path}={value!r} is unknown: use one of {', '.join(map(repr, allowed))}")
+        return value
+    if kind is float and type(value) is int:
+        value = float(value)
+    _require(
+        type(value) is kind,
+        f"{path}={value!r} has type {type(value).__name__}, but must be {kind.__name__}"
+        + (" or None" if optional else "") + ": correct the value",
+    )
+    return value

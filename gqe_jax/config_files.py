@@ -1,0 +1,103 @@
+"""Config files by path or by name, and overrides from the command line (`--config.a.b=value`)."""
+
+import ast
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ml_collections
+
+import gqe_jax.configs
+from gqe_jax.config import ConfigError, RunConfig, build, nearest
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The checked configuration of `FILE[:arg]` with overrides applied.
+
+    Args:
+      spec: path of a Python file that defines `get_config(arg=None)`, or the name of a config that comes with gqe_jax
+        ("smoke"); behind a colon the argument that get_config is called with.
+      overrides: "a.b=value" each. Values are read as Python literals; None, true and false as usual.
+
+    Raises:
+      ConfigError: no such file, no such key, a value of the wrong type, or a rule broken.
+    """
+    name, _, argument = spec.partition(":")
+    config = _load_module(name).get_config(argument or None)
+    for assignment in overrides:
+        _override(config, assignment)
+    return build(config)
+
+
+def parse_argument(argument: str | None, **defaults: Any) -> ml_collections.ConfigDict:
+    """What a config file is called with: "steps=100,kind=gqa"; a name alone means True.
+
+    Args:
+      argument: the text behind the colon of `--config FILE:ARG`, or None.
+      **defaults: the names that the file understands, with their values when not given.
+
+    Raises:
+      ConfigError: another name, or a value of another type than the default's.
+    """
+    result = ml_collections.ConfigDict(defaults)
+    for assignment in filter(None, (argument or "").split(",")):
+        _override(result, assignment if "=" in assignment else f"{assignment}=True")
+    return result
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name → file of the configs that come with gqe_jax."""
+    (directory,) = gqe_jax.configs.__path__
+    return {path.stem: path for path in sorted(Path(directory).glob("[!_]*.py"))}
+
+
+def _load_module(name: str) -> ModuleType:
+    shipped = shipped_configs()
+    path = shipped.get(name, Path(name))
+    if not path.is_file():
+        raise ConfigError(
+            f"--config={name}: no such file, nor a config that comes with gqe_jax; {nearest(name, shipped)}"
+        )
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None:
+        raise ConfigError(f"--config={name} is no Python file: name a .py file that defines get_config(arg=None)")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"--config={name} defines no get_config(arg=None): add it, returning a ConfigDict")
+    return module
+
+
+def _override(config: ml_collections.ConfigDict, assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    if not equals:
+        raise ConfigError(f"--config.{key} has no value: write --config.{key}=VALUE")
+    *groups, leaf = key.split(".")
+    for depth, group in enumerate(groups):
+        config = _known(config, group, groups[:depth])
+        if not isinstance(config, ml_collections.ConfigDict):
+            raise ConfigError(f"config key {'.'.join(groups[: depth + 1])!r} is no group of keys: drop what follows it")
+    _known(config, leaf, groups)
+    kind = config.get_type(leaf)
+    if kind is ml_collections.ConfigDict:
+        raise ConfigError(f"config key {key!r} is a group: set one of {', '.join(config[leaf])}")
+    try:
+        config[leaf] = text if kind is str and text != "None" else _literal(text)
+    except TypeError:
+        raise ConfigError(f"{key}={text!r} must be of type {kind.__name__}: correct the value") from None
+
+
+def _known(config: ml_collections.ConfigDict, key: str, groups: Sequence[str]) -> Any:
+    if key not in config:
+        raise ConfigError(f"unknown config key {'.'.join([*groups, key])!r}: {nearest(key, config)}")
+    return config[key]
+
+
+def _literal(text: str) -> Any:
+    text = {"true": "True", "false": "False", "none": "None"}.get(text, text)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

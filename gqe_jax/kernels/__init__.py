@@ -1,0 +1,17 @@
+"""Attention kernels: `attend`, one signature with several implementations, and what is done to queries before it."""
+
+from gqe_jax.kernels.attend import IMPLEMENTATIONS, attend, choose
+from gqe_jax.kernels.partials import EMPTY_LSE, merge_partials
+from gqe_jax.kernels.queries import prepare_queries, rms_norm, rotate, select_experts
+
+__all__ = [
+    "EMPTY_LSE",
+    "IMPLEMENTATIONS",
+    "attend",
+    "choose",
+    "merge_partials",
+    "prepare_queries",
+    "rms_norm",
+    "rotate",
+    "select_experts",
+]

@@ -1,0 +1,131 @@
+"""The decoder-only language model: embedding, blocks scanned over depth, final norm, logits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gqe_jax.attention import KVCache, RouterStats
+from gqe_jax.config import ModelConfig
+from gqe_jax.models.block import Block
+from gqe_jax.models.layers import Vocabulary
+
+# What a block keeps for its backward pass; the rest is computed again.
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+    ),
+}
+
+
+class Transformer(nnx.Module):
+    """Pre-norm decoder (RMSNorm, SwiGLU, rotary embedding), Llama-compatible in every dense detail.
+
+    Parameters of the blocks are stacked: each leaf of `layers` has a leading axis of `num_layers`. Initialisation is
+    normal with `init_std`; the projections back into the residual stream have init_std / sqrt(2 · num_layers), the
+    router its own `init_std`, norms start at 1 and biases at 0.
+
+    `config.remat` says what the backward pass recomputes: "none" keeps everything; "dots" keeps the results of weight
+    matmuls and of attention; "attention" keeps those of attention; "full" keeps the blocks' inputs alone.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        init = nnx.initializers.normal(config.init_std)
+        self.vocabulary = Vocabulary(config, kernel_init=init, rngs=rngs)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(axis_size=config.num_layers)
+        def stack(rngs):
+            return Block(config, rngs=rngs)
+
+        self.layers = stack(rngs)
+        self.final_norm = nnx.RMSNorm(
+            config.d_model,
+            epsilon=config.norm_eps,
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: KVCache | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, RouterStats | None] | tuple[jax.Array, RouterStats | None, KVCache]:
+        """The final hidden state of every token; `logits` takes it to the vocabulary.
+
+        Args:
+          tokens: int32 [B, S].
+          segment_ids: int32 [B, S], tokens see their own segment only, 0 = padding; with a cache, see `GQEAttention`.
+          positions: int32 [B or 1, S]; None counts from the start (from the cache's length).
+          cache: from `init_cache`, stacked over layers; the S tokens continue it.
+          key: randomness of training (routers); None in evaluation and generation.
+
+        Returns:
+          (hidden states [B, S, d], router statistics with a leading layer axis or None), and the cache if given one.
+        """
+        x = self.vocabulary.embed(tokens)
+        graphdef, state = nnx.split(self.layers)
+        keys = None if key is None else jax.random.split(key, self.config.num_layers)
+
+        def body(x, layer):
+            state, cache, key = layer
+            block = nnx.merge(graphdef, state)
+            rngs = None if key is None else nnx.Rngs(router=key)
+            x, stats, cache = block(x, segment_ids=segment_ids, positions=positions, cache=cache, rngs=rngs)
+            return x, (stats, cache)
+
+        if self.config.remat != "none":
+            # Within a scan nothing can be merged with the forward pass anyway: no barrier against it is needed.
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
+        x, (stats, cache) = jax.lax.scan(body, x, (state, cache, keys))
+        x = self.final_norm(x)
+        return (x, stats) if cache is None else (x, stats, cache)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Hidden states [..., d] → float32 [..., V]."""
+        return self.vocabulary.logits(x)
+
+    def init_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for generation, every leaf with a leading axis of num_layers, in the model's dtype."""
+        attention = self.config.attention
+        one = KVCache.empty(batch, capacity, attention.num_kv_heads, attention.head_dim, jnp.dtype(self.config.dtype))
+        return jax.tree.map(lambda x: jnp.repeat(x[None], self.config.num_layers, axis=0), one)
+
+
+def token_losses(model: Transformer, x: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
+    """Cross-entropy of each token in nats, with the logits of `chunk` tokens of each row in memory at one time.
+
+    Args:
+      x: [B, S, d], final hidden states.
+      targets: int32 [B, S].
+      chunk: tokens of a row; the last chunk may be shorter.
+
+    Returns:
+      float32 [B, S].
+    """
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def losses(x, targets):
+        logits = model.logits(x)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    batch, length = targets.shape
+    count = -(-length // chunk)
+
+    def split(a):
+        padded = jnp.pad(a, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (a.ndim - 2))
+        return jnp.moveaxis(padded.reshape(batch, count, chunk, *a.shape[2:]), 1, 0)
+
+    chunks = jax.lax.map(lambda pair: losses(*pair), (split(x), split(targets)))
+    return jnp.moveaxis(chunks, 0, 1).reshape(batch, count * chunk)[:, :length]

@@ -1,0 +1,281 @@
+"""The record of a run: metrics.jsonl always, TensorBoard and Weights & Biases on request, one progress line per log."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gqe_jax.config import ConfigError
+
+DEAD = 0.01  # share of the uniform load below which an expert counts as dead
+OVERLOADED = 0.95  # share of the tokens above which an expert counts as overloaded
+MAX_WARNINGS = 4
+
+Value = float | int | str | list[Any] | None
+
+
+class MetricWriter:
+    """Writes the metrics of a run, from the first process only. A context manager.
+
+    `metrics.jsonl` holds one JSON object per line, with "step" first and numbers that are not finite as null. Each line
+    is given to the operating system at once, so a killed run loses at most the half of its last line.
+
+    Args:
+      directory: of the run; made if it is not there.
+      resume_step: step that the run goes on from (0: from the start). Lines of later steps, which the run will write
+        again, and a half-written last line are dropped first.
+      tensorboard: also write TensorBoard event files there (extra `tensorboard`).
+      wandb: also log to Weights & Biases (extra `wandb`).
+      config: of the run, shown by Weights & Biases.
+
+    Raises:
+      ConfigError: the package that `tensorboard` or `wandb` needs is not installed.
+      OSError: the directory cannot be written.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        resume_step: int = 0,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        config: Mapping[str, Any],
+    ):
+        self._file = self._board = self._run = None
+        if jax.process_index() != 0:
+            return
+        directory = Path(directory)
+        board_class = _import_extra("tensorboard", "tensorboardX").SummaryWriter if tensorboard else None
+        wandb_module = _import_extra("wandb", "wandb") if wandb else None
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "metrics.jsonl"
+        _drop_after(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        if board_class is not None:
+            # Hides what an interrupted run wrote beyond the step that this one goes on from.
+            self._board = board_class(str(directory), purge_step=resume_step + 1)
+        if wandb_module is not None:
+            # The id is kept in the run's directory: a resumed run goes on in its own chart.
+            identity = directory / "wandb_id"
+            if not identity.exists():
+                identity.write_text(secrets.token_hex(4))
+            self._run = wandb_module.init(
+                project="gqe_jax",
+                name=directory.absolute().name,
+                id=identity.read_text(),
+                resume="allow",
+                dir=str(directory),
+                config=dict(config),
+            )
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, step: int, metrics: Mapping[str, Value]) -> None:
+        """Appends one line. Lists (router load by layer, group, expert) stay in metrics.jsonl; numbers go everywhere.
+
+        Args:
+          step: steps taken when the metrics were measured.
+          metrics: plain numbers, strings or nested lists of numbers; arrays are converted.
+        """
+        if self._file is None:
+            return
+        plain = {name: _plain(value) for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step} | plain) + "\n")
+        self._file.flush()
+        numbers = {name: value for name, value in plain.items() if isinstance(value, int | float)}
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        if self._run is not None:
+            self._run.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        for sink, finish in ((self._file, "close"), (self._board, "close"), (self._run, "finish")):
+            if sink is not None:
+                getattr(sink, finish)()
+        self._file = self._board = self._run = None
+
+
+def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, without a half-written last one; none if there is no such file."""
+    path = Path(directory) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in _complete_lines(path)]
+
+
+def _complete_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was cut off by a kill
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keeps the lines of steps up to `step`, replacing the file in one rename."""
+    if not path.exists():
+        return
+    try:
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} has a line that is not one JSON object with a step ({error}): repair or move the file away"
+        ) from error
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(b"".join(line + b"\n" for line in kept))
+    os.replace(new, path)
+
+
+def _plain(value: Any) -> Value:
+    """Numbers and nested lists of numbers as JSON has them: NaN and infinities, which it has not, become None."""
+    if value is None or isinstance(value, str):
+        return value
+    if np.ndim(value):
+        return [_plain(part) for part in np.asarray(value)]
+    number = np.asarray(value).item()
+    return number if math.isfinite(number) else None
+
+
+def _import_extra(extra: str, module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"train.{extra}=True needs the package {module}, which is not installed ({error}): "
+            f"pip install 'gqe_jax[{extra}]', or set train.{extra}=False"
+        ) from error
+
+
+class Stopwatch:
+    """Tokens per second and time left, from training time alone: the caller leaves out compilation, evaluations, saves.
+
+    The rate is that of the time since the last `lap`; the time left uses the mean of the run, which jumps less.
+    """
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._seconds = 0.0
+
+    def lap(self, steps: int, tokens: int, seconds: float, steps_left: int) -> tuple[float, float]:
+        """Takes in a piece of training.
+
+        Args:
+          steps: taken in this piece.
+          tokens: trained on in this piece.
+          seconds: it took.
+          steps_left: until the end of the run.
+
+        Returns:
+          Tokens per second of this piece, and seconds left.
+        """
+        self._steps += steps
+        self._seconds += seconds
+        return tokens / seconds, steps_left * self._seconds / self._steps
+
+
+def balance(load: np.ndarray) -> float:
+    """Worst max / mean of a router's load over layers and groups: 1 is perfect, M / k is one choice for all tokens.
+
+    Args:
+      load: [L, G, M], share of the tokens that select each expert.
+    """
+    load = np.asarray(load, np.float64)
+    return float(np.max(load.max(-1) / np.maximum(load.mean(-1), 1e-9)))
+
+
+def progress_line(
+    step: int,
+    steps: int,
+    *,
+    loss: float,
+    bits_per_byte: float | None,
+    learning_rate: float,
+    gradient_norm: float,
+    tokens_per_second: float,
+    seconds_left: float,
+    balance: float | None,
+) -> str:
+    """One line of fixed width for the terminal and the log file.
+
+    Args:
+      step: steps taken.
+      steps: of the run.
+      loss: nats per token.
+      bits_per_byte: of text; None where the tokenizer's bytes per token are not known.
+      learning_rate: of the step.
+      gradient_norm: global norm before clipping.
+      tokens_per_second: of training alone.
+      seconds_left: until the end of the run.
+      balance: `balance(load)`; None for a model without a router.
+    """
+    fields = [
+        f"step {step:>{len(str(steps))}}/{steps}",
+        f"loss {loss:7.4f}",
+        "bits/byte " + ("     -" if bits_per_byte is None else f"{bits_per_byte:6.4f}"),
+        f"lr {learning_rate:.1e}",
+        f"grad {gradient_norm:8.3g}",
+        f"{tokens_per_second:>9,.0f} tok/s",
+        f"{format_duration(seconds_left):>6} left",
+    ]
+    if balance is not None:
+        fields.append(f"router max/mean {balance:5.2f}")
+    return "  ".join(fields)
+
+
+def format_duration(seconds: float) -> str:
+    """At most 6 characters below 100 days: 42s, 3m05s, 2h07m, 12d03h."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if hours < 1:
+        return f"{minutes}m{seconds % 60:02d}s"
+    if days < 1:
+        return f"{hours}h{minutes % 60:02d}m"
+    return f"{days}d{hours % 24:02d}h"
+
+
+def router_warnings(load: np.ndarray, top_k: int) -> list[str]:
+    """What is wrong with the balance of a learned router, in words; nothing if it is well.
+
+    An expert is dead if it gets less than 1% of the uniform share k / M, and overloaded if more than 95% of the tokens
+    select it although k < M.
+
+    Args:
+      load: [L, G, M], share of the tokens that select each expert (sums to k over M).
+      top_k: k, experts selected per token in each group.
+
+    Returns:
+      At most five lines: one for each of the worst groups (the most dead experts, then the fullest), then how many more
+      there are and what to do.
+    """
+    load = np.asarray(load, np.float64)
+    uniform = top_k / load.shape[-1]
+    if uniform == 1:
+        return []
+    dead, overloaded = load < DEAD * uniform, load > OVERLOADED
+    bad = np.argwhere((dead | overloaded).any(-1))
+    worst = sorted(bad.tolist(), key=lambda at: (dead[*at].sum(), load[*at].max()), reverse=True)
+    lines = []
+    for layer, group in worst[:MAX_WARNINGS]:
+        faults = []
+        for name, mask in (("dead", dead[layer, group]), ("overloaded", overloaded[layer, group])):
+            experts = ", ".join(f"expert {m} ({load[layer, group, m]:.1%})" for m in np.flatnonzero(mask))
+            faults += [f"{name}: {experts}"] if experts else []
+        lines.append(f"router of layer {layer}, group {group}: {'; '.join(faults)}; uniform: {uniform:.1%}")
+    if more := len(bad) - len(lines):
+        lines.append(f"... and {more} more groups: raise model.attention.router.load_balance_weight or init_std")
+    return lines

@@ -1,0 +1,123 @@
+"""A run's directory: `config.json`, `metrics.jsonl`, `checkpoints/`; and how a trained model is read back from it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gqe_jax.attention import RouterBias
+from gqe_jax.config import ConfigError, RunConfig, build, to_dict
+from gqe_jax.data.tokenizer import Tokenizer, tokenizer_from_files
+from gqe_jax.models.transformer import Transformer
+from gqe_jax.parallel.mesh import make_mesh, replicated
+from gqe_jax.train.checkpoint import Checkpoints
+from gqe_jax.train.step import TrainState
+
+CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+FREE_TO_CHANGE = {"model.remat", "model.attention.implementation"}  # how the model is computed, not what it is
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A model as a checkpoint holds it, with what is needed to use it."""
+
+    step: int
+    config: RunConfig
+    tokenizer: Tokenizer
+    model: Transformer
+
+
+def load_model(directory: str | Path, step: int | None = None) -> TrainedModel:
+    """Reads parameters, configuration and tokenizer of a run's newest checkpoint, or of the one of `step`.
+
+    Raises:
+      ConfigError: no such run or step.
+      CheckpointDamaged: files that are not what was written.
+    """
+    with Checkpoints(Path(directory) / CHECKPOINTS) as checkpoints:
+        step = checkpoints.latest() if step is None else step
+        if step is None:
+            raise ConfigError(
+                f"--run={str(directory)!r} holds no checkpoint: name the directory of a run that `gqe train` has "
+                f"trained, or train one with `gqe train --config smoke --run {directory}`"
+            )
+        checkpoints.verify(step, items=("config", "tokenizer"))
+        config = build(checkpoints.read_config(step))
+        tokenizer = tokenizer_from_files(checkpoints.read_tokenizer(step))
+        graphdef, params, router_bias = nnx.split(
+            nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0))), nnx.Param, RouterBias
+        )
+        abstract = {
+            "params": nnx.to_pure_dict(params),
+            "train": {
+                "step": jax.ShapeDtypeStruct((), jnp.int32),
+                "key": jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))),
+                "router_bias": nnx.to_pure_dict(router_bias),
+            },
+        }
+        restored = checkpoints.restore(step, **abstract_arrays(abstract, replicated(make_mesh())))
+    model = nnx.merge(graphdef, restored["params"], restored["train"]["router_bias"])
+    return TrainedModel(step, config, tokenizer, model)
+
+
+def abstract_arrays(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The shapes and dtypes of `tree`, placed as `sharding` says."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def checkpoint_items(state: TrainState) -> dict[str, Any]:
+    """The state as the checkpoint's items hold it: the key as plain numbers."""
+    train = {"step": state.step, "key": jax.random.key_data(state.key), "router_bias": state.router_bias}
+    return {"params": state.params, "opt_state": state.opt_state, "train": train}
+
+
+def state_from_items(items: dict[str, Any]) -> TrainState:
+    """The reverse of `checkpoint_items`."""
+    train = items["train"]
+    return TrainState(
+        step=train["step"],
+        params=items["params"],
+        opt_state=items["opt_state"],
+        router_bias=train["router_bias"],
+        key=jax.random.wrap_key_data(train["key"]),
+    )
+
+
+def write_config(directory: Path, config: RunConfig) -> None:
+    """Leaves the configuration where `gqe inspect` and people look for it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    written = directory / (CONFIG_FILE + ".partial")
+    written.write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    written.replace(directory / CONFIG_FILE)
+
+
+def check_same_model(directory: Path, saved: RunConfig, wanted: RunConfig) -> None:
+    """Raises ConfigError, listing every difference, unless the run in `directory` has the model that is asked for."""
+    different = [line for line in differences(saved, wanted) if line.startswith("model.")]
+    if different:
+        raise ConfigError(
+            f"--run={str(directory)!r} was made with another model config ({'; '.join(different)}): continue it with "
+            f"the config it was made with, or choose another directory"
+        )
+
+
+def differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
+    """One line for each field that differs, those apart that change how a model is computed and not what it is."""
+    old, new = _flatten(to_dict(saved)), _flatten(to_dict(wanted))
+    return [
+        f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE
+    ]
+
+
+def _flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _flatten(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return leaves

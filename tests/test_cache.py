@@ -1,0 +1,57 @@
+"""The key/value cache: what is written where, per row, and what does not fit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from gqe_jax.attention import KVCache
+
+EMPTY = KVCache.empty(2, 6, 1, 4, jnp.float32)
+
+
+def tokens(count, seed=0):
+    k, v = np.random.default_rng(seed).standard_normal((2, 2, count, 1, 4)).astype(np.float32)
+    return jnp.asarray(k), jnp.asarray(v)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_rows_grow_each_from_its_own_length(wrap):
+    """Padding at a row's end is not counted, and the next tokens are written over it."""
+    append = wrap(KVCache.append)
+    (k, v), (k2, v2) = tokens(3), tokens(2, seed=1)
+    cache = append(EMPTY, k, v, jnp.array([[1, 1, 1], [1, 0, 0]]))
+    np.testing.assert_array_equal(cache.length, [3, 1])
+    cache = append(cache, k2, v2)
+    np.testing.assert_array_equal(cache.length, [5, 3])
+    for buffer, first, second in ((cache.k, k, k2), (cache.v, v, v2)):
+        np.testing.assert_array_equal(buffer[0, :5], jnp.concatenate([first[0], second[0]]))
+        np.testing.assert_array_equal(buffer[1, :3], jnp.concatenate([first[1, :1], second[1]]))
+
+
+def test_the_dtype_is_the_cache_s():
+    """Keys of a float32 layer in a bfloat16 cache are rounded, not promoted: the buffer must not change its type."""
+    cache = KVCache.empty(2, 6, 1, 4, jnp.bfloat16).append(*tokens(2))
+    assert cache.k.dtype == cache.v.dtype == jnp.bfloat16
+
+
+def test_more_tokens_than_the_cache_holds_are_refused():
+    """With the numbers and the remedy; under jit by the static sizes alone."""
+    cache = EMPTY.append(*tokens(4))
+    with pytest.raises(ValueError, match=r"3 new tokens behind the 4 held exceed the cache's capacity of 6 tokens: make"):
+        cache.append(*tokens(3))
+    with pytest.raises(ValueError, match=r"7 new tokens behind the 0 held exceed the cache's capacity of 6"):
+        jax.jit(KVCache.append)(EMPTY, *tokens(7))
+    layer = tiny.gqe()
+    with pytest.raises(ValueError, match=r"13 new tokens behind the 0 held exceed the cache's capacity of 12"):
+        layer(tiny.inputs(), cache=layer.init_cache(2, 12))
+    assert cache.append(*tokens(2)).length.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("make", [tiny.gqe, tiny.gqa])
+def test_the_cache_is_that_of_its_kv_heads(make):
+    """[B, T, G, D] for keys and for values, however many query heads or experts there are."""
+    cache = make(2, 4).init_cache(3, 7)
+    assert cache.k.shape == cache.v.shape == (3, 7, 2, tiny.HEAD_DIM)
+    np.testing.assert_array_equal(cache.length, [0, 0, 0])

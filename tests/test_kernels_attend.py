@@ -1,0 +1,274 @@
+"""`attend` against float64 numpy: every feature crossed with the others, edge shapes, gradients, error messages."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from float64_attention import attention, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gqe_jax.kernels import EMPTY_LSE, IMPLEMENTATIONS, attend, merge_partials
+from gqe_jax.kernels.xla import xla
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
+# Blocks so small that a dozen positions make several of each kind: whole, cut by the mask, last and partial.
+IMPLEMENTATIONS_UNDER_TEST = {
+    "reference": IMPLEMENTATIONS["reference"],
+    "xla": xla,
+    "xla in tiny blocks": functools.partial(xla, block_q=8, block_k=4),
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny_blocks(monkeypatch):
+    for name, function in IMPLEMENTATIONS_UNDER_TEST.items():
+        monkeypatch.setitem(IMPLEMENTATIONS, name, function)
+
+
+def check(
+    implementation, seed=0, *, dtype="float32", batch=2, q_len=19, kv_len=23, num_groups=2, num_experts=3, num_slots=2,
+    head_dim=8, segments=None, kv_length=False, offsets=False, **options,
+):  # fmt: skip
+    """o, lse, dq, dk, dv for N(0, 1) inputs and cotangents of both outputs; num_slots=None is the dense call."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    q = normal(batch, q_len, num_groups, num_experts, head_dim)
+    k, v = normal(batch, kv_len, num_groups, head_dim), normal(batch, kv_len, num_groups, head_dim)
+    expert_index = None
+    if num_slots is not None:
+        order = np.argsort(rng.random((batch, q_len, num_groups, num_experts)), axis=-1)
+        expert_index = order[..., :num_slots].astype(np.int32)
+    do = normal(batch, q_len, num_groups, num_slots or num_experts, head_dim)
+    dlse = rng.normal(size=do.shape[:-1]).astype(np.float32)
+    ours, theirs = dict(options), dict(options)
+    if segments is not None:
+        ids = [rng.integers(0, 4, (batch, length)) for length in (q_len, kv_len)]
+        ids = [np.sort(x, axis=1) for x in ids] if segments == "packed" else ids
+        ours |= {"q_segment_ids": jnp.asarray(ids[0]), "kv_segment_ids": jnp.asarray(ids[1])}
+        theirs |= {"segments": ids}
+    if kv_length:
+        length = rng.integers(0, kv_len + 1, batch)
+        ours |= {"kv_length": jnp.asarray(length)}
+        theirs |= {"kv_length": length}
+    if offsets:
+        q_offset, kv_offset = rng.integers(-4, kv_len, batch), rng.integers(-4, 5, batch)
+        ours |= {"q_offset": jnp.asarray(q_offset), "kv_offset": jnp.asarray(kv_offset)}
+        theirs |= {"q_offset": q_offset, "kv_offset": kv_offset}
+
+    def ours_of(q, k, v):
+        index = None if expert_index is None else jnp.asarray(expert_index)
+        return attend(q, k, v, index, return_lse=True, implementation=implementation, **ours)
+
+    (o, lse), vjp = jax.vjp(jax.jit(ours_of), q, k, v)
+    dq, dk, dv = vjp((do, jnp.asarray(dlse)))
+    expected = attention(q, k, v, expert_index, do=do, dlse=dlse, **theirs)
+
+    assert o.dtype == dq.dtype == dk.dtype == jnp.dtype(dtype) and lse.dtype == jnp.float32
+    for name, actual in {"o": o, "dq": dq, "dk": dk, "dv": dv}.items():
+        assert relative_error(actual, expected[name]) <= TOLERANCE[dtype], name
+    seen = expected["seen"]
+    np.testing.assert_allclose(np.asarray(lse)[seen], expected["lse"][seen], atol=1e-5 if dtype == "float32" else 3e-2)
+    assert (np.asarray(lse)[~seen] == np.float32(EMPTY_LSE)).all()
+    assert (np.asarray(o, np.float32)[~seen] == 0).all() and (np.asarray(dq, np.float32)[~seen] == 0).all()
+    if expert_index is not None:
+        unselected = (expert_index[..., None] != np.arange(num_experts)).all(axis=3)
+        assert (np.asarray(dq, np.float32)[unselected] == 0).all()
+
+
+FEATURES = {
+    "seed": st.integers(0, 2**16),
+    "batch": st.integers(1, 3),
+    "q_len": st.sampled_from([1, 2, 7, 8, 19, 33]),
+    "kv_len": st.sampled_from([1, 3, 8, 23, 40]),
+    "num_groups": st.integers(1, 2),
+    "heads": st.sampled_from([(1, None), (1, 1), (2, 1), (3, 2), (3, 3), (2, None)]),
+    "segments": st.sampled_from([None, "packed", "arbitrary"]),
+    "kv_length": st.booleans(),
+    "offsets": st.booleans(),
+    "causal": st.booleans(),
+    "window": st.sampled_from([None, 1, 5, 17]),
+    "softcap": st.sampled_from([None, 2.0]),
+    "scale": st.sampled_from([None, 0.7]),
+}
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(**FEATURES)
+def test_xla_equals_float64_attention_in_every_crossing(heads, **features):
+    """Values, both gradients' paths and exact zeros: the definition in float64 knows no blocks, so whatever the loop
+    bounds, the masked and unmasked branches or the recomputation get wrong shows."""
+    num_experts, num_slots = heads
+    name = "xla in tiny blocks"
+    IMPLEMENTATIONS[name] = IMPLEMENTATIONS_UNDER_TEST[name]
+    check(name, num_experts=num_experts, num_slots=num_slots, **features)
+
+
+@settings(derandomize=True, deadline=None, max_examples=8)
+@given(**FEATURES)
+def test_reference_equals_float64_attention(heads, **features):
+    """The oracle of other kernels is itself held to the definition."""
+    num_experts, num_slots = heads
+    check("reference", num_experts=num_experts, num_slots=num_slots, **features)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "xla in tiny blocks"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"q_len": 1, "kv_len": 1, "batch": 1, "num_groups": 1, "num_experts": 1, "num_slots": None},
+        {"q_len": 1, "kv_len": 37, "offsets": True, "kv_length": True},  # decode
+        {"q_len": 5, "kv_len": 37, "offsets": True, "kv_length": True, "window": 9},  # a few new tokens
+        {"q_len": 40, "kv_len": 3},
+        {"q_len": 31, "kv_len": 31, "num_slots": 3},  # k = M
+        {"q_len": 31, "kv_len": 31, "num_groups": 1},
+    ],
+    ids=str,
+)
+def test_edge_shapes(implementation, shape):
+    """Lengths of one, shorter than a block, no multiple of one, T < S, T > S, all experts selected."""
+    check(implementation, **shape)
+
+
+def test_default_blocks():
+    """The block sizes that users get, on lengths that no block divides."""
+    check("xla", q_len=1100, kv_len=1300, batch=1, num_groups=1, num_experts=1, num_slots=None, offsets=True)
+
+
+@pytest.mark.parametrize("features", [{}, {"segments": "packed", "softcap": 2.0}, {"q_len": 1, "kv_len": 40}], ids=str)
+def test_bfloat16(features):
+    """bfloat16 in and out, float32 inside: the error stays that of rounding the inputs and outputs."""
+    check("xla in tiny blocks", dtype="bfloat16", **features)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("padding", ["last token", "everything"])
+def test_padding(implementation, padding):
+    """Segment 0 sees nothing and is seen by nothing: outputs 0, gradients 0, lse finite, nothing NaN."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(1, 6, 1, 1, 4)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(1, 6, 1, 4)), jnp.float32) for _ in range(2))
+    ids = np.zeros((1, 6), np.int32) if padding == "everything" else np.array([[1, 1, 1, 1, 1, 0]], np.int32)
+
+    def loss(q, k, v):
+        ids_ = jnp.asarray(ids)
+        o, lse = attend(
+            q, k, v, q_segment_ids=ids_, kv_segment_ids=ids_, return_lse=True, implementation=implementation
+        )
+        return jnp.sum(jnp.sin(o)) + jnp.sum(lse), (o, lse)
+
+    grads, (o, lse) = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    padded = ids[0] == 0
+    for x in (o, *grads):
+        assert np.isfinite(x).all() and (np.asarray(x)[:, padded] == 0).all()
+        assert padding == "everything" or (np.asarray(x)[:, ~padded] != 0).any()
+    assert np.isfinite(lse).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla in tiny blocks"])
+def test_gradients_through_norm_rotation_and_selection_are_finite_differences(implementation):
+    """d/dε loss(x + ε u) by central differences of the float64 definition equals ⟨grad, u⟩, for q, k, v and the norm's
+    scale: the whole query path (select, norm, rotate) and both outputs take part."""
+    rng = np.random.default_rng(0)
+    batch, length, num_groups, num_experts, head_dim, num_slots = 2, 13, 2, 3, 8, 2
+    angle = np.arange(length)[:, None] * 10.0 ** -np.arange(head_dim // 2)
+    rope = np.cos(angle)[None].astype(np.float32), np.sin(angle)[None].astype(np.float32)
+    index = np.argsort(rng.random((batch, length, num_groups, num_experts)), axis=-1)[..., :num_slots]
+    point = {
+        "q": rng.normal(size=(batch, length, num_groups, num_experts, head_dim)),
+        "k": rng.normal(size=(batch, length, num_groups, head_dim)),
+        "v": rng.normal(size=(batch, length, num_groups, head_dim)),
+        "scale": 1 + 0.3 * rng.normal(size=head_dim),
+    }
+    weight_o = rng.normal(size=(batch, length, num_groups, num_slots, head_dim))
+    weight_lse = rng.normal(size=weight_o.shape[:-1])
+
+    def loss64(q, k, v, scale):
+        out = attention(q, k, v, index, window=7, q_rope=rope, q_norm=(scale, 1e-6), softcap=3.0)
+        return (weight_o * out["o"]).sum() + (weight_lse * out["lse"]).sum()
+
+    def loss(q, k, v, scale):
+        o, lse = attend(
+            q, k, v, jnp.asarray(index), window=7, q_rope=tuple(map(jnp.asarray, rope)), q_norm=(scale, 1e-6),
+            softcap=3.0, return_lse=True, implementation=implementation,
+        )  # fmt: skip
+        return jnp.sum(weight_o * o) + jnp.sum(weight_lse * lse)
+
+    grads = jax.grad(lambda x: loss(**x))({name: jnp.asarray(x, jnp.float32) for name, x in point.items()})
+    for name, x in point.items():
+        direction = rng.normal(size=x.shape)
+        moved = [loss64(**(point | {name: x + step * direction})) for step in (1e-5, -1e-5)]
+        slope = (moved[0] - moved[1]) / 2e-5
+        np.testing.assert_allclose(np.sum(np.asarray(grads[name]) * direction), slope, rtol=2e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cut", [0, 5, 12])
+def test_merge_partials_of_two_halves_of_the_keys_is_the_whole(cut):
+    """softmax over a union of keys from the two parts' outputs and log-sum-exps, gradients too (so that of lse); with
+    cut = 0 or 12 some or all queries see nothing in one part."""
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, 12, 2, 2, 4)).astype(np.float32)
+    k, v = (rng.normal(size=(2, 12, 2, 4)).astype(np.float32) for _ in range(2))
+    do = rng.normal(size=q.shape).astype(np.float32)
+    dlse = rng.normal(size=q.shape[:-1]).astype(np.float32)
+
+    def parts(q, k, v):
+        left = attend(q, k, v, kv_length=jnp.full(2, cut), return_lse=True, implementation="xla in tiny blocks")
+        if cut == 12:
+            right = jnp.zeros(left[0].shape), jnp.full(left[1].shape, EMPTY_LSE)
+        else:
+            right = attend(q, k[:, cut:], v[:, cut:], kv_offset=cut, return_lse=True, implementation="xla")
+        return merge_partials(*left, *right)
+
+    (o, lse), vjp = jax.vjp(parts, *map(jnp.asarray, (q, k, v)))
+    expected = attention(q, k, v, do=do, dlse=dlse)
+    np.testing.assert_allclose(lse, expected["lse"], atol=1e-5)
+    for name, actual in zip(("o", "dq", "dk", "dv"), (o, *vjp((jnp.asarray(do), jnp.asarray(dlse)))), strict=True):
+        assert relative_error(actual, expected[name]) <= 2e-6, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": (2, 5, 3, 4)}, r"q has shape \(2, 5, 3, 4\): attend needs \[B, S, G, M, D\]"),
+        ({"k": (2, 7, 4, 8)}, r"k has shape \(2, 7, 4, 8\): with q of shape .* it must be \[B, T, G, D\] = \[2, T, 3, 8\]"),
+        ({"v": (2, 6, 3, 8)}, r"k has shape \(2, 7, 3, 8\) and v \(2, 6, 3, 8\): they must have the same length T"),
+        ({"k": (2, 0, 3, 8), "v": (2, 0, 3, 8)}, "no axis may be empty"),
+        ({"v_dtype": "bfloat16"}, "q, k, v have dtypes float32, float32, bfloat16: cast them to one dtype"),
+        ({"q_dtype": "int32"}, "q has dtype int32: attend takes float32, bfloat16 or float16"),
+        ({"expert_index": np.zeros((2, 5, 2, 1), int)}, r"expert_index has shape \(2, 5, 2, 1\): .* \[2, 5, 3, K\]"),
+        ({"expert_index": np.zeros((2, 5, 3, 3), int)}, "expert_index selects K=3 experts of M=2 .* K must be in 1..M"),
+        ({"expert_index": np.zeros((2, 5, 3, 1))}, "expert_index has dtype float.*: it must be an integer array"),
+        ({"window": 0}, "window=0 must be an int of at least 1"),
+        ({"softcap": -1.0}, "softcap=-1.0 must be positive, or None"),
+        ({"scale": 0.0}, "scale=0.0 must be positive, or None"),
+        ({"q_offset": np.zeros(3, int)}, r"q_offset has shape \(3,\) .* scalar or \[B\] = \[2\]"),
+        ({"kv_length": np.zeros(2)}, "kv_length has shape .* dtype float.*: it must be an integer"),
+        ({"q_segment_ids": np.zeros((2, 5), int)}, "q_segment_ids is given without kv_segment_ids: pass both or neither"),
+        (
+            {"q_segment_ids": np.zeros((2, 5), int), "kv_segment_ids": np.zeros((2, 5), int)},
+            r"kv_segment_ids has shape \(2, 5\) .* integer array \[2, 7\]",
+        ),
+        ({"q_rope": (np.zeros((1, 5, 8)),) * 2}, r"q_rope's cos has shape \(1, 5, 8\): .* = \[2 or 1, 5, 4\]"),
+        ({"q_norm": (np.ones(4), 1e-6)}, r"q_norm's scale has shape \(4,\): it must be \[D\] = \[8\]"),
+        ({"implementation": "fast"}, r"implementation='fast' is unknown: choose one of reference, xla"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named(changes, message):
+    """Each message names the argument, its value or shape, and the rule."""
+    shapes = {name: changes.get(name, default) for name, default in
+              {"q": (2, 5, 3, 2, 8), "k": (2, 7, 3, 8), "v": (2, 7, 3, 8)}.items()}  # fmt: skip
+    arrays = {name: jnp.zeros(shape, changes.get(f"{name}_dtype", "float32")) for name, shape in shapes.items()}
+    options = {name: x for name, x in changes.items() if name not in shapes and not name.endswith("_dtype")}
+    with pytest.raises(ValueError, match=message):
+        attend(**arrays, **options)
+
+
+def test_odd_head_dim_cannot_rotate():
+    """rotate-half pairs coordinate d with d + D/2."""
+    q, k = jnp.zeros((1, 2, 1, 1, 3)), jnp.zeros((1, 2, 1, 3))
+    with pytest.raises(ValueError, match="q_rope needs an even head_dim, and q of shape .* has D=3"):
+        attend(q, k, k, q_rope=(jnp.zeros((1, 2, 1)), jnp.zeros((1, 2, 1))))

@@ -1,0 +1,138 @@
+"""What the blockwise implementation promises beyond numbers: work it skips, memory it does not use, transformations."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from float64_attention import attention, relative_error
+from jax import lax
+
+from gqe_jax.kernels import IMPLEMENTATIONS, attend
+from gqe_jax.kernels.xla import xla
+
+
+@pytest.fixture
+def tiny_blocks(monkeypatch):
+    monkeypatch.setitem(IMPLEMENTATIONS, "xla", functools.partial(xla, block_q=8, block_k=8))
+
+
+def inputs(q_len, kv_len, *, batch=1, num_groups=1, num_experts=1, head_dim=8, seed=0):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    kv_shape = batch, kv_len, num_groups, head_dim
+    return normal(batch, q_len, num_groups, num_experts, head_dim), normal(*kv_shape), normal(*kv_shape)
+
+
+def with_gradients(function, q, k, v):
+    o, vjp = jax.vjp(function, q, k, v)
+    return o, *vjp(jnp.ones_like(o))
+
+
+@pytest.mark.parametrize(
+    ("options", "poisoned"),
+    [
+        ({}, slice(32, 64)),
+        ({"q_offset": 32, "window": 8}, slice(0, 24)),
+        ({"causal": False, "window": 8}, slice(40, 64)),
+        ({"q_offset": 64, "kv_length": jnp.array([40])}, slice(40, 64)),
+        (
+            {"q_offset": 64, "q_segment_ids": jnp.full((1, 32), 2), "kv_segment_ids": jnp.repeat(jnp.array([[1, 2]]), 32, 1)},
+            slice(0, 32),
+        ),
+    ],
+    ids=["above the diagonal", "before the window", "after the window", "past kv_length", "another segment"],
+)  # fmt: skip
+def test_blocks_that_the_mask_hides_are_never_computed(tiny_blocks, options, poisoned):
+    """Hidden whole blocks of K and V hold NaN. Any product with them, even one with a weight of 0, would be NaN, so
+    finite outputs and gradients prove that the blocks were not touched."""
+    q, k, v = inputs(32, 64)
+    k, v = k.at[:, poisoned].set(jnp.nan), v.at[:, poisoned].set(jnp.nan)
+    for x in with_gradients(lambda q, k, v: attend(q, k, v, implementation="xla", **options), q, k, v):
+        assert np.isfinite(x).all()
+
+
+def largest_array(compiled_text):
+    shapes = re.findall(r"\b(?:f32|bf16|pred|s32|u32|s8|u8)\[([\d,]+)\]", compiled_text)
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("features", ["plain", "segments"])
+def test_no_array_of_all_scores_is_compiled(direction, features):
+    """The compiled program names no array as large as S×T, nor are its temporaries as large (bytes against elements)."""
+    length = 4096
+    q, k, v = inputs(length, length)
+    options = {}
+    if features == "segments":
+        options = {"q_segment_ids": jnp.ones((1, length), int), "kv_segment_ids": jnp.ones((1, length), int)}
+    function = functools.partial(attend, implementation="xla", **options)
+    if direction == "backward":
+        function = functools.partial(with_gradients, function)
+    compiled = jax.jit(function).lower(q, k, v).compile()
+    assert largest_array(compiled.as_text()) < length * length / 8
+    assert compiled.memory_analysis().temp_size_in_bytes < length * length
+
+
+def test_memory_of_decode_does_not_copy_the_cache():
+    """One new token against a long cache: temporaries stay at a few blocks, far below the cache's size."""
+    q, k, v = inputs(1, 65536, num_groups=2)
+    decode = jax.jit(lambda q, k, v, length: attend(q, k, v, q_offset=length, kv_length=length, implementation="xla"))
+    compiled = decode.lower(q, k, v, jnp.array([100])).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < k.nbytes / 4
+
+
+def test_offsets_and_lengths_do_not_recompile(tiny_blocks):
+    """Traced, so one compilation serves every decode position."""
+    q, k, v = inputs(4, 40, batch=2)
+    decode = jax.jit(lambda q, k, v, at: attend(q, k, v, q_offset=at, kv_length=at + 4, implementation="xla"))
+    for at in (0, 7, 36):
+        offset = jnp.array([at, at // 2])
+        expected = attention(q, k, v, q_offset=np.asarray(offset), kv_length=np.asarray(offset) + 4)["o"]
+        assert relative_error(decode(q, k, v, offset), expected) <= 2e-6
+    assert decode._cache_size() == 1
+
+
+def test_transformations(tiny_blocks):
+    """vmap (over offsets too, whose loops then differ in length), scan, checkpoint and jit keep values and gradients."""
+    q, k, v = inputs(21, 21, batch=3)
+    offsets = jnp.array([0, 2, -5])
+    expected = attention(q, k, v, q_offset=np.asarray(offsets), do=np.ones(q.shape))
+
+    def mapped(q, k, v):
+        one = lambda q, k, v, at: attend(q[None], k[None], v[None], q_offset=at, implementation="xla")[0]
+        return jax.vmap(one)(q, k, v, offsets)
+
+    def scanned(q, k, v):
+        @jax.checkpoint
+        def body(carry, xs):
+            q, k, v, at = xs
+            return carry, attend(q[None], k[None], v[None], q_offset=at, implementation="xla")[0]
+
+        return lax.scan(body, 0, (q, k, v, offsets))[1]
+
+    for function in (mapped, scanned):
+        results = jax.jit(functools.partial(with_gradients, function))(q, k, v)
+        for name, actual in zip(("o", "dq", "dk", "dv"), results, strict=True):
+            assert relative_error(actual, expected[name]) <= 2e-6, name
+
+
+def test_large_scores_do_not_overflow(tiny_blocks):
+    """Scores in the hundreds: the running maximum keeps every exponential within range, forward and backward."""
+    q, k, v = inputs(21, 21)
+    q, k = 30 * q, 30 * k
+    expected = attention(q, k, v, do=np.ones(q.shape))
+    o, dq, dk, dv = with_gradients(lambda q, k, v: attend(q, k, v, implementation="xla"), q, k, v)
+    assert relative_error(o, expected["o"]) <= 2e-4
+    for name, actual in {"dq": dq, "dk": dk, "dv": dv}.items():
+        assert relative_error(actual, expected[name]) <= 2e-3, name
+
+
+def test_nan_inputs_are_not_hidden(tiny_blocks):
+    """A NaN in a visible key reaches the output, so that a run that diverges is seen to."""
+    q, k, v = inputs(21, 21)
+    o = attend(q, k.at[0, 3].set(jnp.nan), v, implementation="xla")
+    assert np.isfinite(o[0, :3]).all() and np.isnan(o[0, 3:]).all()
