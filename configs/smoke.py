@@ -30,8 +30,8 @@ def get_config(argument=None):
     config.data.batch_size = 8  # rows: 4096 tokens a step
 
     optimizer = config.optimizer
-    optimizer.learning_rate = 4e-3
-    optimizer.min_learning_rate = 4e-5
+    optimizer.learning_rate = 2e-3
+    optimizer.min_learning_rate = 2e-5
     optimizer.warmup_steps = min(60, arguments.steps // 10)
     optimizer.decay_steps = arguments.steps // 4
 

@@ -34,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_verb(verb: str, argv: list[str]) -> int:
     summary, add = VERBS[verb]
     parser = argparse.ArgumentParser(
-        prog=f"gqe {verb}", description=summary, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=f"gqe {verb}",
+        description=summary,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     run = add(parser)
     overrides = [arg for arg in argv if re.match(r"--config\.", arg)]
@@ -53,7 +56,8 @@ def _add_train(parser: argparse.ArgumentParser) -> Runner:
     parser.epilog = """example:
   gqe train --config smoke --run runs/smoke --config.train.steps=200
 
---config.a.b=VALUE overrides any field of the configuration. A run that exists is continued from its newest checkpoint."""
+--config.a.b=VALUE overrides any field of the configuration. A run that exists is continued from its newest
+checkpoint."""
     _add_config(parser)
     parser.add_argument("--run", required=True, metavar="DIR", help="directory of the run: metrics and checkpoints")
     parser.add_argument(

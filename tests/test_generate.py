@@ -41,44 +41,53 @@ def model(request):
     return make_model(request.param)
 
 
+@pytest.fixture(scope="module")
+def generator(model):
+    """One for all tests: what it has compiled is used again."""
+    return Generator(model, eos_id=EOS, capacity=model.config.context)
+
+
 def prompts(*lengths, seed=0):
     rng = np.random.default_rng(seed)
     return [rng.integers(3, VOCAB_SIZE, length).astype(np.int32) for length in lengths]
 
 
-def greedy_uncached(model, prompt, count):
-    """Argmax after a full pass over [eos] + prompt + tokens so far, with no cache and no padding before the end."""
-    tokens = [EOS, *prompt.tolist()]
-    hidden = jax.jit(lambda tokens: model.logits(model(tokens)[0]))
-    length = len(tokens) + count
-    for _ in range(count):
-        # Zeros behind: causality, tested elsewhere, keeps them from being seen, and one length compiles once.
-        padded = np.zeros((1, length), np.int32)
-        padded[0, : len(tokens)] = tokens
-        tokens.append(int(np.argmax(np.asarray(hidden(padded))[0, len(tokens) - 1])))
-    return np.asarray(tokens[len(prompt) + 1 :])
+@pytest.fixture(scope="module")
+def greedy_uncached(model):
+    """Argmax after a full pass over [eos] + prompt + tokens so far, without a cache."""
+    logits = jax.jit(lambda tokens: model.logits(model(tokens)[0]))
+
+    def generate(prompt, count):
+        tokens = [EOS, *prompt.tolist()]
+        for _ in range(count):
+            # Zeros behind: causality, tested elsewhere, keeps them from being seen, and one length compiles once.
+            padded = np.zeros((1, model.config.context), np.int32)
+            padded[0, : len(tokens)] = tokens
+            tokens.append(int(np.argmax(np.asarray(logits(padded))[0, len(tokens) - 1])))
+        return np.asarray(tokens[len(prompt) + 1 :])
+
+    return generate
 
 
-def test_greedy_equals_repeated_full_passes(model):
+def test_greedy_equals_repeated_full_passes(generator, greedy_uncached):
     """The cache is an optimisation: the tokens are those of the uncached model, also where the prompt is empty."""
     for prompt in prompts(0, 1, 20, 31, 40):
-        (got,) = Generator(model, eos_id=EOS).generate([prompt], max_new_tokens=16, stop_tokens=())
-        np.testing.assert_array_equal(got, greedy_uncached(model, prompt, 16))
+        (got,) = generator.generate([prompt], max_new_tokens=16, stop_tokens=())
+        np.testing.assert_array_equal(got, greedy_uncached(prompt, 16))
 
 
-def test_up_to_the_last_token_of_the_context(model):
+def test_up_to_the_last_token_of_the_context(generator, greedy_uncached):
     """With the eos before it, a prompt of n tokens leaves room for context - n new ones: the last one is never fed."""
     (prompt,) = prompts(70)
-    (got,) = Generator(model, eos_id=EOS).generate([prompt], max_new_tokens=26, stop_tokens=())
-    np.testing.assert_array_equal(got, greedy_uncached(model, prompt, 26))
+    (got,) = generator.generate([prompt], max_new_tokens=26, stop_tokens=())
+    np.testing.assert_array_equal(got, greedy_uncached(prompt, 26))
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=0.7, top_k=9, top_p=0.9, seed=5)])
-def test_a_row_depends_on_no_other_row(model, sampling):
+def test_a_row_depends_on_no_other_row(generator, sampling):
     """Rows are padded to the longest, and draw by (seed, row, position): a row's tokens are those of a batch in which
     the others are other prompts of other lengths, in another bucket."""
-    generator = Generator(model, eos_id=EOS)
-    rows = prompts(0, 3, 50, 17)
+    rows = prompts(0, 50, 17)
     together = generator.generate(rows, max_new_tokens=12, sampling=sampling, stop_tokens=())
     for row, prompt in enumerate(rows):
         others = prompts(*([5] * row), seed=1)
@@ -92,8 +101,8 @@ def test_bucket_does_not_reach_dynamic_rotary_scaling():
     dynamic = RopeScaling(kind="dynamic", factor=4.0, original_context=20)
     (prompt,) = prompts(17)
     results = [
-        Generator(make_model("gqa", rope_scaling=scaling), eos_id=EOS).generate([prompt], max_new_tokens=2, stop_tokens=())
-        for scaling in (dynamic, RopeScaling())
+        Generator(model, eos_id=EOS).generate([prompt], max_new_tokens=2, stop_tokens=())
+        for model in (make_model("gqa", rope_scaling=scaling) for scaling in (dynamic, RopeScaling()))
     ]
     np.testing.assert_array_equal(*results)
 
@@ -110,9 +119,8 @@ def test_cast_weights_leave_the_logits_alone():
     np.testing.assert_array_equal(model_logits(model), model_logits(nnx.merge(graphdef, generator._params)))
 
 
-def test_stop_tokens(model):
+def test_stop_tokens(model, generator):
     """A row ends before its first stop token, the others go on; () switches even eos off."""
-    generator = Generator(model, eos_id=EOS)
     rows = prompts(4, 9, 21)
     free = generator.generate(rows, max_new_tokens=24, stop_tokens=())
     assert all(len(row) == 24 for row in free)
@@ -129,9 +137,8 @@ def test_stop_tokens(model):
     np.testing.assert_array_equal(own.generate([rows[0]], max_new_tokens=24)[0], with_eos[:end])
 
 
-def test_stream_gives_tokens_position_by_position(model):
+def test_stream_gives_tokens_position_by_position(generator):
     """`stream` is `generate` in order of time: all rows' first tokens, then all rows' second ones."""
-    generator = Generator(model, eos_id=EOS)
     rows = prompts(4, 9)
     results = generator.generate(rows, max_new_tokens=5, stop_tokens=())
     expected = [(row, results[row][i]) for i in range(5) for row in range(2)]
@@ -149,7 +156,8 @@ def test_nothing_is_recompiled(monkeypatch):
         return call(*args, **kwargs)
 
     monkeypatch.setattr(Transformer, "__call__", counted)
-    generator = Generator(make_model("gqe"), eos_id=EOS)
+    model = make_model("gqa", implementation="reference")
+    generator = Generator(model, eos_id=EOS)
 
     def count(lengths, max_new_tokens, sampling):
         before = next(traces)
@@ -166,7 +174,7 @@ def test_nothing_is_recompiled(monkeypatch):
     assert count([8, 5], 10, Sampling(top_k=4)) == 0
     assert count([5], 20, Sampling(temperature=0)) == 2  # greedy sorts nothing
 
-    fixed = Generator(make_model("gqe"), eos_id=EOS, capacity=64)
+    fixed = Generator(model, eos_id=EOS, capacity=64)
     before = next(traces)
     for length in (1, 20, 30):
         fixed.generate(prompts(length), max_new_tokens=64 - length, stop_tokens=())
@@ -223,7 +231,8 @@ def test_draws_follow_the_distribution(options):
     expected = numpy_support(logits, sampling.temperature, sampling.top_k, sampling.top_p)
     draws = 20_000
     positions = jnp.arange(draws, dtype=jnp.int32)
-    draw = jax.vmap(lambda position: sample(jnp.asarray(logits)[None], position[None], sampling.arrays(), sampling.method))
+    arrays, method = sampling.arrays(), sampling.method
+    draw = jax.jit(jax.vmap(lambda position: sample(jnp.asarray(logits)[None], position[None], arrays, method)))
     counts = np.bincount(np.asarray(draw(positions))[:, 0], minlength=len(logits))
     assert counts[expected == 0].sum() == 0
     likely = expected * draws > 5
@@ -234,7 +243,7 @@ def test_draws_follow_the_distribution(options):
 
 
 def test_nucleus_is_the_smallest_set_that_reaches_p():
-    """Probabilities 1/2, 1/4, 1/8, 1/8 are exact in float32: p = 3/4 is reached by two tokens, a little more needs three."""
+    """Probabilities 1/2, 1/4, 1/8, 1/8 are exact in float32: two tokens reach p = 3/4, a little more needs a third."""
     logits = jnp.log(jnp.asarray([[0.125, 0.5, 0.125, 0.25]]))
     for top_p, support in ((0.5, {1}), (0.7499, {1, 3}), (0.75, {1, 3}), (0.7501, {0, 1, 3}), (0.9, {0, 1, 2, 3})):
         sampling = Sampling(top_p=top_p)
@@ -290,16 +299,16 @@ def test_sampling_errors(options, message):
             [700],
             1,
             None,
-            "prompt has 700 tokens, but the model's context is 96 tokens, the new ones included: shorten the prompt to at "
-            "most 95 tokens",
+            "prompt has 700 tokens, but the model's context is 96 tokens, the new ones included: shorten the prompt to "
+            "at most 95 tokens",
         ),
         ([3, 96], 1, None, "prompt 1 has 96 tokens, but the model's context is 96 tokens"),
         (
             [90],
             7,
             None,
-            "max_new_tokens=7 behind a prompt of 90 tokens exceeds the model's context of 96 tokens: lower max_new_tokens "
-            "to at most 6, or shorten the prompt",
+            "max_new_tokens=7 behind a prompt of 90 tokens exceeds the model's context of 96 tokens: lower "
+            "max_new_tokens to at most 6, or shorten the prompt",
         ),
         ([30], 7, 36, "max_new_tokens=7 behind a prompt of 30 tokens exceeds the generator's capacity of 36 tokens"),
         ([3], 1, 97, r"capacity=97 must lie in 1..96, the model's context: choose a value in that range, or None"),
@@ -319,7 +328,7 @@ def test_token_errors():
     message = "prompt holds the token id 37, but the model's vocab_size is 37: use the tokenizer that the model was"
     with pytest.raises(ConfigError, match=message):
         generator.generate([np.asarray([3, 37])], max_new_tokens=1)
-    with pytest.raises(ConfigError, match="prompt has shape .* must be a flat array of token ids"):
+    with pytest.raises(ConfigError, match=r"prompt has shape .* must be a flat array of token ids"):
         generator.generate([np.zeros((1, 2), np.int32)], max_new_tokens=1)
     with pytest.raises(ConfigError, match="eos_id holds the token id 99"):
         Generator(make_model("gqa"), eos_id=99)
@@ -361,7 +370,7 @@ class TestCommandLine:
         path.write_bytes(b"x\xff=")
         self.run(byte_model, "--prompt-file", str(path), "--max-new-tokens", "1")
         assert capsys.readouterr().out.startswith("x\ufffd=")
-        with pytest.raises(ConfigError, match="--prompt-file '.*absent' cannot be read .*: give the path of a text file"):
+        with pytest.raises(ConfigError, match=r"--prompt-file '.*absent' cannot be read .*: give the path of a text"):
             self.run(byte_model, "--prompt-file", str(tmp_path / "absent"))
 
     def test_empty_prompt(self, byte_model, capsys):

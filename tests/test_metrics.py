@@ -127,9 +127,10 @@ def test_wandb_goes_on_in_the_same_chart(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- the terminal
 
 
-def line(step, loss=3.25, bits_per_byte=1.5, balance=1.25, **changes):
+def line(step, loss=3.25, bits_per_byte=1.5, balance=1.25, mfu=None, **changes):
     numbers = {"learning_rate": 5e-4, "gradient_norm": 0.75, "tokens_per_second": 12345.6, "seconds_left": 3723}
-    return progress_line(step, 1000, loss=loss, bits_per_byte=bits_per_byte, balance=balance, **numbers | changes)
+    fixed = {"loss": loss, "bits_per_byte": bits_per_byte, "balance": balance, "mfu": mfu}
+    return progress_line(step, 1000, **fixed, **numbers | changes)
 
 
 def test_progress_line():
@@ -138,6 +139,7 @@ def test_progress_line():
         "router max/mean  1.25"
     )
     assert "router" not in line(20, balance=None)
+    assert line(20, mfu=0.4321).endswith("  mfu  43.2%")
     assert "bits/byte      -" in line(20, bits_per_byte=None)
 
 

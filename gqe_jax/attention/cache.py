@@ -21,7 +21,10 @@ class KVCache:
     length: jax.Array
 
     @classmethod
-    def empty(cls, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike) -> "KVCache":
+    def empty(
+        cls, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+    ) -> "KVCache":
+        """A cache that holds nothing yet."""
         shape = (batch, capacity, num_kv_heads, head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 

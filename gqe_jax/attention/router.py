@@ -11,7 +11,7 @@ from gqe_jax.linear import Linear
 
 
 class RouterBias(nnx.Variable):
-    """Loss-free balancing's bias of the selection, float32 [G, M]: state that the training step nudges, no parameter."""
+    """Bias of the selection for loss-free balancing, float32 [G, M]: no parameter, the training step nudges it."""
 
 
 @jax.tree_util.register_dataclass

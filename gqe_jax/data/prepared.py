@@ -27,7 +27,8 @@ def open_data(config: DataConfig, model: ModelConfig) -> PreparedData:
     """Opens `config.path`; None stands for the default corpus, prepared on first use.
 
     Raises:
-      ConfigError: missing or damaged data, rows longer than the model's context, token ids beyond its vocabulary.
+      ConfigError: missing or damaged data, rows longer than the model's context, ids beyond its vocabulary,
+        no held-out text.
     """
     if config.path is None:
         directory = default_corpus_dir(load_tokenizer(config.tokenizer), model.context)
@@ -39,5 +40,10 @@ def open_data(config: DataConfig, model: ModelConfig) -> PreparedData:
         raise ConfigError(
             f"model.context={model.context} is shorter than the rows of {directory}, which have {manifest.seq_len} "
             f"tokens: raise model.context, or prepare the data with --seq-len {model.context}"
+        )
+    if not manifest.heldout.bytes:
+        raise ConfigError(
+            f"data.path={str(directory)!r} holds no held-out text to evaluate on: prepare it again with "
+            f"--heldout above 0"
         )
     return PreparedData(directory, manifest, prepared_tokenizer(directory))

@@ -14,7 +14,7 @@ import jax
 from gqe_jax import flops
 from gqe_jax.config import ConfigError, GQEConfig, RunConfig, build, to_dict
 from gqe_jax.data.pipeline import train_batches
-from gqe_jax.data.prepared import open_data
+from gqe_jax.data.prepared import PreparedData, open_data
 from gqe_jax.evaluate.heldout import HeldOut, evaluate
 from gqe_jax.parallel.mesh import check_batch, make_mesh, replicated, shard_batch
 from gqe_jax.train import run as runs
@@ -72,13 +72,17 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
     # ---------------------------------------------------------------- model
     step = Step(config)
     parameters = flops.parameter_count(config.model)["total"]
-    _say(f"model: {config.name}, {parameters:,} parameters, attention {config.model.attention.kind}")
+    gigaflops = flops.flops_per_step(config.model, config.data.batch_size, data.manifest.seq_len) / 1e9
+    _say(
+        f"model: {config.name}, {parameters:,} parameters, attention {config.model.attention.kind}, {gigaflops:,.1f} "
+        f"GFLOP a step of {config.data.batch_size * data.manifest.seq_len:,} tokens"
+    )
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
 
         # ------------------------------------------------------------ restore
-        # 1. the run's newest checkpoint; 2. where that is damaged and the user says so, the one before; 3. a fresh start
+        # 1. the newest checkpoint; 2. the one before, if that is damaged and the user says so; 3. a fresh start
         checkpoints = stack.enter_context(
             Checkpoints(directory / runs.CHECKPOINTS, keep=config.train.keep, every=config.train.checkpoint_every)
         )
@@ -126,7 +130,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
         take_step = step.train.lower(state, batch).compile()
         _say(f"compiled the training step in {time.monotonic() - began:.1f} s; training from step {start} to {steps}")
 
-        log = Log(config, writer, tokens_per_byte=data.tokens_per_byte("train"), start=start)
+        log = Log(config, writer, data, start=start)
         stop = stack.enter_context(_signals())
         for now in range(start + 1, steps + 1):
             state, metrics = take_step(state, batch)
@@ -161,10 +165,11 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
 class Log:
     """Progress lines, metrics file and the check for finite numbers, one step behind the device."""
 
-    def __init__(self, config: RunConfig, writer: MetricWriter, *, tokens_per_byte: float, start: int):
+    def __init__(self, config: RunConfig, writer: MetricWriter, data: PreparedData, *, start: int):
         self.config = config
         self.writer = writer
-        self.bits_per_nat = tokens_per_byte / math.log(2)
+        self.seq_len = data.manifest.seq_len
+        self.bits_per_nat = data.tokens_per_byte("train") / math.log(2)
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.stopwatch = Stopwatch()
         self.tokens = 0
@@ -188,8 +193,8 @@ class Log:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteLoss(
                 f"step {step}: loss={loss}, gradient norm={norm}. The run has stopped; its last checkpoint is from "
-                f"before this step. Lower optimizer.learning_rate (now {self.config.optimizer.learning_rate}) or lengthen "
-                f"optimizer.warmup_steps, and start it again"
+                f"before this step. Lower optimizer.learning_rate (now {self.config.optimizer.learning_rate}) or "
+                f"lengthen optimizer.warmup_steps, and start it again"
             )
         self.tokens += int(tokens)
         if step % self.config.train.log_every == 0 or step in (1, self.config.train.steps):
@@ -220,12 +225,14 @@ class Log:
             self.config.train.steps - step,
         )
         self.logged_step, self.tokens, self.since, self.paused = step, 0, now, 0.0
+        work = flops.flops_per_token(self.config.model, self.seq_len) * rate  # FLOPs per second, of all devices
         shown = {
             "loss": float(metrics["loss"]),
             "bits_per_byte": float(metrics["loss"]) * self.bits_per_nat,
             "learning_rate": float(metrics["learning_rate"]),
             "gradient_norm": float(metrics["gradient_norm"]),
             "tokens_per_second": rate,
+            "mfu": flops.mfu(work, 1.0, jax.device_count(), jax.devices()[0].device_kind),
         }
         load = metrics.get("load")
         worst = None if load is None else balance(load)

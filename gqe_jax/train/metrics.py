@@ -207,6 +207,7 @@ def progress_line(
     tokens_per_second: float,
     seconds_left: float,
     balance: float | None,
+    mfu: float | None,
 ) -> str:
     """One line of fixed width for the terminal and the log file.
 
@@ -220,6 +221,7 @@ def progress_line(
       tokens_per_second: of training alone.
       seconds_left: until the end of the run.
       balance: `balance(load)`; None for a model without a router.
+      mfu: model FLOP utilisation; None where the devices' peak is not known.
     """
     fields = [
         f"step {step:>{len(str(steps))}}/{steps}",
@@ -232,6 +234,8 @@ def progress_line(
     ]
     if balance is not None:
         fields.append(f"router max/mean {balance:5.2f}")
+    if mfu is not None:
+        fields.append(f"mfu {mfu:6.1%}")
     return "  ".join(fields)
 
 

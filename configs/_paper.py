@@ -1,0 +1,64 @@
+"""What the configurations of about 250M parameters share: the setting of arXiv 2606.20945, section 4.
+
+30B tokens of GPT-2's BPE in rows of 2048, 512 rows (1.05M tokens) a step; warm-up over 3B tokens, stable, decay.
+`head_dim=128` is the form for TPUs, whose matrix units are 128 wide: half as many heads, twice as wide, the same H · D.
+`laptop` keeps head counts and schedule and shrinks everything else: bytes, four layers, minutes on a CPU.
+"""
+
+from gqe_jax.config import defaults
+from gqe_jax.config_files import parse_argument
+
+TOKENS_PER_STEP = 512 * 2048
+
+
+def paper_config(name, argument, attention, **arguments):
+    """The configuration `name` for `argument`, what stands behind the colon on the command line.
+
+    Args:
+      attention: function of the arguments, H and G (query heads and KV groups) to the fields of model.attention.
+      **arguments: those that the file has beside laptop and head_dim, with their defaults.
+    """
+    arguments = parse_argument(argument, laptop=False, head_dim=64, **arguments)
+    heads = 1024 // arguments.head_dim
+    config = defaults(num_kv_heads=heads // 2, **attention(arguments, heads, heads // 2))
+    config.name = name
+
+    model, data, optimizer, train = config.model, config.data, config.optimizer, config.train
+    model.attention.head_dim = arguments.head_dim
+    model.vocab_size = 50_304  # GPT-2's 50,257, rounded up to a multiple of 128
+    model.d_model = 1024
+    model.num_layers = 16
+    model.d_ff = 3072
+    model.context = 2048
+    model.dtype = "bfloat16"
+    model.remat = "dots"
+
+    data.batch_size = 512
+
+    optimizer.learning_rate = 5e-4
+    optimizer.min_learning_rate = 1e-5
+    optimizer.warmup_steps = round(3e9 / TOKENS_PER_STEP)
+    optimizer.decay_steps = round(6e9 / TOKENS_PER_STEP)  # the last fifth
+
+    train.steps = round(30e9 / TOKENS_PER_STEP)
+    train.eval_every = 1000
+    train.eval_batches = 8
+    train.checkpoint_every = 500
+
+    if arguments.laptop:
+        model.attention.head_dim = 16
+        model.vocab_size = 259
+        model.d_model = 128
+        model.num_layers = 4
+        model.d_ff = 384
+        model.context = 256
+        model.dtype = "float32"
+        model.remat = "none"
+        data.batch_size = 8
+        optimizer.learning_rate = 2e-3
+        optimizer.warmup_steps = 20
+        optimizer.decay_steps = 40
+        train.steps = 200
+        train.eval_every = 100
+        train.checkpoint_every = 100
+    return config

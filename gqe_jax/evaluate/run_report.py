@@ -1,0 +1,248 @@
+"""`gqe inspect run`: what a run is and how it went, from its directory alone, as text and as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gqe_jax.config import ConfigError, ModelConfig, RunConfig, build
+from gqe_jax.flops import parameter_count
+
+BAR = 40  # characters of all bars of a line
+HEIGHT, WIDTH = 12, 64  # of the loss curve, in characters
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What a run's directory says.
+
+    Attributes:
+      directory: of the run.
+      config: from config.json.
+      metrics: lines of metrics.jsonl, by ascending step; each has "step".
+    """
+
+    directory: Path
+    config: RunConfig
+    metrics: list[dict[str, Any]]
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, finite values) of the lines that have the metric `name`."""
+        points = [(line["step"], line[name]) for line in self.metrics if isinstance(line.get(name), int | float)]
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        return np.asarray(steps, np.int64), np.asarray(values, np.float64)
+
+    def last(self, prefix: str) -> dict[str, Any]:
+        """The last line of training (prefix "") or of evaluation ("eval/"), by the names of its metrics."""
+        key = prefix + "loss"
+        return next((line for line in reversed(self.metrics) if key in line), {})
+
+    def load(self) -> np.ndarray | None:
+        """[L, G, M], share of tokens that selected each expert at the last logged step; None for dense attention."""
+        loads = (line["load"] for line in reversed(self.metrics) if line.get("load") is not None)
+        return next((np.asarray(load, np.float64) for load in loads), None)
+
+
+def read_run(directory: str | Path) -> RunRecord:
+    """Reads config.json and metrics.jsonl; a last line that a kill cut short is left out.
+
+    Raises:
+      ConfigError: no such directory, none of a run, or files that cannot be understood.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ConfigError(f"--run={str(directory)!r} is not a directory: give the one that `gqe train --run` wrote")
+    try:
+        config = build(json.loads((directory / "config.json").read_bytes()))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"--run={str(directory)!r} has no config.json, so no run was started there: give the directory that "
+            "`gqe train --run` wrote"
+        ) from None
+    except (ValueError, TypeError, AttributeError) as error:  # not JSON, not an object, or not our keys
+        raise ConfigError(
+            f"--run={str(directory)!r} has a config.json that is not one of a run ({error}): give the directory that "
+            "`gqe train --run` wrote, or use the version of gqe_jax that wrote it"
+        ) from error
+    path = directory / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    metrics = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            metrics.append({"step": None} | json.loads(line))
+            metrics[-1]["step"] = int(metrics[-1]["step"])
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{path}, line {number}, is not a JSON object with a step ({error}): repair or remove that line"
+            ) from error
+    return RunRecord(directory, config, sorted(metrics, key=lambda line: line["step"]))
+
+
+def report(run: RunRecord) -> str:
+    """The run in text: configuration, parameters, last metrics, loss curve, load of the experts."""
+    parts = [_configuration(run.config), _parameters(run.config.model)]
+    if run.last(""):
+        parts += [_last_metrics(run), "loss, nats per token\n" + plot_text(*run.series("loss"))]
+    else:
+        parts.append("no step was logged yet")
+    load = run.load()
+    if load is not None:
+        parts.append(_expert_load(load, run.last("").get("entropy")))
+    return "\n\n".join(parts)
+
+
+def _configuration(config: RunConfig) -> str:
+    model, attention, train = config.model, config.model.attention, config.train
+    name, heads = attention.query_heads
+    routing = ""
+    if attention.kind == "gqe":
+        routing = f", top_k {attention.top_k} of {attention.experts_per_group}, {attention.variant}"
+        routing += f", router {attention.router.kind}"
+    rows = {
+        "run": config.name,
+        "model": f"{model.num_layers} layers, d_model {model.d_model}, d_ff {model.d_ff}, "
+        f"vocabulary {model.vocab_size}, context {model.context}, {model.dtype}",
+        "attention": f"{attention.kind}: {name} {heads}, num_kv_heads {attention.num_kv_heads}, "
+        f"head_dim {attention.head_dim}{routing}",
+        "data": f"{config.data.path or 'default corpus'}, batch {config.data.batch_size} rows = "
+        f"{config.data.batch_size * model.context:,} tokens",
+        "optimizer": f"{config.optimizer.schedule}, peak {config.optimizer.learning_rate:g}, "
+        f"clip {config.optimizer.clip}",
+        "training": f"{train.steps} steps, seed {train.seed}",
+    }
+    return _table(rows)
+
+
+def _parameters(model: ModelConfig) -> str:
+    counts = parameter_count(model)
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count and name != "total")
+    return _table({"parameters": f"{counts['total']:,} ({parts})"})
+
+
+def _last_metrics(run: RunRecord) -> str:
+    rows = {}
+    for title, line in (("last step", run.last("")), ("last evaluation", run.last("eval/"))):
+        shown = [f"{name.removeprefix('eval/')} {value:,.6g}" for name, value in line.items() if _is_number(value)]
+        if line:
+            rows[title] = ", ".join(shown)
+    return _table(rows)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _table(rows: dict[str, str]) -> str:
+    width = max(15, *map(len, rows))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def plot_text(x: np.ndarray, y: np.ndarray, width: int = WIDTH, height: int = HEIGHT) -> str:
+    """A curve of characters: each column is the mean of the points that fall into it, empty where there are none.
+
+    Args:
+      x: ascending.
+      y: the same number of values.
+      width, height: of the plotting area, in characters.
+    """
+    if not len(x):
+        return "(no finite values)"
+    span = max(x[-1] - x[0], 1)
+    columns = np.minimum((x - x[0]) * width // span, width - 1)
+    means = {column: y[columns == column].mean() for column in np.unique(columns)}
+    low, high = min(means.values()), max(means.values())
+    step = (high - low) / (height - 1) or 1.0
+    grid = [[" "] * width for _ in range(height)]
+    for column, value in means.items():
+        grid[round((high - value) / step)][column] = "*"
+    lines = []
+    for row, cells in enumerate(grid):
+        labelled = row in (0, height // 2, height - 1) if high > low else row == 0
+        label = f"{high - row * step:9.4f}" if labelled else ""
+        lines.append(f"{label:>9} |{''.join(cells)}".rstrip())
+    first, last = str(x[0]), str(x[-1])
+    return "\n".join([*lines, " " * 10 + "+" + "-" * width, " " * 11 + first + last.rjust(width - len(first))])
+
+
+def _expert_load(load: np.ndarray, entropy: Sequence[float] | None) -> str:
+    """One block per layer: balance and entropy, then each group's shares with bars."""
+    layers, groups, experts = load.shape
+    bar = BAR // experts  # none where many experts share the line
+    balance = load.max(-1) / np.maximum(load.mean(-1), 1e-9)
+    title = f"expert load at the last logged step: {layers} layers, {groups} groups, {experts} experts per group"
+    lines = [title, "share of tokens per expert; max/mean: 1 is perfect balance"]
+    entropies = np.atleast_1d(np.asarray(entropy, np.float64)) if entropy is not None else np.full(layers, np.nan)
+    for layer in range(layers):
+        head = f"layer {layer}: max/mean {balance[layer].max():.2f}"
+        if np.isfinite(entropies[layer]):
+            head += f", entropy {entropies[layer]:.3f} of {math.log(experts):.3f} nats"
+        lines.append(head)
+        for group in range(groups):
+            shares = load[layer, group]
+            bars = "  ".join(f"{share:6.1%} {'#' * round(share * bar):<{bar}}" for share in shares)
+            lines.append(f"  group {group:<2} {bars}".rstrip())
+    return "\n".join(lines)
+
+
+def write_png(run: RunRecord, path: str | Path) -> None:
+    """Loss curve, and for GQE a heat map of the experts' load (layers down, experts across), as a PNG file.
+
+    Raises:
+      ConfigError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            f"--png={str(path)!r} needs matplotlib, which is not installed ({error}): pip install 'gqe_jax[viz]', or "
+            "leave --png out"
+        ) from error
+    load = run.load()
+    figure = Figure(figsize=(12 if load is not None else 7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 1 if load is None else 2, squeeze=False)[0]
+    for name, style in (("loss", "-"), ("eval/loss", "o-")):
+        steps, values = run.series(name)
+        if len(steps):
+            axes[0].plot(steps, values, style, label={"loss": "training", "eval/loss": "held out"}[name])
+    axes[0].set(title=f"{run.config.name}: loss", xlabel="step", ylabel="nats per token")
+    if axes[0].lines:
+        axes[0].legend()
+    if load is not None:
+        layers, groups, experts = load.shape
+        image = axes[1].imshow(load.reshape(layers, -1), aspect="auto", vmin=0, vmax=1, interpolation="nearest")
+        for group in range(1, groups):
+            axes[1].axvline(group * experts - 0.5, color="white", linewidth=1)
+        axes[1].set(title="share of tokens per expert", ylabel="layer", xlabel="group")
+        axes[1].set_xticks([(group + 0.5) * experts - 0.5 for group in range(groups)], [str(g) for g in range(groups)])
+        figure.colorbar(image, ax=axes[1])
+    try:
+        figure.savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise ConfigError(f"--png={str(path)!r} cannot be written ({error.strerror}): choose another file") from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `gqe inspect run`."""
+    parser.add_argument("--run", required=True, metavar="DIR", help="directory of the run")
+    parser.add_argument("--png", metavar="FILE", help="also draw loss and expert load (extra `viz`)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report, and draws it if asked. Raises ConfigError for what `read_run` and `write_png` refuse."""
+    record = read_run(args.run)
+    if args.png is not None:
+        write_png(record, args.png)
+    print(report(record))
+    if args.png is not None:
+        print(f"wrote {args.png}", file=sys.stderr)
+    return 0

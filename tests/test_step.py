@@ -1,0 +1,173 @@
+"""The training step. With plain SGD at rate 1 the change of the parameters is the gradient, so it can be read."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from gqe_jax.config import DataConfig, GQAConfig, GQEConfig, ModelConfig, OptimizerConfig, RouterConfig, RunConfig, TrainConfig
+from gqe_jax.models.transformer import Transformer
+from gqe_jax.train.step import Step
+
+GQA = GQAConfig(num_query_heads=4, num_kv_heads=2, head_dim=8, implementation="reference")
+
+
+def gqe(**router):
+    return GQEConfig(
+        num_query_experts=4, num_kv_heads=2, head_dim=8, implementation="reference", router=RouterConfig(**router)
+    )
+
+
+@functools.cache
+def make_step(attention, accumulate=1, rate=1.0, batch_size=8):
+    model = ModelConfig(
+        vocab_size=37, d_model=16, num_layers=2, d_ff=24, context=16, dtype="float32", init_std=0.2, attention=attention
+    )
+    train = TrainConfig(steps=10, accumulate=accumulate, loss_chunk=4)
+    optimizer = OptimizerConfig(warmup_steps=0, decay_steps=0)
+    config = RunConfig(model=model, data=DataConfig(batch_size=batch_size), train=train, optimizer=optimizer)
+    return Step(config, optax.sgd(rate))
+
+
+def make_batch(rows=8, length=7):
+    """Rows of unequal numbers of real tokens."""
+    rng = np.random.default_rng(0)
+    tokens, targets = rng.integers(1, 37, (2, rows, length)).astype(np.int32)
+    mask = np.arange(length) < rng.integers(2, length + 1, (rows, 1))
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    return {
+        "tokens": tokens, "targets": targets, "segment_ids": mask.astype(np.int32), "positions": positions, "mask": mask
+    }
+
+
+def gradient(step, batch):
+    """(gradient, metrics, state after) of one step from the initial state."""
+    before = jax.tree.map(np.asarray, step.init().params)
+    after, metrics = step.train(step.init(), batch)
+    return jax.tree.map(lambda a, b: a - np.asarray(b), before, after.params), metrics, after
+
+
+def assert_trees_close(got, want, **tolerance):
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, **tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+def forward(step, params, batch):
+    """(mean loss per real token, router statistics), from the logits of all tokens at once."""
+    model = step.model(params, step.init().router_bias)
+    x, stats = model(jnp.asarray(batch["tokens"]), segment_ids=jnp.asarray(batch["segment_ids"]))
+    log_probs = jax.nn.log_softmax(model.logits(x))
+    losses = -jnp.take_along_axis(log_probs, jnp.asarray(batch["targets"])[..., None], axis=-1)[..., 0]
+    return jnp.where(batch["mask"], losses, 0.0).sum() / batch["mask"].sum(), stats
+
+
+def test_accumulation_changes_nothing_for_dense_models():
+    """Four microbatches with unequal numbers of real tokens: each contributes by its tokens, not by its own mean."""
+    batch = make_batch()
+    want, metrics, _ = gradient(make_step(GQA), batch)
+    got, accumulated, _ = gradient(make_step(GQA, accumulate=4), batch)
+    np.testing.assert_allclose(accumulated["loss"], metrics["loss"], atol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], forward(make_step(GQA), make_step(GQA).init().params, batch)[0], atol=1e-5)
+    assert accumulated["tokens"] == metrics["tokens"] == batch["mask"].sum()
+    assert_trees_close(got, want, atol=1e-6)
+
+
+def test_accumulated_router_losses_are_those_of_the_microbatches():
+    """The balance loss is a product of means, so it is taken per microbatch, and the mean of those enters the total."""
+    batch = make_batch()
+    quiet, loud = (gradient(make_step(gqe(load_balance_weight=w), 4), batch)[0] for w in (0.0, 1.0))
+    parts = [{name: rows[part::4] for name, rows in batch.items()} for part in range(4)]
+    by_part = []
+    for part in parts:
+        steps = [make_step(gqe(load_balance_weight=w), 1, batch_size=2) for w in (0.0, 1.0)]
+        by_part.append(jax.tree.map(np.subtract, gradient(steps[1], part)[0], gradient(steps[0], part)[0]))
+    want = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *by_part)
+    assert_trees_close(jax.tree.map(np.subtract, loud, quiet), want, atol=2e-6)
+
+
+@pytest.mark.parametrize("weights", [{"load_balance_weight": 20.0}, {"z_loss_weight": 20.0, "load_balance_weight": 0.0}])
+def test_router_losses_enter_the_total_by_their_weights(weights):
+    """The derivative along the gradient's own direction in the routers' parameters is the gradient's length there:
+    measured by a central difference of the loss put together here, summed over layers."""
+    step, batch = make_step(gqe(**weights)), make_batch()
+    grads, params = gradient(step, batch)[0], step.init().params
+    direction = grads["layers"]["attention"]["router"]["proj"]["kernel"]
+    length = np.sqrt(np.sum(direction**2))
+
+    @jax.jit
+    def total(shift):
+        moved = jax.tree.map(lambda p: p, params)
+        moved["layers"]["attention"]["router"]["proj"]["kernel"] += shift * direction / length
+        loss, stats = forward(step, moved, batch)
+        balance, z = stats.load_balance_loss.sum(), stats.z_loss.sum()
+        return loss + weights.get("load_balance_weight", 0.0) * balance + weights.get("z_loss_weight", 0.0) * z
+
+    assert length > 0.1
+    np.testing.assert_allclose((total(1e-3) - total(-1e-3)) / 2e-3, length, rtol=0.02)
+
+
+def test_loss_free_balancing_moves_against_the_load_error():
+    """By its rate, against the sign, for every layer, group and expert; it is no parameter (the optimizer's rate is 0
+    here); repeated, it evens out the load."""
+    step, batch = make_step(gqe(bias_update_rate=0.02, load_balance_weight=0.0), rate=0.0), make_batch()
+    state, metrics = step.train(step.init(), batch)
+    (bias,) = jax.tree.leaves(state.router_bias)
+    first = np.asarray(metrics["load"])
+    assert first.shape == bias.shape == (2, 2, 2)
+    np.testing.assert_allclose(bias, -0.02 * np.sign(first - 0.5), rtol=1e-6)
+    for _ in range(30):
+        state, metrics = step.train(state, batch)
+    assert np.abs(metrics["load"] - 0.5).max() < 0.5 * np.abs(first - 0.5).max()
+    assert make_step(gqe()).init().router_bias == {}
+
+
+@pytest.mark.parametrize("attention", [GQA, gqe(load_balance_weight=1.0, z_loss_weight=1.0)], ids=["gqa", "gqe"])
+def test_padding_rows_contribute_nothing(attention):
+    """Rows without a real token leave loss, gradient and token count as they are: batches can be filled up."""
+    batch = make_batch()
+    padded = {name: rows.copy() for name, rows in batch.items()}
+    for name in ("mask", "segment_ids"):
+        padded[name] = np.concatenate([padded[name], np.zeros_like(padded[name])])
+    for name in ("tokens", "targets", "positions"):
+        padded[name] = np.concatenate([padded[name], padded[name][::-1]])
+    want, metrics, _ = gradient(make_step(attention), batch)
+    got, padded_metrics, _ = gradient(make_step(attention), padded)
+    assert padded_metrics["tokens"] == metrics["tokens"]
+    np.testing.assert_allclose(padded_metrics["loss"], metrics["loss"], atol=1e-6)
+    assert_trees_close(got, want, atol=1e-6, rtol=1e-5)
+
+
+def test_evaluation_sums_over_real_tokens():
+    """Nats and tokens of parts add up to those of the whole; they are what the training loss is made of."""
+    step, batch = make_step(GQA), make_batch()
+    params = step.init().params
+    whole = step.evaluate(params, {}, batch)
+    np.testing.assert_allclose(whole["nats"] / whole["tokens"], forward(step, params, batch)[0], rtol=1e-5)
+    parts = [step.evaluate(params, {}, {name: rows[i : i + 4] for name, rows in batch.items()}) for i in (0, 4)]
+    np.testing.assert_allclose(sum(part["nats"] for part in parts), whole["nats"], rtol=1e-6)
+    assert sum(part["tokens"] for part in parts) == whole["tokens"] == batch["mask"].sum()
+
+
+def test_the_random_router_draws_anew_at_each_step_and_repeats_with_the_seed():
+    """Step s draws from fold_in(key, s): another choice each step, the same when a step is repeated."""
+    step, batch = make_step(gqe(kind="random"), rate=0.0), make_batch()
+    (state, first), (_, again) = step.train(step.init(), batch), step.train(step.init(), batch)
+    _, second = step.train(state, batch)
+    np.testing.assert_array_equal(first["load"], again["load"])
+    assert (first["load"] != second["load"]).any() and (first["load"][0] != first["load"][1]).any()
+    assert first["loss"] != second["loss"]
+
+
+def test_init_is_a_function_of_the_seed():
+    """The same arrays each time, and another model with another seed."""
+    step = make_step(GQA)
+    assert_trees_close(step.init().params, step.init().params, atol=0)
+    other = Step(dataclasses.replace(step.config, train=dataclasses.replace(step.config.train, seed=1)), optax.sgd(1.0))
+    assert (step.init().params["vocabulary"]["embedding"] != other.init().params["vocabulary"]["embedding"]).any()
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(step.config.model, rngs=nnx.Rngs(0))))
+    assert jax.tree.structure(nnx.to_pure_dict(state)) == jax.tree.structure(step.init().params)
