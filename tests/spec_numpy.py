@@ -22,7 +22,7 @@ def attention(q, k, v, visible, softcap):
     scores = q @ k.T / np.sqrt(q.shape[-1])
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
-    weights = np.where(visible, np.exp(scores - scores.max(initial=-np.inf, axis=-1, where=visible, keepdims=True)), 0.0)
+    weights = np.where(visible, np.exp(scores - scores.max(axis=-1, keepdims=True)), 0.0)
     total = weights.sum(-1, keepdims=True)
     return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0) @ v
 

@@ -190,7 +190,8 @@ def test_padding_keys_and_statistics():
         y, stats = apply(params, rest, x, segment_ids=segment_ids)
         return jnp.where(real[..., None], y, 0.0), stats.reduced()
 
-    for got, want in zip(jax.tree.leaves(outputs(np.where(real[..., None], X, 50))), jax.tree.leaves(outputs(X)), strict=True):
+    filled = np.where(real[..., None], X, 50)
+    for got, want in zip(jax.tree.leaves(outputs(filled)), jax.tree.leaves(outputs(X)), strict=True):
         np.testing.assert_array_equal(got, want)
     total = jax.grad(lambda x: sum(jnp.sum(jnp.square(a)) for a in jax.tree.leaves(outputs(x))))
     gradient = jax.jit(total)(X)
@@ -223,20 +224,20 @@ def test_layer_under_nnx_jit_and_eagerly_without_a_mesh():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "options", "message"),
+    ("sizes", "message"),
     [
-        ((16, 16, 8, 3), {}, r"top_k=3 exceeds experts_per_group=2 \(num_query_experts=16 / num_kv_heads=8\): lower top_k"),
-        ((16, 4, 2, 0), {}, r"top_k=0 must be positive"),
-        ((16, 6, 4, 1), {}, r"num_query_experts=6 is not a multiple of num_kv_heads=4: .* change either"),
-        ((18, 4, 2, 1), {}, r"head_dim=None means d_model / num_query_experts, but 18 / 4 is no integer: set head_dim"),
-        ((16, 4, 2, 1, 5), {}, r"head_dim=5 is odd, but rotary embedding .*: make head_dim even, or set rope_theta=None"),
-        ((20, 4, 2, 1), {}, r"head_dim=5 is odd, but rotary embedding"),
+        ((16, 16, 8, 3), r"top_k=3 exceeds experts_per_group=2 \(num_query_experts=16 / num_kv_heads=8\): lower top_k"),
+        ((16, 4, 2, 0), r"top_k=0 must be positive"),
+        ((16, 6, 4, 1), r"num_query_experts=6 is not a multiple of num_kv_heads=4: .* change either"),
+        ((18, 4, 2, 1), r"head_dim=None means d_model / num_query_experts, but 18 / 4 is no integer: set head_dim"),
+        ((16, 4, 2, 1, 5), r"head_dim=5 is odd, but rotary embedding .*: make head_dim even, or set rope_theta=None"),
+        ((20, 4, 2, 1), r"head_dim=5 is odd, but rotary embedding"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(sizes, options, message):
+def test_sizes_that_do_not_fit_are_refused(sizes, message):
     """At construction, with field, value, rule and remedy."""
     with pytest.raises(ConfigError, match=message):
-        GQEAttention(*sizes, **options, rngs=nnx.Rngs(0))
+        GQEAttention(*sizes, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("make", [tiny.gqe, tiny.gqa])

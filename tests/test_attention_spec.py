@@ -140,7 +140,8 @@ def test_gradients_with_all_experts_equal_those_of_dense_attention():
 
     def gradients(layer):
         apply, params, rest = tiny.split(layer)
-        params, x_bar = jax.jit(jax.grad(lambda params, x: jnp.sum(apply(params, rest, x)[0] * weights), (0, 1)))(params, x)
+        loss = jax.grad(lambda params, x: jnp.sum(apply(params, rest, x)[0] * weights), (0, 1))
+        params, x_bar = jax.jit(loss)(params, x)
         nnx.update(layer, params)
         return layer_to_torch(layer) | {"x": x_bar}
 

@@ -39,7 +39,7 @@ def test_the_dtype_is_the_cache_s():
 def test_more_tokens_than_the_cache_holds_are_refused():
     """With the numbers and the remedy; under jit by the static sizes alone."""
     cache = EMPTY.append(*tokens(4))
-    with pytest.raises(ValueError, match=r"3 new tokens behind the 4 held exceed the cache's capacity of 6 tokens: make"):
+    with pytest.raises(ValueError, match=r"3 new tokens behind the 4 held exceed the cache's capacity of 6 tokens"):
         cache.append(*tokens(3))
     with pytest.raises(ValueError, match=r"7 new tokens behind the 0 held exceed the cache's capacity of 6"):
         jax.jit(KVCache.append)(EMPTY, *tokens(7))

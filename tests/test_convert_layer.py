@@ -106,7 +106,8 @@ def test_every_mismatch_is_listed_and_nothing_changes():
     with pytest.raises(ValueError) as error:
         layer_from_torch(layer, state)
     assert str(error.value).splitlines() == [
-        "the state does not fit this GQEAttention; make the layer with the sizes and options that the state was made for:",
+        "the state does not fit this GQEAttention; make the layer with the sizes and options that the state was made "
+        "for:",
         "  k_proj.bias is missing, expected shape (16,)",
         "  v_proj.bias has dtype int8, expected floating point",
         "  o_proj.weight has shape (32, 16), expected (16, 32)",
@@ -129,7 +130,8 @@ def test_routers_without_parameters(kind):
         layer_from_torch(learned, state)
         want = tiny.call(learned, tiny.inputs())[0]
         np.testing.assert_allclose(tiny.call(layer, tiny.inputs())[0], want, atol=1e-6)
-    with pytest.raises(ValueError, match=f"router.weight is not zero, but the layer's router.kind='{kind}' learns nothing"):
+    message = f"router.weight is not zero, but the layer's router.kind='{kind}' learns nothing"
+    with pytest.raises(ValueError, match=message):
         layer_from_torch(layer, state | {"router.weight": np.ones((4, 16))})
     with pytest.raises(ValueError, match=r"router.weight has shape \(4, 15\), expected \(4, 16\)"):
         layer_from_torch(layer, state | {"router.weight": np.zeros((4, 15))})

@@ -86,13 +86,18 @@ def test_up_to_the_last_token_of_the_context(generator, greedy_uncached):
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=0.7, top_k=9, top_p=0.9, seed=5)])
 def test_a_row_depends_on_no_other_row(generator, sampling):
     """Rows are padded to the longest, and draw by (seed, row, position): a row's tokens are those of a batch in which
-    the others are other prompts of other lengths, in another bucket."""
+    the others are other prompts of other lengths, in another bucket, and greedy ones those of the row alone."""
     rows = prompts(0, 50, 17)
     together = generator.generate(rows, max_new_tokens=12, sampling=sampling, stop_tokens=())
     for row, prompt in enumerate(rows):
-        others = prompts(*([5] * row), seed=1)
-        alone = generator.generate([*others, prompt], max_new_tokens=12, sampling=sampling, stop_tokens=())
-        np.testing.assert_array_equal(together[row], alone[row])
+        others = prompts(5, 9, 7, seed=1)
+        others[row] = prompt
+        again = generator.generate(others, max_new_tokens=12, sampling=sampling, stop_tokens=())
+        np.testing.assert_array_equal(together[row], again[row])
+    if sampling.temperature == 0:  # then the row's number is no part of it
+        for row, prompt in enumerate(rows):
+            (alone,) = generator.generate([prompt], max_new_tokens=12, stop_tokens=())
+            np.testing.assert_array_equal(together[row], alone)
 
 
 def test_bucket_does_not_reach_dynamic_rotary_scaling():
@@ -119,8 +124,8 @@ def test_cast_weights_leave_the_logits_alone():
     np.testing.assert_array_equal(model_logits(model), model_logits(nnx.merge(graphdef, generator._params)))
 
 
-def test_stop_tokens(model, generator):
-    """A row ends before its first stop token, the others go on; () switches even eos off."""
+def test_stop_tokens(generator):
+    """A row ends before its first stop token, the others go on."""
     rows = prompts(4, 9, 21)
     free = generator.generate(rows, max_new_tokens=24, stop_tokens=())
     assert all(len(row) == 24 for row in free)
@@ -131,10 +136,19 @@ def test_stop_tokens(model, generator):
         np.testing.assert_array_equal(row, tokens[:end])
     assert len(stopped[0]) <= 5
 
-    own = Generator(model, eos_id=stops[0])  # eos stops by default
-    with_eos = own.generate([rows[0]], max_new_tokens=24, stop_tokens=())[0]
-    end = next((i for i, token in enumerate(with_eos) if token == stops[0]), 24)
-    np.testing.assert_array_equal(own.generate([rows[0]], max_new_tokens=24)[0], with_eos[:end])
+
+def test_eos_stops_by_default():
+    """The greedy tokens are taken once with nothing to stop them: the default ends before the first eos among them."""
+    model = make_model("gqa", implementation="reference")
+    (prompt,) = prompts(4)
+    for eos_id in range(3, VOCAB_SIZE):
+        generator = Generator(model, eos_id=eos_id)
+        (free,) = generator.generate([prompt], max_new_tokens=24, stop_tokens=())
+        if eos_id in free:
+            (stopped,) = generator.generate([prompt], max_new_tokens=24)
+            np.testing.assert_array_equal(stopped, free[: free.tolist().index(eos_id)])
+            return
+    raise AssertionError("no token generated itself: choose another seed for the model")
 
 
 def test_stream_gives_tokens_position_by_position(generator):
@@ -334,34 +348,39 @@ def test_token_errors():
         Generator(make_model("gqa"), eos_id=99)
 
 
-class TestCommandLine:
-    @pytest.fixture(scope="class")
-    def byte_model(self):
-        return make_model("gqe", context=128, vocab_size=259)
+@pytest.fixture(scope="module")
+def byte_model():
+    return make_model("gqa", context=128, vocab_size=259, implementation="reference")
 
+
+@pytest.fixture(scope="module")
+def byte_generator(byte_model):
+    return Generator(byte_model, eos_id=EOS)
+
+
+class TestCommandLine:
     def run(self, model, *options):
         parser = argparse.ArgumentParser()
         add_arguments(parser)
         return run_generation(model, load_tokenizer("bytes"), parser.parse_args(options))
 
-    def expected(self, model, *texts, count):
+    def expected(self, generator, *texts, count):
         tokenizer = load_tokenizer("bytes")
-        generator = Generator(model, eos_id=tokenizer.eos_id)
         sampling = Sampling(temperature=0.8, top_p=0.95, seed=4)
         rows = generator.generate([tokenizer.encode(text) for text in texts], max_new_tokens=count, sampling=sampling)
         return [text + tokenizer.decode(row) for text, row in zip(texts, rows, strict=True)]
 
-    def test_single_prompt(self, byte_model, capsys):
+    def test_single_prompt(self, byte_model, byte_generator, capsys):
         """The prompt is echoed, and the streamed pieces make up the decoded whole; timings go to stderr."""
         assert self.run(byte_model, "--prompt", "def ", "--max-new-tokens", "40", "--seed", "4") == 0
         out, err = capsys.readouterr()
-        assert [out] == [text + "\n" for text in self.expected(byte_model, "def ", count=40)]
+        assert [out] == [text + "\n" for text in self.expected(byte_generator, "def ", count=40)]
         assert "tokens/s" in err and "prefill of 5 tokens" in err and err.count("\n") == 1
 
-    def test_several_prompts(self, byte_model, capsys):
+    def test_several_prompts(self, byte_model, byte_generator, capsys):
         """Rows are computed together and printed one after another."""
         self.run(byte_model, "--prompt", "a", "--prompt", "bc", "--max-new-tokens", "20", "--seed", "4")
-        first, second = self.expected(byte_model, "a", "bc", count=20)
+        first, second = self.expected(byte_generator, "a", "bc", count=20)
         assert capsys.readouterr().out == f"--- prompt 1 of 2\n{first}\n--- prompt 2 of 2\n{second}\n"
 
     def test_prompt_file(self, byte_model, capsys, tmp_path):

@@ -28,7 +28,7 @@ def route(config, x=X, *, G=2, M=4, k=2, segment_ids=None, rngs=None, bias=None,
 
 @settings(deadline=None, max_examples=40)
 @given(
-    hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=3, max_side=5), elements=st.integers(-2, 2).map(float)),
+    hnp.arrays(np.float32, hnp.array_shapes(max_dims=3, max_side=5), elements=st.integers(-2, 2).map(float)),
     st.data(),
 )
 def test_top_k_is_a_stable_descending_sort(scores, data):
@@ -64,7 +64,7 @@ def test_loss_free_bias_selects_but_leaves_probabilities():
     config = RouterConfig(init_std=1.0, bias_update_rate=0.1)
     bias = np.array([[0, 0, 2, 0], [0, 2, 0, 0]])
     _, _, plain = route(config)
-    index, _, stats = route(config, bias=bias)
+    _, _, stats = route(config, bias=bias)
     np.testing.assert_array_equal(stats.load[[0, 1], [2, 1]], [1, 1])
     assert plain.load[0, 2] < 1 and plain.load[1, 1] < 1
     for name in ("router_probs", "mean_prob", "entropy", "z_loss"):
@@ -151,18 +151,15 @@ def test_jitter_needs_rngs_and_reaches_the_router_alone():
     """Without rngs (evaluation) it is off. With them the probabilities move, by no more than the factor on the input
     allows: |Δ logit| <= jitter · Σ|x w|."""
     layer = tiny.gqe(2, 4, 1, router=RouterConfig(jitter=0.1))
-    y, stats = tiny.call(layer, X)
+    _, stats = tiny.call(layer, X)
     want = spec_numpy.layer(layer_to_torch(layer), X, **tiny.spec_options(layer))
     np.testing.assert_allclose(stats.router_probs, want.probs, atol=1e-6)
-    y2, jittered = tiny.call(layer, X, rngs=nnx.Rngs(router=0))
+    _, jittered = tiny.call(layer, X, rngs=nnx.Rngs(router=0))
     assert (jittered.router_probs != stats.router_probs).any()
     bound = 0.1 * np.einsum("bsd,nd->bsn", np.abs(X), np.abs(layer_to_torch(layer)["router.weight"]))
     moved = np.abs(np.log(jittered.router_probs) - np.log(stats.router_probs))
     assert np.all(moved <= 2 * bound.reshape(2, 9, 2, 4).max(-1, keepdims=True) + 1e-6)
-    held = spec_numpy.layer(
-        layer_to_torch(layer), X, **tiny.spec_options(layer), expert_index=np.asarray(jittered.expert_index),
-    )
-    # all but the weights of ō come from the unjittered input: with W_o's rows for ō at zero, nothing else differs
+    # All but the weights of ō comes from the unjittered input: with zeros for it in W_o, nothing but the choice differs.
     state = layer_to_torch(layer)
     state["o_proj.weight"][:, 2 * tiny.HEAD_DIM : 3 * tiny.HEAD_DIM] = 0
     layer_from_torch(layer, state)
@@ -189,5 +186,5 @@ def test_load_balance_loss_has_its_least_gradient_at_balance():
 @pytest.mark.parametrize("option", ["jitter", "bias_update_rate"])
 def test_a_router_without_parameters_refuses_what_it_cannot_do(kind, option):
     """Jitter and balancing act on learned probabilities."""
-    with pytest.raises(ConfigError, match=f"router.kind='{kind}' has nothing to learn or to balance: set router.jitter"):
+    with pytest.raises(ConfigError, match=f"router.kind='{kind}' has nothing to learn or to balance: set"):
         RouterConfig(kind=kind, **{option: 0.1})

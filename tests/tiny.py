@@ -7,7 +7,6 @@ import numpy as np
 from flax import nnx
 
 from gqe_jax.attention import GQAttention, GQEAttention
-from gqe_jax.config import RouterConfig
 from gqe_jax.convert import layer_from_torch, layer_to_torch
 
 D_MODEL, HEAD_DIM = 16, 8

@@ -8,28 +8,27 @@ from gqe_jax.kernels.mask import Mask
 
 
 def kv_bounds(
-    mask: Mask, num_q_blocks: int, block_q: int, block_k: int, kv_len: int
+    mask: Mask, q_starts: jax.Array, block_q: int, block_k: int, kv_len: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The range of key blocks to visit for each q block, and the part of it that needs no mask.
 
     Args:
       mask: with any number of batch rows; the range covers all of them.
-      num_q_blocks, block_q: q block i holds positions i·block_q to (i + 1)·block_q − 1; the last may exceed S.
+      q_starts: int32 [q blocks]; a block holds the block_q queries from there.
       block_k: keys per block; the last block may exceed T = kv_len.
 
     Returns:
-      first, whole_first, whole_end, end: int32 [num_q_blocks] each, in blocks, first <= whole_first <= whole_end <= end.
+      first, whole_first, whole_end, end: int32 [q blocks] each, in blocks of keys, none less than the one before it.
       Outside first..end no query of the block sees a key; within whole_first..whole_end every query of every batch row
       sees every key.
     """
     num_kv_blocks = -(-kv_len // block_k)
-    top = jnp.arange(num_q_blocks) * block_q
     shift = mask.q_offset - mask.kv_offset
-    # The key index on the diagonal, for the top and bottom row of each q block: the least and greatest of any batch row.
-    least, greatest = jnp.min(shift) + top, jnp.max(shift) + top + block_q - 1
+    # The key on the diagonal of a block's first and last query: the least and the greatest of any batch row.
+    least, greatest = jnp.min(shift) + q_starts, jnp.max(shift) + q_starts + block_q - 1
 
-    first, end = jnp.zeros_like(top), jnp.full_like(top, kv_len)
-    whole_first, whole_end = jnp.zeros_like(top), jnp.full_like(top, kv_len)
+    first, end = jnp.zeros_like(q_starts), jnp.full_like(q_starts, kv_len)
+    whole_first, whole_end = jnp.zeros_like(q_starts), jnp.full_like(q_starts, kv_len)
     if mask.causal:
         end = jnp.minimum(end, greatest + 1)
         whole_end = jnp.minimum(whole_end, least + 1)
@@ -45,7 +44,7 @@ def kv_bounds(
     first, end = first // block_k, -(-end // block_k)
     whole_first, whole_end = -(-whole_first // block_k), whole_end // block_k
     if mask.q_segment_ids is not None:
-        segment_bounds = _segment_bounds(mask, num_q_blocks, block_q, num_kv_blocks, block_k)
+        segment_bounds = _segment_bounds(mask, q_starts, block_q, num_kv_blocks, block_k)
         first, whole_first = jnp.maximum(first, segment_bounds[0]), jnp.maximum(whole_first, segment_bounds[1])
         whole_end, end = jnp.minimum(whole_end, segment_bounds[2]), jnp.minimum(end, segment_bounds[3])
     first = jnp.clip(first, 0, num_kv_blocks)
@@ -54,23 +53,21 @@ def kv_bounds(
     return first, whole_first, jnp.clip(whole_end, whole_first, end), end
 
 
-def _segment_bounds(mask, num_q_blocks, block_q, num_kv_blocks, block_k):
+def _segment_bounds(mask, q_starts, block_q, num_kv_blocks, block_k):
     """The bounds by segments alone: blocks whose ranges of ids overlap, and blocks inside the q block's only segment.
 
     Exact for packed rows, whose ids grow along the row; safe for any ids.
     """
 
-    def extremes(ids, block, num_blocks):
-        ids = jnp.pad(ids, ((0, 0), (0, block * num_blocks - ids.shape[1]))).reshape(-1, num_blocks, block)
+    def extremes(ids):
         least_segment = jnp.min(jnp.where(ids == 0, jnp.iinfo(jnp.int32).max, ids), axis=-1)
         return jnp.min(ids, axis=-1), least_segment, jnp.max(ids, axis=-1)
 
-    q_least, q_least_segment, q_greatest = (
-        x[:, :, None] for x in extremes(mask.q_segment_ids, block_q, num_q_blocks)
-    )
-    kv_least, kv_least_segment, kv_greatest = (
-        x[:, None, :] for x in extremes(mask.kv_segment_ids, block_k, num_kv_blocks)
-    )
+    q_blocks = mask.q_segment_ids[:, q_starts[:, None] + jnp.arange(block_q)]
+    padding = num_kv_blocks * block_k - mask.kv_segment_ids.shape[1]
+    kv_blocks = jnp.pad(mask.kv_segment_ids, ((0, 0), (0, padding))).reshape(-1, num_kv_blocks, block_k)
+    q_least, q_least_segment, q_greatest = (x[:, :, None] for x in extremes(q_blocks))
+    kv_least, kv_least_segment, kv_greatest = (x[:, None, :] for x in extremes(kv_blocks))
     shared = jnp.any((kv_least_segment <= q_greatest) & (kv_greatest >= q_least_segment), axis=0)
     one_segment = (q_least == q_greatest) & (q_least != 0)
     whole = jnp.all(one_segment & (kv_least == q_least) & (kv_greatest == q_least), axis=0)
@@ -86,18 +83,11 @@ def _segment_bounds(mask, num_q_blocks, block_q, num_kv_blocks, block_k):
     return first, whole_first, jnp.where(one_run, whole_end, whole_first), end
 
 
-def seen_keys(mask: Mask, q_index: jax.Array, kv_start: jax.Array, num_keys: int) -> jax.Array:
-    """Which of the keys kv_start..kv_start + num_keys − 1 each query sees.
-
-    Args:
-      mask: of B batch rows.
-      q_index: int32 [R], indices of queries; indices past S see nothing that matters.
-
-    Returns:
-      bool [B, R, num_keys].
-    """
+def seen_keys(mask: Mask, q_start: jax.Array, num_queries: int, kv_start: jax.Array, num_keys: int) -> jax.Array:
+    """Which of `num_keys` keys from kv_start each of `num_queries` queries from q_start sees: bool [B, queries, keys]."""
+    q_index = q_start + jnp.arange(num_queries)[:, None]
     kv_index = kv_start + jnp.arange(num_keys)
-    distance = (mask.q_offset - mask.kv_offset)[:, None, None] + (q_index[:, None] - kv_index)
+    distance = (mask.q_offset - mask.kv_offset)[:, None, None] + (q_index - kv_index)
     seen = jnp.ones(distance.shape, bool)
     if mask.causal:
         seen &= distance >= 0
@@ -106,7 +96,7 @@ def seen_keys(mask: Mask, q_index: jax.Array, kv_start: jax.Array, num_keys: int
     if mask.kv_length is not None:
         seen &= kv_index < mask.kv_length[:, None, None]
     if mask.q_segment_ids is not None:
-        q_segment = jnp.take(mask.q_segment_ids, q_index, axis=1, mode="fill", fill_value=0)[:, :, None]
+        q_segment = lax.dynamic_slice_in_dim(mask.q_segment_ids, q_start, num_queries, axis=1)[:, :, None]
         kv_segment = lax.dynamic_slice_in_dim(mask.kv_segment_ids, kv_start, num_keys, axis=1)[:, None, :]
         seen &= (q_segment == kv_segment) & (q_segment != 0)
     return seen

@@ -5,7 +5,7 @@ q, k and the saved log-sum-exp). Loop bounds follow the mask (`kv_bounds.py`): a
 window, past `kv_length` or without a common segment is not visited, and only blocks that the mask cuts pay for a mask.
 
 Axes beyond the usual alphabet: R is the rows of a q block, slot-major (row = slot · block_q + position), so that the
-slots of a group share each block of K and V; a trailing T is the keys of one block.
+slots of a group share each block of K and V. "..." is B, G, or nothing where one head is computed at a time.
 """
 
 import dataclasses
@@ -23,7 +23,6 @@ from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.queries import prepare_queries
 
 LOG2_E = math.log2(math.e)
-ROUNDING_SHIFT = 1.5 * 2.0**23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,20 +31,15 @@ class _Plan:
 
     scale: float
     softcap: float | None
-    num_slots: int
-    block_q: int  # positions; rows are num_slots times as many
+    block_q: int  # positions; a block's rows are num_slots times as many
     block_k: int
+    few_rows: bool  # decode: K and V are read once, where they lie
     on_cpu: bool
 
     @property
-    def operand_dtype(self):
-        """CPUs have their fast matmul in float32."""
-        return jnp.dtype(jnp.float32) if self.on_cpu else None
-
-    @property
-    def few_rows(self) -> bool:
-        """Decode: K and V are then read once, where they lie, and all heads go together."""
-        return self.num_slots * self.block_q <= 16
+    def head_by_head(self) -> bool:
+        """On CPUs, so that a head's blocks stay in the cores' caches and its loops are as long as its own mask asks."""
+        return self.on_cpu and not self.few_rows
 
     @property
     def score_factor(self) -> float:
@@ -75,9 +69,9 @@ def xla(
     plan = _Plan(
         scale=scale,
         softcap=softcap,
-        num_slots=num_slots,
         block_q=-(-q_len // num_q_blocks),
         block_k=min(block_k, k.shape[1]),
+        few_rows=q_len * num_slots <= 16,
         on_cpu=jax.default_backend() == "cpu",
     )
     return _attend(plan, mask, q, k, v)
@@ -85,13 +79,40 @@ def xla(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan: _Plan, mask: Mask, q, k, v):
-    q_blocks = _to_q_blocks(plan, q)
-    if plan.few_rows:
-        o, lse = _forward(plan, mask, q_blocks, k, v)
-    else:
-        kv = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-        o, lse = _over_heads(plan, functools.partial(_forward, plan), mask, q_blocks, *kv)
-    return _from_q_blocks(plan, o, q.shape[1]).astype(q.dtype), _from_q_blocks(plan, lse, q.shape[1])
+    """o [B, S, G, K, D] in q's dtype and lse float32 [B, S, G, K]."""
+
+    def some_heads(heads, outputs):
+        k_block = _block_reader(plan, heads, k, transposed=True)
+        v_block = _block_reader(plan, heads, v)
+
+        def one_q_block(i, q_start, bounds, outputs):
+            del i
+            o, lse = outputs
+            q_i, factor = _scaled_queries(plan, heads.rows(q, q_start, plan.block_q))
+
+            def step(carry, start, seen):
+                row_max, row_sum, acc = carry
+                s, _ = _cap(plan, _dot(plan, "...rd,...dt->...rt", q_i, k_block(start)), factor)
+                if seen is not None:
+                    s = jnp.where(seen, s, -jnp.inf)
+                new_max = jnp.maximum(row_max, jnp.max(s, axis=-1))
+                p = _exp2(plan, s - new_max[..., None])
+                if seen is not None:
+                    p = jnp.where(seen, p, 0.0)
+                decay = jnp.exp2(row_max - new_max)
+                pv = _dot(plan, "...rt,...td->...rd", p, v_block(start))
+                return new_max, row_sum * decay + jnp.sum(p, axis=-1), acc * decay[..., None] + pv
+
+            carry = jnp.full(q_i.shape[:-1], EMPTY_LSE), jnp.zeros(q_i.shape[:-1]), jnp.zeros(q_i.shape)
+            row_max, row_sum, acc = _over_kv_blocks(plan, heads, mask, q.shape[3], q_start, bounds, k.shape[1], step, carry)
+            any_seen = row_sum > 0
+            row_sum = jnp.where(any_seen, row_sum, 1.0)
+            lse_i = jnp.where(any_seen, (row_max + jnp.log2(row_sum)) / LOG2_E, EMPTY_LSE)
+            return heads.put_rows(o, q_start, acc / row_sum[..., None]), heads.put_rows(lse, q_start, lse_i)
+
+        return _over_q_blocks(plan, heads.mask(mask), q.shape[1], k.shape[1], one_q_block, outputs)
+
+    return _over_heads(plan, q, some_heads, (jnp.zeros_like(q), jnp.zeros(q.shape[:-1])))
 
 
 def _attend_fwd(plan, mask, q, k, v):
@@ -100,155 +121,150 @@ def _attend_fwd(plan, mask, q, k, v):
 
 
 def _attend_bwd(plan, residuals, cotangents):
+    """Scores are formed transposed, [T, R]: all five matmuls then contract the last axis of a block of scores or its
+    first from the right, and none needs a transposed copy of one."""
     mask, q, k, v, o, lse = residuals
     do, dlse = cotangents
-    delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
-    rows = [_to_q_blocks(plan, x) for x in (q, do, lse, delta)]
-    kv = [x.transpose(0, 2, 1, 3) for x in (k, v)]
-    dq, dk, dv = _over_heads(plan, functools.partial(_backward, plan), mask, *rows, *kv)
-    dk, dv = dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
-    return None, _from_q_blocks(plan, dq, q.shape[1]).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+    def some_heads(heads, outputs):
+        k_block, v_block = _block_reader(plan, heads, k), _block_reader(plan, heads, v)
+        k_block_transposed = _block_reader(plan, heads, k, transposed=True)
+
+        def one_q_block(i, q_start, bounds, outputs):
+            dq, dk, dv = outputs
+            q_i, do_i, o_i, lse_i, dlse_i = (heads.rows(x, q_start, plan.block_q) for x in (q, do, o, lse, dlse))
+            # The last block ends at S. Rows that it shares with the one before have had their part.
+            fresh = jnp.tile(q_start + jnp.arange(plan.block_q) >= i * plan.block_q, q.shape[3])
+            do_i = jnp.where(fresh[:, None], do_i, 0).astype(jnp.float32)
+            delta_i = jnp.sum(o_i * do_i, axis=-1) - jnp.where(fresh, dlse_i, 0.0)
+            q_i, factor = _scaled_queries(plan, q_i)
+            q_i_transposed, do_i_transposed = jnp.swapaxes(q_i, -1, -2), jnp.swapaxes(do_i, -1, -2)
+            lse2_i, delta_i = LOG2_E * lse_i[..., None, :], delta_i[..., None, :]
+
+            def step(carry, start, seen):
+                dq_i, dk, dv = carry
+                s, slope = _cap(plan, _dot(plan, "...td,...dr->...tr", k_block(start), q_i_transposed), factor)
+                p = _exp2(plan, s - lse2_i)
+                if seen is not None:
+                    p = jnp.where(jnp.swapaxes(seen, -1, -2), p, 0.0)
+                ds = p * (_dot(plan, "...td,...dr->...tr", v_block(start), do_i_transposed) - delta_i)
+                if slope is not None:
+                    ds = ds * slope
+                dv = _add_at(dv, start, _dot(plan, "...tr,...rd->...td", p, do_i))
+                dk = _add_at(dk, start, _dot(plan, "...tr,...rd->...td", ds, q_i))
+                return dq_i + _dot(plan, "...dt,...tr->...dr", k_block_transposed(start), ds), dk, dv
+
+            carry = jnp.zeros(q_i_transposed.shape), dk, dv
+            dq_i, dk, dv = _over_kv_blocks(plan, heads, mask, q.shape[3], q_start, bounds, k.shape[1], step, carry)
+            dq_i = plan.scale * jnp.swapaxes(dq_i, -1, -2) + heads.rows(dq, q_start, plan.block_q)
+            return heads.put_rows(dq, q_start, dq_i), dk, dv
+
+        dq, *dkv_all = outputs
+        dkv = [jnp.zeros_like(heads.keys(x), jnp.float32) for x in (k, v)]
+        dq, dk, dv = _over_q_blocks(plan, heads.mask(mask), q.shape[1], k.shape[1], one_q_block, (dq, *dkv))
+        dk *= plan.scale / _query_factor(plan, q.dtype)
+        return dq, *(heads.put_keys(x, dx) for x, dx in zip(dkv_all, (dk, dv), strict=True))
+
+    return None, *_over_heads(plan, q, some_heads, [jnp.zeros_like(x) for x in (q, k, v)])
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _to_q_blocks(plan, x):
-    """[B, S, G, K, ...] → [B, G, q blocks, R, ...]; a last partial block is filled up with zeros."""
-    batch, q_len, num_groups, num_slots, *rest = x.shape
+@dataclasses.dataclass(frozen=True)
+class _Heads:
+    """All (batch row, group) pairs, or one of them, and where their data lie in the arguments' layout."""
+
+    b: jax.Array | int
+    g: jax.Array | int
+    batch: int
+    num_groups: int
+    leading: tuple[int, ...]  # (B, G), or () for one pair
+
+    def rows(self, x: jax.Array, start: jax.Array, length: int) -> jax.Array:
+        """[B, S, G, K, ...] → [..., R, ...], the block of `length` positions from `start`."""
+        num_slots, *rest = x.shape[3:]
+        sizes = (self.batch, length, self.num_groups, num_slots, *rest)
+        block = lax.dynamic_slice(x, (self.b, start, self.g, 0, *(0 for _ in rest)), sizes)
+        return jnp.moveaxis(block, 1, 3).reshape(*self.leading, num_slots * length, *rest)
+
+    def put_rows(self, x: jax.Array, start: jax.Array, rows: jax.Array) -> jax.Array:
+        """Writes what `rows` reads."""
+        num_slots, *rest = x.shape[3:]
+        block = jnp.moveaxis(rows.reshape(self.batch, self.num_groups, num_slots, -1, *rest), 3, 1)
+        return lax.dynamic_update_slice(x, block.astype(x.dtype), (self.b, start, self.g, 0, *(0 for _ in rest)))
+
+    def keys(self, x: jax.Array) -> jax.Array:
+        """[B, T, G, D] → [..., T, D]."""
+        _, length, _, head_dim = x.shape
+        x = lax.dynamic_slice(x, (self.b, 0, self.g, 0), (self.batch, length, self.num_groups, head_dim))
+        return x.transpose(0, 2, 1, 3).reshape(*self.leading, length, head_dim)
+
+    def put_keys(self, x: jax.Array, keys: jax.Array) -> jax.Array:
+        """Writes what `keys` reads."""
+        keys = keys.reshape(self.batch, self.num_groups, *keys.shape[-2:]).transpose(0, 2, 1, 3)
+        return lax.dynamic_update_slice(x, keys.astype(x.dtype), (self.b, 0, self.g, 0))
+
+    def mask(self, mask: Mask) -> Mask:
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, self.b, self.batch), mask)
+
+
+def _over_heads(plan, q, some_heads, outputs):
+    """some_heads(heads, outputs) → outputs, for all heads together or for one after the other."""
+    batch, _, num_groups, _, _ = q.shape
+    if not plan.head_by_head:
+        return some_heads(_Heads(0, 0, batch, num_groups, (batch, num_groups)), outputs)
+
+    def one_head(n, outputs):
+        return some_heads(_Heads(n // num_groups, n % num_groups, 1, 1, ()), outputs)
+
+    return lax.fori_loop(0, batch * num_groups, one_head, outputs)
+
+
+def _over_q_blocks(plan, mask, q_len, kv_len, one_q_block, outputs):
+    """one_q_block(i, q_start, kv bounds, outputs) → outputs, for each block of queries; the last one ends at S."""
     num_blocks = -(-q_len // plan.block_q)
-    x = jnp.pad(x, [(0, 0), (0, num_blocks * plan.block_q - q_len)] + [(0, 0)] * (x.ndim - 2))
-    x = x.reshape(batch, num_blocks, plan.block_q, num_groups, num_slots, *rest)
-    x = jnp.moveaxis(x, (3, 1, 4, 2), (1, 2, 3, 4))
-    return x.reshape(batch, num_groups, num_blocks, num_slots * plan.block_q, *rest)
+    q_starts = jnp.minimum(jnp.arange(num_blocks) * plan.block_q, q_len - plan.block_q)
+    bounds = kv_bounds(mask, q_starts, plan.block_q, plan.block_k, kv_len)
+
+    def body(i, outputs):
+        return one_q_block(i, q_starts[i], [bound[i] for bound in bounds], outputs)
+
+    return lax.fori_loop(0, num_blocks, body, outputs)
 
 
-def _from_q_blocks(plan, x, q_len):
-    """The inverse of `_to_q_blocks`."""
-    batch, num_groups, num_blocks, _, *rest = x.shape
-    x = x.reshape(batch, num_groups, num_blocks, plan.num_slots, plan.block_q, *rest)
-    x = jnp.moveaxis(x, (2, 4, 1, 3), (1, 2, 3, 4))
-    return x.reshape(batch, num_blocks * plan.block_q, num_groups, plan.num_slots, *rest)[:, :q_len]
-
-
-def _over_heads(plan, function, mask, *arrays_BxGx):
-    """function(mask, *arrays) for all (batch row, group) pairs: together, or on a CPU one after the other without the
-    leading axes. A pair's blocks then stay in the cores' caches, and its loops are as long as its own mask asks."""
-    if not plan.on_cpu:
-        return function(mask, *arrays_BxGx)
-    batch, num_groups = arrays_BxGx[0].shape[:2]
-    mask = jax.tree.map(lambda x: jnp.repeat(x, num_groups, axis=0)[:, None], mask)
-    arrays = [x.reshape(batch * num_groups, *x.shape[2:]) for x in arrays_BxGx]
-    results = lax.map(lambda xs: function(*xs), (mask, *arrays))
-    return jax.tree.map(lambda x: x.reshape(batch, num_groups, *x.shape[1:]), results)
-
-
-def _forward(plan, mask, q_blocks, k, v):
-    """o [..., q blocks, R, D] and lse [..., q blocks, R], float32, where ... is B, G or nothing. k is [..., D, T] and v
-    [..., T, D], the order in which a CPU's matmul wants them; with few rows both are [B, T, G, D]."""
-    *heads, num_q_blocks, num_rows, head_dim = q_blocks.shape
-    kv_len = k.shape[1] if plan.few_rows else k.shape[-1]
-
-    def key_block(start):
-        if plan.few_rows:
-            return lax.dynamic_slice_in_dim(k, start, plan.block_k, axis=1).transpose(0, 2, 3, 1)
-        return lax.dynamic_slice_in_dim(k, start, plan.block_k, axis=-1)
-
-    def value_block(start):
-        if plan.few_rows:
-            return lax.dynamic_slice_in_dim(v, start, plan.block_k, axis=1).transpose(0, 2, 1, 3)
-        return lax.dynamic_slice_in_dim(v, start, plan.block_k, axis=-2)
-
-    def one_q_block(xs):
-        i, q_i, bounds = xs
-        q_i, factor = _scaled_queries(plan, q_i)
-
-        def step(carry, start, seen):
-            row_max, row_sum, acc = carry
-            s, _ = _cap(plan, _dot(plan, "...rd,...dt->...rt", q_i, key_block(start)), factor)
-            if seen is not None:
-                s = jnp.where(seen, s, -jnp.inf)
-            new_max = jnp.maximum(row_max, jnp.max(s, axis=-1))
-            p = _exp2(plan, s - new_max[..., None])
-            if seen is not None:
-                p = jnp.where(seen, p, 0.0)
-            decay = jnp.exp2(row_max - new_max)
-            pv = _dot(plan, "...rt,...td->...rd", p, value_block(start))
-            return new_max, row_sum * decay + jnp.sum(p, axis=-1), acc * decay[..., None] + pv
-
-        rows = (*heads, num_rows)
-        carry = jnp.full(rows, EMPTY_LSE), jnp.zeros(rows), jnp.zeros((*rows, head_dim))
-        row_max, row_sum, acc = _over_kv_blocks(plan, mask, i, bounds, kv_len, step, carry, heads, rows_first=True)
-        any_seen = row_sum > 0
-        row_sum = jnp.where(any_seen, row_sum, 1.0)
-        lse = jnp.where(any_seen, (row_max + jnp.log2(row_sum)) / LOG2_E, EMPTY_LSE)
-        return acc / row_sum[..., None], lse
-
-    bounds = kv_bounds(mask, num_q_blocks, plan.block_q, plan.block_k, kv_len)
-    o, lse = lax.map(one_q_block, (jnp.arange(num_q_blocks), jnp.moveaxis(q_blocks, -3, 0), bounds))
-    return jnp.moveaxis(o, 0, -3), jnp.moveaxis(lse, 0, -2)
-
-
-def _backward(plan, mask, q_blocks, do_blocks, lse_blocks, delta_blocks, k, v):
-    """dq [..., q blocks, R, D], dk and dv [..., T, D], float32; k and v are [..., T, D]; ... is B, G or nothing.
-
-    Scores are formed transposed, [T, R]: all five matmuls then contract the last axis of a block of scores or its first
-    from the right, and none needs a transposed copy of one.
-    """
-    *heads, num_q_blocks, _, _ = q_blocks.shape
-    kv_len = k.shape[-2]
-    k_transposed = jnp.swapaxes(k, -1, -2)
-
-    def one_q_block(carry, xs):
-        i, q_i, do_i, lse_i, delta_i, bounds = xs
-        q_i, factor = _scaled_queries(plan, q_i)
-        q_i_transposed, do_i_transposed = jnp.swapaxes(q_i, -1, -2), jnp.swapaxes(do_i, -1, -2)
-        lse2_i, delta_i = LOG2_E * lse_i[..., None, :], delta_i[..., None, :]
-
-        def step(carry, start, seen):
-            dq_i, dk, dv = carry
-            k_j, v_j = (lax.dynamic_slice_in_dim(x, start, plan.block_k, axis=-2) for x in (k, v))
-            s, slope = _cap(plan, _dot(plan, "...td,...dr->...tr", k_j, q_i_transposed), factor)
-            p = _exp2(plan, s - lse2_i)
-            if seen is not None:
-                p = jnp.where(seen, p, 0.0)
-            ds = p * (_dot(plan, "...td,...dr->...tr", v_j, do_i_transposed) - delta_i)
-            if slope is not None:
-                ds = ds * slope
-            dv = _add_at(dv, start, _dot(plan, "...tr,...rd->...td", p, do_i))
-            dk = _add_at(dk, start, _dot(plan, "...tr,...rd->...td", ds, q_i))
-            k_j_transposed = lax.dynamic_slice_in_dim(k_transposed, start, plan.block_k, axis=-1)
-            return dq_i + _dot(plan, "...dt,...tr->...dr", k_j_transposed, ds), dk, dv
-
-        carry = (jnp.zeros(q_i_transposed.shape), *carry)
-        dq_i, dk, dv = _over_kv_blocks(plan, mask, i, bounds, kv_len, step, carry, heads, rows_first=False)
-        return (dk, dv), jnp.swapaxes(dq_i, -1, -2) * plan.scale
-
-    bounds = kv_bounds(mask, num_q_blocks, plan.block_q, plan.block_k, kv_len)
-    blocks = [jnp.moveaxis(x, len(heads), 0) for x in (q_blocks, do_blocks, lse_blocks, delta_blocks)]
-    carry = jnp.zeros(k.shape), jnp.zeros(v.shape)
-    (dk, dv), dq = lax.scan(one_q_block, carry, (jnp.arange(num_q_blocks), *blocks, bounds))
-    return jnp.moveaxis(dq, 0, -3), dk * (plan.scale / _query_factor(plan, q_blocks.dtype)), dv
-
-
-def _over_kv_blocks(plan, mask, i, bounds, kv_len, step, carry, heads, *, rows_first):
-    """step(carry, start, seen) over the blocks of keys that q block i sees; seen is None where all of it is."""
+def _over_kv_blocks(plan, heads, mask, num_slots, q_start, bounds, kv_len, step, carry):
+    """step(carry, start, seen) → carry, for each block of keys that the q block sees: seen is bool [..., R, T], or None
+    where all of the block is seen."""
     first, whole_first, whole_end, end = bounds
-    block_k = plan.block_k
+    mask = heads.mask(mask)
 
     def whole_step(j, carry):
-        return step(carry, j * block_k, None)
+        return step(carry, j * plan.block_k, None)
 
     def cut_step(j, carry):
         j = jnp.where(j < whole_first, j, j - whole_first + whole_end)
-        start = jnp.minimum(j * block_k, kv_len - block_k)  # the last block ends at T: its overlap is masked
-        q_index = i * plan.block_q + jnp.tile(jnp.arange(plan.block_q), plan.num_slots)
-        seen = seen_keys(mask, q_index, start, block_k) & (start + jnp.arange(block_k) >= j * block_k)
-        seen = seen if rows_first else jnp.swapaxes(seen, 1, 2)
-        return step(carry, start, seen[:, None] if heads else seen[0])
+        start = jnp.minimum(j * plan.block_k, kv_len - plan.block_k)  # the last block ends at T
+        seen = seen_keys(mask, q_start, plan.block_q, start, plan.block_k)
+        seen &= start + jnp.arange(plan.block_k) >= j * plan.block_k  # and shares keys with the one before
+        seen = jnp.tile(seen, (1, num_slots, 1))
+        return step(carry, start, seen[:, None] if heads.leading else seen[0])
 
     carry = lax.fori_loop(whole_first, whole_end, whole_step, carry)
     return lax.fori_loop(first, end - (whole_end - whole_first), cut_step, carry)
+
+
+def _block_reader(plan, heads, x, *, transposed=False):
+    """A function start → that block of K or V, [..., T, D] or transposed."""
+
+    def arrange(x):
+        keys = heads.keys(x).astype(jnp.float32) if plan.on_cpu else heads.keys(x)
+        return jnp.swapaxes(keys, -1, -2) if transposed else keys
+
+    if plan.few_rows:
+        return lambda start: arrange(lax.dynamic_slice_in_dim(x, start, plan.block_k, axis=1))
+    arranged = arrange(x)
+    return lambda start: lax.dynamic_slice_in_dim(arranged, start, plan.block_k, axis=-1 if transposed else -2)
 
 
 def _query_factor(plan, dtype):
@@ -274,7 +290,7 @@ def _cap(plan, s, factor):
 
 
 def _dot(plan, spec, a, b):
-    """einsum in float32, from float32 on CPUs and from the narrower of the operands' types elsewhere."""
+    """einsum with float32 results, from float32 on CPUs and from the narrower of the operands' types elsewhere."""
     dtype = jnp.float32 if plan.on_cpu else min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     precision = "highest" if dtype == jnp.float32 else None
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
@@ -285,9 +301,10 @@ def _add_at(x, start, update):
     return lax.dynamic_update_slice_in_dim(x, old + update, start, axis=-2)
 
 
+ROUNDING_SHIFT = np.float32(1.5 * 2**23)
 # 2^f on [-1/2, 1/2], degree 6 (Chebyshev interpolation), relative error 1e-8 before rounding.
-_EXP2_COEFFICIENTS = np.polynomial.Chebyshev.interpolate(np.exp2, 6, domain=[-0.5, 0.5]).convert(
-    kind=np.polynomial.Polynomial
+EXP2_COEFFICIENTS = (
+    np.polynomial.Chebyshev.interpolate(np.exp2, 6, domain=[-0.5, 0.5]).convert(kind=np.polynomial.Polynomial).coef
 )
 
 
@@ -300,11 +317,10 @@ def _exp2(plan, x):
     if not plan.on_cpu:
         return jnp.exp2(x)
     x = jnp.maximum(x, -126.0)
-    shifted = lax.bitcast_convert_type(x + np.float32(ROUNDING_SHIFT), jnp.int32)
-    n = shifted - np.float32(ROUNDING_SHIFT).view(np.int32)
+    n = lax.bitcast_convert_type(x + ROUNDING_SHIFT, jnp.int32) - ROUNDING_SHIFT.view(np.int32)
     f = x - n.astype(jnp.float32)
-    *rest, leading = (np.float32(c) for c in _EXP2_COEFFICIENTS.coef)
+    *rest, leading = EXP2_COEFFICIENTS.astype(np.float32)
     power = jnp.full_like(f, leading)
-    for c in reversed(rest):
-        power = power * f + c
+    for coefficient in reversed(rest):
+        power = power * f + coefficient
     return lax.bitcast_convert_type(lax.bitcast_convert_type(power, jnp.int32) + (n << 23), jnp.float32)

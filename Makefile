@@ -1,0 +1,57 @@
+# make demo    trains a small GQE language model on the text of Python's own standard library, evaluates it, samples from it
+# make test    runs the whole test suite
+# Both set up .venv first, with the versions that constraints.txt names. STEPS=9000 makes the demo longer (about an hour).
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/demo
+STEPS ?= 600
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+
+.PHONY: demo test test-fast lint clean
+
+demo: $(VENV)/.core
+	$(BIN)/gqe train --config smoke:steps=$(STEPS) --run $(RUN)
+	$(BIN)/gqe eval --run $(RUN)
+	$(BIN)/gqe generate --run $(RUN) --prompt 'def main(' --max-new-tokens 300
+	@echo
+	@echo 'The checkpoint is in $(RUN)/checkpoints. What to type next:'
+	@echo '  make demo STEPS=9000                                      train on, about an hour (now: $(STEPS) steps)'
+	@echo "  $(BIN)/gqe generate --run $(RUN) --prompt 'import '"
+	@echo '  $(BIN)/gqe inspect run --run $(RUN)                       loss curve and load of each expert'
+	@echo "  $(BIN)/gqe prepare --data 'path/**/*.txt' --out data/mine --seq-len 512"
+	@echo '  $(BIN)/gqe train --config smoke --config.data.path=data/mine --run runs/mine'
+
+test: $(VENV)/.dev
+	$(PYTEST) $(PYTEST_ARGS)
+
+# The quick part, for a second Python: needs no PyTorch.
+test-fast: $(VENV)/.test
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV)
+
+# What each environment has beyond the core is an extra of pyproject.toml.
+$(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(BIN)/pip:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gqe_jax needs Python 3.11 or newer; name one with make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
