@@ -1,8 +1,8 @@
 """A small GQE language model on bytes: a few minutes on a laptop's CPU.
 
   gqe train --config smoke --run runs/smoke                     the default corpus
-  gqe train --config smoke:steps=9000 --run runs/smoke          longer (about an hour on two cores): continues the run
-  gqe train --config smoke:kind=gqa --run runs/smoke_gqa        its dense twin: all eight query heads attend
+  gqe train --config smoke:steps=3600 --run runs/smoke          longer (about an hour on two cores): continues the run
+  gqe train --config smoke:kind=gqa --run runs/smoke_gqa        its dense twin: all four query heads attend
 """
 
 from gqe_jax.config import defaults
@@ -12,18 +12,18 @@ from gqe_jax.config_files import parse_argument
 def get_config(argument=None):
     """Arguments: steps (of the run), kind ("gqe" or "gqa")."""
     arguments = parse_argument(argument, steps=600, kind="gqe")
-    heads = {"num_kv_heads": 4, "head_dim": 32}
+    heads = {"num_kv_heads": 2, "head_dim": 64}
     if arguments.kind == "gqa":
-        config = defaults(kind="gqa", num_query_heads=8, **heads)
+        config = defaults(kind="gqa", num_query_heads=4, **heads)
     else:
-        config = defaults(num_query_experts=8, top_k=1, **heads)
+        config = defaults(num_query_experts=4, top_k=1, **heads)
     config.name = f"smoke_{arguments.kind}"
 
     model = config.model
     model.vocab_size = 259  # bytes
-    model.d_model = 128
-    model.num_layers = 6
-    model.d_ff = 384
+    model.d_model = 192
+    model.num_layers = 4
+    model.d_ff = 512
     model.context = 512
     model.dtype = "float32"  # CPUs have no fast bfloat16
 

@@ -4,11 +4,13 @@ Exit codes: 0 done; 1 the run failed (disk, numbers); 2 input that cannot be use
 """
 
 import argparse
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from gqe_jax.config import ConfigError
+from gqe_jax.config import ConfigError, nearest
 
 # Verb → function that adds its arguments and returns what runs it. Each imports what it needs: `gqe --help` is quick.
 Runner = Callable[[argparse.Namespace], int]
@@ -27,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         verbs.add_parser(verb, help=summary, add_help=False)
     if argv and argv[0] in VERBS:
         return _run_verb(argv[0], argv[1:])
+    if argv and not argv[0].startswith("-"):
+        parser.error(f"{argv[0]!r} is no verb: {nearest(argv[0], VERBS)}; gqe --help explains them")
     parser.parse_args(argv)  # help, or the error
     return 2
 
@@ -39,17 +43,26 @@ def _run_verb(verb: str, argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    run = add(parser)
-    overrides = [arg for arg in argv if re.match(r"--config\.", arg)]
-    args = parser.parse_args([arg for arg in argv if arg not in overrides])
-    if overrides and not hasattr(args, "config"):
-        parser.error(f"{overrides[0]}: gqe {verb} takes no config overrides")
-    args.overrides = [override.removeprefix("--config.") for override in overrides]
     try:
+        run = add(parser)
+        overrides = [arg for arg in argv if re.match(r"--config\.", arg)]
+        for override in overrides:  # before argparse meets the value of "--config.a.b value" and calls it unknown
+            if "=" not in override:
+                parser.error(f"{override} has no value: write {override}=VALUE, without a space")
+        args = parser.parse_args([arg for arg in argv if arg not in overrides])
+        if overrides and not hasattr(args, "config"):
+            parser.error(f"{overrides[0]}: gqe {verb} takes no config overrides")
+        args.overrides = [override.removeprefix("--config.") for override in overrides]
         return run(args)
+    except BrokenPipeError:  # who read our output has gone: `gqe ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again as it ends
+        return 128 + signal.SIGPIPE
     except (ConfigError, FloatingPointError, OSError) as error:
         print(f"gqe {verb}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print(f"gqe {verb}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _add_train(parser: argparse.ArgumentParser) -> Runner:

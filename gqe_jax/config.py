@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import ml_collections
 
+IMPLEMENTATIONS = ("reference", "xla")  # the names in gqe_jax.kernels.attend, which this module is below
+
 
 class ConfigError(ValueError):
     """Input that cannot be used: the message names the field, the value, the rule and the remedy."""
@@ -29,6 +31,10 @@ def _require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _require(value > 0, f"{name}={value} must be positive: set {name} to at least 1")
+
+
+def _require_seed(config: Any, path: str) -> None:
+    _require(0 <= config.seed < 2**32, f"{path}.seed={config.seed} must lie in [0, 2**32): choose another seed")
 
 
 def _require_fraction(config: Any, *names: str) -> None:
@@ -74,6 +80,7 @@ class RouterConfig:
 
     def __post_init__(self):
         _require_fraction(self, "jitter")
+        _require_seed(self, "router")
         for name in ("init_std", "load_balance_weight", "z_loss_weight", "bias_update_rate"):
             value = getattr(self, name)
             _require(value >= 0, f"router.{name}={value} must not be negative: use 0 to switch it off")
@@ -98,7 +105,7 @@ class AttentionConfig:
     bias: bool = False
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     window: int | None = None  # a token sees itself and the window - 1 tokens before it
-    implementation: str | None = None  # of attend(); None: by platform
+    implementation: str | None = None  # of attend(), one of IMPLEMENTATIONS; None: by platform
 
     @property
     def query_heads(self) -> tuple[str, int]:
@@ -117,6 +124,11 @@ class AttentionConfig:
         for field in ("head_dim", "rope_theta", "softcap", "window"):
             value = getattr(self, field)
             _require(value is None or value > 0, f"{field}={value} must be positive, or None")
+        _require(
+            self.implementation is None or self.implementation in IMPLEMENTATIONS,
+            f"implementation={self.implementation!r} is unknown: use one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
+            f"or None to choose by platform",
+        )
         _require(
             self.rope_theta is None or self.head_dim is None or self.head_dim % 2 == 0,
             f"head_dim={self.head_dim} is odd, but rotary embedding (rope_theta={self.rope_theta}) turns pairs of "
@@ -216,6 +228,7 @@ class DataConfig:
 
     def __post_init__(self):
         _require_positive(self, "batch_size")
+        _require_seed(self, "data")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,6 +280,7 @@ class TrainConfig:
 
     def __post_init__(self):
         _require_positive(self, "steps", "accumulate", "loss_chunk", "log_every", "checkpoint_every", "keep")
+        _require_seed(self, "train")
         for name in ("eval_every", "eval_batches"):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name}={value} must not be negative: set it to 0 or more")
@@ -344,7 +358,7 @@ def build(mapping: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
 
 def _lookup_kind(kind: Any) -> type[AttentionConfig]:
     _require(
-        kind in ATTENTION_CONFIGS,
+        isinstance(kind, str) and kind in ATTENTION_CONFIGS,
         f"model.attention.kind={kind!r} is unknown: use one of {', '.join(map(repr, ATTENTION_CONFIGS))}",
     )
     return ATTENTION_CONFIGS[kind]

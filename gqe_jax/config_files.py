@@ -1,8 +1,10 @@
 """Config files by path or by name, and overrides from the command line (`--config.a.b=value`)."""
 
 import ast
+import contextlib
 import importlib.util
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +27,14 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
       ConfigError: no such file, no such key, a value of the wrong type, or a rule broken.
     """
     name, _, argument = spec.partition(":")
-    config = _load_module(name).get_config(argument or None)
+    path = _find(name)
+    with _errors_located(path):
+        config = _load_module(path).get_config(argument or None)
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(
+            f"get_config of {path} returned {type(config).__name__}: start from gqe_jax.config.defaults(), and return "
+            f"the ConfigDict"
+        )
     for assignment in overrides:
         _override(config, assignment)
     return build(config)
@@ -53,21 +62,41 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(Path(directory).glob("[!_]*.py"))}
 
 
-def _load_module(name: str) -> ModuleType:
+def _find(name: str) -> Path:
     shipped = shipped_configs()
     path = shipped.get(name, Path(name))
     if not path.is_file():
         raise ConfigError(
             f"--config={name}: no such file, nor a config that comes with gqe_jax; {nearest(name, shipped)}"
         )
+    return path
+
+
+def _load_module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None:
-        raise ConfigError(f"--config={name} is no Python file: name a .py file that defines get_config(arg=None)")
+        raise ConfigError(f"--config={path} is no Python file: name a .py file that defines get_config(arg=None)")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ConfigError(f"--config={name} defines no get_config(arg=None): add it, returning a ConfigDict")
+        raise ConfigError(f"--config={path} defines no get_config(arg=None): add it, returning a ConfigDict")
     return module
+
+
+@contextlib.contextmanager
+def _errors_located(path: Path) -> Iterator[None]:
+    """Turns whatever a config file raises into a ConfigError with the line, for it is the user's input."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except SyntaxError as error:
+        raise ConfigError(f"--config={path}, line {error.lineno}: {error.msg}: correct the file") from error
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        message = str(error).splitlines()[0] if str(error) else ""
+        raise ConfigError(f"--config={path}{where}: {type(error).__name__}: {message}: correct the file") from error
 
 
 def _override(config: ml_collections.ConfigDict, assignment: str) -> None:
@@ -84,7 +113,8 @@ def _override(config: ml_collections.ConfigDict, assignment: str) -> None:
     if kind is ml_collections.ConfigDict:
         raise ConfigError(f"config key {key!r} is a group: set one of {', '.join(config[leaf])}")
     try:
-        config[leaf] = text if kind is str and text != "None" else _literal(text)
+        plain = kind is str and text != "None" and text[:1] not in ("'", '"')  # a string may look like a number
+        config[leaf] = text if plain else _literal(text)
     except TypeError:
         raise ConfigError(f"{key}={text!r} must be of type {kind.__name__}: correct the value") from None
 

@@ -59,7 +59,7 @@ def attention(
     )[:, :, None, None, :]  # fmt: skip
     row_max = np.where(seen, scores, -np.inf).max(-1, keepdims=True)
     row_max = np.where(np.isfinite(row_max), row_max, 0.0)
-    weights = np.where(seen, np.exp(scores - row_max), 0.0)
+    weights = np.exp(np.where(seen, scores - row_max, -np.inf))
     total = weights.sum(-1, keepdims=True)
     with np.errstate(divide="ignore"):
         lse = (row_max + np.log(total))[..., 0]

@@ -34,7 +34,10 @@ def check(
 ):  # fmt: skip
     """o, lse, dq, dk, dv for N(0, 1) inputs and cotangents of both outputs; num_slots=None is the dense call."""
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
     q = normal(batch, q_len, num_groups, num_experts, head_dim)
     k, v = normal(batch, kv_len, num_groups, head_dim), normal(batch, kv_len, num_groups, head_dim)
     expert_index = None
@@ -62,8 +65,12 @@ def check(
         index = None if expert_index is None else jnp.asarray(expert_index)
         return attend(q, k, v, index, return_lse=True, implementation=implementation, **ours)
 
-    (o, lse), vjp = jax.vjp(jax.jit(ours_of), q, k, v)
-    dq, dk, dv = vjp((do, jnp.asarray(dlse)))
+    @jax.jit
+    def with_gradients(q, k, v, *cotangents):
+        outputs, vjp = jax.vjp(ours_of, q, k, v)
+        return *outputs, *vjp(cotangents)
+
+    o, lse, dq, dk, dv = with_gradients(q, k, v, do, jnp.asarray(dlse))
     expected = attention(q, k, v, expert_index, do=do, dlse=dlse, **theirs)
 
     assert o.dtype == dq.dtype == dk.dtype == jnp.dtype(dtype) and lse.dtype == jnp.float32
@@ -95,26 +102,33 @@ FEATURES = {
 }
 
 
-@settings(derandomize=True, deadline=None, max_examples=30)
-@given(**FEATURES)
-def test_xla_equals_float64_attention_in_every_crossing(heads, **features):
+@pytest.mark.parametrize("max_examples", [7, pytest.param(60, marks=pytest.mark.slow)])
+def test_xla_equals_float64_attention_in_every_crossing(max_examples):
     """Values, both gradients' paths and exact zeros: the definition in float64 knows no blocks, so whatever the loop
     bounds, the masked and unmasked branches or the recomputation get wrong shows."""
-    num_experts, num_slots = heads
-    name = "xla in tiny blocks"
-    IMPLEMENTATIONS[name] = IMPLEMENTATIONS_UNDER_TEST[name]
-    check(name, num_experts=num_experts, num_slots=num_slots, **features)
+
+    @settings(derandomize=True, deadline=None, max_examples=max_examples)
+    @given(**FEATURES)
+    def holds(heads, **features):
+        num_experts, num_slots = heads
+        check("xla in tiny blocks", num_experts=num_experts, num_slots=num_slots, **features)
+
+    holds()
 
 
-@settings(derandomize=True, deadline=None, max_examples=8)
-@given(**FEATURES)
-def test_reference_equals_float64_attention(heads, **features):
+@pytest.mark.parametrize("max_examples", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_reference_equals_float64_attention(max_examples):
     """The oracle of other kernels is itself held to the definition."""
-    num_experts, num_slots = heads
-    check("reference", num_experts=num_experts, num_slots=num_slots, **features)
+
+    @settings(derandomize=True, deadline=None, max_examples=max_examples)
+    @given(**FEATURES)
+    def holds(heads, **features):
+        num_experts, num_slots = heads
+        check("reference", num_experts=num_experts, num_slots=num_slots, **features)
+
+    holds()
 
 
-@pytest.mark.parametrize("implementation", ["xla", "xla in tiny blocks"])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -127,17 +141,17 @@ def test_reference_equals_float64_attention(heads, **features):
     ],
     ids=str,
 )
-def test_edge_shapes(implementation, shape):
+def test_edge_shapes(shape):
     """Lengths of one, shorter than a block, no multiple of one, T < S, T > S, all experts selected."""
-    check(implementation, **shape)
+    check("xla in tiny blocks", **shape)
 
 
 def test_default_blocks():
     """The block sizes that users get, on lengths that no block divides."""
-    check("xla", q_len=1100, kv_len=1300, batch=1, num_groups=1, num_experts=1, num_slots=None, offsets=True)
+    check("xla", q_len=600, kv_len=700, batch=1, num_groups=1, num_experts=1, num_slots=None, offsets=True)
 
 
-@pytest.mark.parametrize("features", [{}, {"segments": "packed", "softcap": 2.0}, {"q_len": 1, "kv_len": 40}], ids=str)
+@pytest.mark.parametrize("features", [{"segments": "packed", "softcap": 2.0}, {"q_len": 1, "kv_len": 40}], ids=str)
 def test_bfloat16(features):
     """bfloat16 in and out, float32 inside: the error stays that of rounding the inputs and outputs."""
     check("xla in tiny blocks", dtype="bfloat16", **features)
@@ -159,7 +173,7 @@ def test_padding(implementation, padding):
         )
         return jnp.sum(jnp.sin(o)) + jnp.sum(lse), (o, lse)
 
-    grads, (o, lse) = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    grads, (o, lse) = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
     padded = ids[0] == 0
     for x in (o, *grads):
         assert np.isfinite(x).all() and (np.asarray(x)[:, padded] == 0).all()
@@ -196,7 +210,7 @@ def test_gradients_through_norm_rotation_and_selection_are_finite_differences(im
         )  # fmt: skip
         return jnp.sum(weight_o * o) + jnp.sum(weight_lse * lse)
 
-    grads = jax.grad(lambda x: loss(**x))({name: jnp.asarray(x, jnp.float32) for name, x in point.items()})
+    grads = jax.jit(jax.grad(lambda x: loss(**x)))({name: jnp.asarray(x, jnp.float32) for name, x in point.items()})
     for name, x in point.items():
         direction = rng.normal(size=x.shape)
         moved = [loss64(**(point | {name: x + step * direction})) for step in (1e-5, -1e-5)]
@@ -222,7 +236,7 @@ def test_merge_partials_of_two_halves_of_the_keys_is_the_whole(cut):
             right = attend(q, k[:, cut:], v[:, cut:], kv_offset=cut, return_lse=True, implementation="xla")
         return merge_partials(*left, *right)
 
-    (o, lse), vjp = jax.vjp(parts, *map(jnp.asarray, (q, k, v)))
+    (o, lse), vjp = jax.vjp(jax.jit(parts), *map(jnp.asarray, (q, k, v)))
     expected = attention(q, k, v, do=do, dlse=dlse)
     np.testing.assert_allclose(lse, expected["lse"], atol=1e-5)
     for name, actual in zip(("o", "dq", "dk", "dv"), (o, *vjp((jnp.asarray(do), jnp.asarray(dlse)))), strict=True):
@@ -233,7 +247,7 @@ def test_merge_partials_of_two_halves_of_the_keys_is_the_whole(cut):
     ("changes", "message"),
     [
         ({"q": (2, 5, 3, 4)}, r"q has shape \(2, 5, 3, 4\): attend needs \[B, S, G, M, D\]"),
-        ({"k": (2, 7, 4, 8)}, r"k has shape \(2, 7, 4, 8\): with q of shape .* it must be \[B, T, G, D\] = \[2, T, 3, 8\]"),
+        ({"k": (2, 7, 4, 8)}, r"k has shape \(2, 7, 4, 8\): with q .* must be \[B, T, G, D\] = \[2, T, 3, 8\]"),
         ({"v": (2, 6, 3, 8)}, r"k has shape \(2, 7, 3, 8\) and v \(2, 6, 3, 8\): they must have the same length T"),
         ({"k": (2, 0, 3, 8), "v": (2, 0, 3, 8)}, "no axis may be empty"),
         ({"v_dtype": "bfloat16"}, "q, k, v have dtypes float32, float32, bfloat16: cast them to one dtype"),
@@ -246,7 +260,7 @@ def test_merge_partials_of_two_halves_of_the_keys_is_the_whole(cut):
         ({"scale": 0.0}, "scale=0.0 must be positive, or None"),
         ({"q_offset": np.zeros(3, int)}, r"q_offset has shape \(3,\) .* scalar or \[B\] = \[2\]"),
         ({"kv_length": np.zeros(2)}, "kv_length has shape .* dtype float.*: it must be an integer"),
-        ({"q_segment_ids": np.zeros((2, 5), int)}, "q_segment_ids is given without kv_segment_ids: pass both or neither"),
+        ({"q_segment_ids": np.zeros((2, 5), int)}, "q_segment_ids is given without kv_segment_ids: pass both"),
         (
             {"q_segment_ids": np.zeros((2, 5), int), "kv_segment_ids": np.zeros((2, 5), int)},
             r"kv_segment_ids has shape \(2, 5\) .* integer array \[2, 7\]",
@@ -270,5 +284,5 @@ def test_bad_input_is_named(changes, message):
 def test_odd_head_dim_cannot_rotate():
     """rotate-half pairs coordinate d with d + D/2."""
     q, k = jnp.zeros((1, 2, 1, 1, 3)), jnp.zeros((1, 2, 1, 3))
-    with pytest.raises(ValueError, match="q_rope needs an even head_dim, and q of shape .* has D=3"):
+    with pytest.raises(ValueError, match=r"q_rope needs an even head_dim, and q of shape .* has D=3"):
         attend(q, k, k, q_rope=(jnp.zeros((1, 2, 1)), jnp.zeros((1, 2, 1))))

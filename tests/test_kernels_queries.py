@@ -23,7 +23,7 @@ def test_rms_norm_is_computed_in_float32(dtype):
 
 @pytest.mark.parametrize("head_axes", [(), (3,), (2, 3)])
 def test_rotate_is_a_rotation_of_coordinate_pairs(head_axes):
-    """The pair (d, d + D/2), as the complex number x_d + i·x_{d+D/2}, is multiplied by e^{iθ}: any number of head axes."""
+    """The pair (d, d + D/2), as the complex number x_d + i·x_{d+D/2}, is multiplied by e^{iθ}, whatever head axes."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 5, *head_axes, 8)).astype(np.float32)
     theta = rng.uniform(0, 6, (2, 5, 4))

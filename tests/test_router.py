@@ -159,7 +159,7 @@ def test_jitter_needs_rngs_and_reaches_the_router_alone():
     bound = 0.1 * np.einsum("bsd,nd->bsn", np.abs(X), np.abs(layer_to_torch(layer)["router.weight"]))
     moved = np.abs(np.log(jittered.router_probs) - np.log(stats.router_probs))
     assert np.all(moved <= 2 * bound.reshape(2, 9, 2, 4).max(-1, keepdims=True) + 1e-6)
-    # All but the weights of ō comes from the unjittered input: with zeros for it in W_o, nothing but the choice differs.
+    # All but the weights of ō comes from the unjittered input: with zeros for it in W_o, only the choice differs.
     state = layer_to_torch(layer)
     state["o_proj.weight"][:, 2 * tiny.HEAD_DIM : 3 * tiny.HEAD_DIM] = 0
     layer_from_torch(layer, state)

@@ -14,7 +14,7 @@ def rotary_tables(
     """cos and sin of position · frequency, for the rotate-half convention (dimension i turns with i + D/2).
 
     The forms of scaling are those of the published models: "linear" (Chen et al. 2023), "dynamic" (NTK-aware, stretched
-    with the longest position of the call), "llama3" (Llama 3.1), "yarn" (Peng et al. 2023; cos and sin carry its
+    with the row's last position in the call), "llama3" (Llama 3.1), "yarn" (Peng et al. 2023; cos and sin carry its
     attention factor).
 
     Args:
@@ -32,7 +32,8 @@ def rotary_tables(
     if scaling.kind == "linear":
         frequency = frequency / scaling.factor
     elif scaling.kind == "dynamic":
-        length = jnp.maximum(jnp.max(positions) + 1, scaling.original_context)
+        longest = jnp.max(positions, axis=-1, keepdims=True)[..., None]  # of each row: no row depends on another
+        length = jnp.maximum(longest + 1, scaling.original_context)
         stretch = scaling.factor * length / scaling.original_context - (scaling.factor - 1)
         frequency = (theta * stretch ** (head_dim / (head_dim - 2))) ** -exponent
     elif scaling.kind == "llama3":

@@ -118,7 +118,7 @@ class Router(nnx.Module):
             among = jnp.where(chosen.any(axis=-2), jax.lax.stop_gradient(probs), -jnp.inf)
             index = top_k_experts(among, self.top_k)
             chosen = jax.nn.one_hot(index, self.shape[1], dtype=jnp.float32)
-        selected_probs = jnp.einsum("bsgkm,bsgm->bsgk", chosen, probs)
+        selected_probs = jnp.sum(chosen * probs[..., None, :], axis=-1)  # no matmul: a TPU would round p to bfloat16
         return index, selected_probs, self._statistics(index, chosen, logits, probs, segment_ids)
 
     def _random_scores(self, tokens: tuple[int, int], positions: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from gqe_jax.config import ConfigError, DataConfig, ModelConfig
-from gqe_jax.data.manifest import Manifest, prepared_tokenizer
+from gqe_jax.data.manifest import Manifest, check_sizes, prepared_tokenizer
 from gqe_jax.data.prepare import default_corpus_dir
 from gqe_jax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -46,4 +46,5 @@ def open_data(config: DataConfig, model: ModelConfig) -> PreparedData:
             f"data.path={str(directory)!r} holds no held-out text to evaluate on: prepare it again with "
             f"--heldout above 0"
         )
+    check_sizes(directory, manifest.files + manifest.train.shards + manifest.heldout.shards)
     return PreparedData(directory, manifest, prepared_tokenizer(directory))

@@ -84,7 +84,7 @@ def _segment_bounds(mask, q_starts, block_q, num_kv_blocks, block_k):
 
 
 def seen_keys(mask: Mask, q_start: jax.Array, num_queries: int, kv_start: jax.Array, num_keys: int) -> jax.Array:
-    """Which of `num_keys` keys from kv_start each of `num_queries` queries from q_start sees: bool [B, queries, keys]."""
+    """Which of num_keys keys from kv_start each of num_queries queries from q_start sees: bool [B, queries, keys]."""
     q_index = q_start + jnp.arange(num_queries)[:, None]
     kv_index = kv_start + jnp.arange(num_keys)
     distance = (mask.q_offset - mask.kv_offset)[:, None, None] + (q_index - kv_index)

@@ -104,13 +104,13 @@ def _attend(plan: _Plan, mask: Mask, q, k, v):
                 return new_max, row_sum * decay + jnp.sum(p, axis=-1), acc * decay[..., None] + pv
 
             carry = jnp.full(q_i.shape[:-1], EMPTY_LSE), jnp.zeros(q_i.shape[:-1]), jnp.zeros(q_i.shape)
-            row_max, row_sum, acc = _over_kv_blocks(plan, heads, mask, q.shape[3], q_start, bounds, k.shape[1], step, carry)
+            row_max, row_sum, acc = _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry)
             any_seen = row_sum > 0
             row_sum = jnp.where(any_seen, row_sum, 1.0)
             lse_i = jnp.where(any_seen, (row_max + jnp.log2(row_sum)) / LOG2_E, EMPTY_LSE)
             return heads.put_rows(o, q_start, acc / row_sum[..., None]), heads.put_rows(lse, q_start, lse_i)
 
-        return _over_q_blocks(plan, heads.mask(mask), q.shape[1], k.shape[1], one_q_block, outputs)
+        return _over_q_blocks(plan, heads.mask(mask), q, k, one_q_block, outputs)
 
     return _over_heads(plan, q, some_heads, (jnp.zeros_like(q), jnp.zeros(q.shape[:-1])))
 
@@ -155,17 +155,17 @@ def _attend_bwd(plan, residuals, cotangents):
                 return dq_i + _dot(plan, "...dt,...tr->...dr", k_block_transposed(start), ds), dk, dv
 
             carry = jnp.zeros(q_i_transposed.shape), dk, dv
-            dq_i, dk, dv = _over_kv_blocks(plan, heads, mask, q.shape[3], q_start, bounds, k.shape[1], step, carry)
+            dq_i, dk, dv = _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry)
             dq_i = plan.scale * jnp.swapaxes(dq_i, -1, -2) + heads.rows(dq, q_start, plan.block_q)
             return heads.put_rows(dq, q_start, dq_i), dk, dv
 
         dq, *dkv_all = outputs
         dkv = [jnp.zeros_like(heads.keys(x), jnp.float32) for x in (k, v)]
-        dq, dk, dv = _over_q_blocks(plan, heads.mask(mask), q.shape[1], k.shape[1], one_q_block, (dq, *dkv))
+        dq, dk, dv = _over_q_blocks(plan, heads.mask(mask), q, k, one_q_block, (dq, *dkv))
         dk *= plan.scale / _query_factor(plan, q.dtype)
         return dq, *(heads.put_keys(x, dx) for x, dx in zip(dkv_all, (dk, dv), strict=True))
 
-    return None, *_over_heads(plan, q, some_heads, [jnp.zeros_like(x) for x in (q, k, v)])
+    return None, *_over_heads(plan, q, some_heads, tuple(jnp.zeros_like(x) for x in (q, k, v)))
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -221,11 +221,12 @@ def _over_heads(plan, q, some_heads, outputs):
     return lax.fori_loop(0, batch * num_groups, one_head, outputs)
 
 
-def _over_q_blocks(plan, mask, q_len, kv_len, one_q_block, outputs):
+def _over_q_blocks(plan, mask, q, k, one_q_block, outputs):
     """one_q_block(i, q_start, kv bounds, outputs) → outputs, for each block of queries; the last one ends at S."""
+    q_len = q.shape[1]
     num_blocks = -(-q_len // plan.block_q)
     q_starts = jnp.minimum(jnp.arange(num_blocks) * plan.block_q, q_len - plan.block_q)
-    bounds = kv_bounds(mask, q_starts, plan.block_q, plan.block_k, kv_len)
+    bounds = kv_bounds(mask, q_starts, plan.block_q, plan.block_k, k.shape[1])
 
     def body(i, outputs):
         return one_q_block(i, q_starts[i], [bound[i] for bound in bounds], outputs)
@@ -233,11 +234,11 @@ def _over_q_blocks(plan, mask, q_len, kv_len, one_q_block, outputs):
     return lax.fori_loop(0, num_blocks, body, outputs)
 
 
-def _over_kv_blocks(plan, heads, mask, num_slots, q_start, bounds, kv_len, step, carry):
+def _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry):
     """step(carry, start, seen) → carry, for each block of keys that the q block sees: seen is bool [..., R, T], or None
     where all of the block is seen."""
     first, whole_first, whole_end, end = bounds
-    mask = heads.mask(mask)
+    mask, num_slots, kv_len = heads.mask(mask), q.shape[3], k.shape[1]
 
     def whole_step(j, carry):
         return step(carry, j * plan.block_k, None)

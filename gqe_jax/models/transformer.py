@@ -77,17 +77,22 @@ class Transformer(nnx.Module):
         graphdef, state = nnx.split(self.layers)
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
 
-        def body(x, layer):
-            state, cache, key = layer
+        def body(carry, layer):
+            x, caches = carry
+            index, state, key = layer
             block = nnx.merge(graphdef, state)
             rngs = None if key is None else nnx.Rngs(router=key)
+            cache = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, index, keepdims=False), caches)
             x, stats, cache = block(x, segment_ids=segment_ids, positions=positions, cache=cache, rngs=rngs)
-            return x, (stats, cache)
+            # Carried, not stacked by the scan: the loop then updates a donated cache in place.
+            caches = jax.tree.map(lambda c, new: jax.lax.dynamic_update_index_in_dim(c, new, index, 0), caches, cache)
+            return (x, caches), stats
 
         if self.config.remat != "none":
             # Within a scan nothing can be merged with the forward pass anyway: no barrier against it is needed.
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
-        x, (stats, cache) = jax.lax.scan(body, x, (state, cache, keys))
+        layers = jnp.arange(self.config.num_layers)
+        (x, cache), stats = jax.lax.scan(body, (x, cache), (layers, state, keys))
         x = self.final_norm(x)
         return (x, stats) if cache is None else (x, stats, cache)
 

@@ -49,7 +49,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
     Raises:
       ConfigError: settings, data or an existing run that do not fit; nothing was written.
       CheckpointDamaged: the newest checkpoint is not what was written.
-      CheckpointFailed: a checkpoint could not be written (full disk, say).
+      OSError: something could not be written (full disk, say); CheckpointFailed, if it was a checkpoint.
       NonFiniteLoss: loss or gradient became infinite or NaN.
       Interrupted: SIGTERM or SIGINT, after saving.
     """
@@ -79,6 +79,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
     )
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(runs.write_failures_named(directory))
         stack.enter_context(jax.set_mesh(mesh))
 
         # ------------------------------------------------------------ restore
@@ -86,16 +87,12 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
         checkpoints = stack.enter_context(
             Checkpoints(directory / runs.CHECKPOINTS, keep=config.train.keep, every=config.train.checkpoint_every)
         )
-        initialise = jax.jit(step.init, out_shardings=replicated(mesh))
-        state = _restore(checkpoints, directory, config, initialise, replicated(mesh), previous_checkpoint)
+        state = _restore(checkpoints, directory, step, replicated(mesh), previous_checkpoint)
         start = 0 if state is None else int(state.step)
         if start > steps:
             raise ConfigError(
                 f"train.steps={steps}, but --run={str(directory)!r} has taken {start} steps already: raise train.steps"
             )
-        if state is None:
-            state = initialise()
-        runs.write_config(directory, config)
         writer = stack.enter_context(
             MetricWriter(
                 directory,
@@ -105,6 +102,9 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
                 config=to_dict(config),
             )
         )
+        runs.write_config(directory, config)
+        if state is None:
+            state = jax.jit(step.init, out_shardings=replicated(mesh))()
 
         def evaluate_state(limit: int | None) -> HeldOut:
             compiled = functools.partial(step.evaluate, state.params, state.router_bias)
@@ -253,8 +253,7 @@ class Log:
 def _restore(
     checkpoints: Checkpoints,
     directory: Path,
-    config: RunConfig,
-    initialise: Any,
+    step: Step,
     sharding: jax.sharding.Sharding,
     previous_checkpoint: bool,
 ) -> TrainState | None:
@@ -264,16 +263,16 @@ def _restore(
     try:
         checkpoints.verify(newest, items=("config",))
         saved = build(checkpoints.read_config(newest))
-        runs.check_same_model(directory, saved, config)
-        abstract = runs.checkpoint_items(jax.eval_shape(initialise))
+        runs.check_same_model(directory, saved, step.config)
+        abstract = jax.eval_shape(lambda: runs.checkpoint_items(step.init()))
         items = checkpoints.restore(newest, **runs.abstract_arrays(abstract, sharding))
     except CheckpointDamaged as damage:
         if not previous_checkpoint:
             raise
         _say(f"{damage}\nas --previous-checkpoint asks, it is kept aside as {checkpoints.set_aside(newest)}")
-        return _restore(checkpoints, directory, config, initialise, sharding, previous_checkpoint)
+        return _restore(checkpoints, directory, step, sharding, previous_checkpoint)
     _say(f"resuming {directory} from step {newest}")
-    for line in runs.differences(saved, config):
+    for line in runs.differences(saved, step.config):
         _say(f"changed since: {line}")
     return runs.state_from_items(items)
 

@@ -1,7 +1,9 @@
 """A run's directory: `config.json`, `metrics.jsonl`, `checkpoints/`; and how a trained model is read back from it."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from gqe_jax.config import ConfigError, RunConfig, build, to_dict
 from gqe_jax.data.tokenizer import Tokenizer, tokenizer_from_files
 from gqe_jax.models.transformer import Transformer
 from gqe_jax.parallel.mesh import make_mesh, replicated
-from gqe_jax.train.checkpoint import Checkpoints
+from gqe_jax.train.checkpoint import CheckpointFailed, Checkpoints
 from gqe_jax.train.step import TrainState
 
 CONFIG_FILE = "config.json"
@@ -86,6 +88,23 @@ def state_from_items(items: dict[str, Any]) -> TrainState:
         router_bias=train["router_bias"],
         key=jax.random.wrap_key_data(train["key"]),
     )
+
+
+@contextlib.contextmanager
+def write_failures_named(directory: Path) -> Iterator[None]:
+    """Says of a failed write in the run's directory what it means and what helps; checkpoints say so themselves."""
+    try:
+        yield
+    except (CheckpointFailed, BrokenPipeError):
+        raise
+    except OSError as error:
+        newest = Checkpoints(directory / CHECKPOINTS).latest()
+        last = "there is no checkpoint yet" if newest is None else f"the checkpoint of step {newest} is complete"
+        raise OSError(
+            f"could not write {error.filename or 'the metrics'} of the run {directory}: {error.strerror or error}; "
+            f"{last}. Free disk space or make the directory writable, and start the same command again: it goes on "
+            f"from the newest checkpoint"
+        ) from error
 
 
 def write_config(directory: Path, config: RunConfig) -> None:

@@ -1,0 +1,122 @@
+"""Config files by path and by name, their arguments, and overrides."""
+
+import pytest
+
+from gqe_jax.config import ConfigError
+from gqe_jax.config_files import load_config, parse_argument, shipped_configs
+
+FILE = '''
+from gqe_jax.config import defaults
+
+def get_config(argument=None):
+    config = defaults(num_query_experts=4, num_kv_heads=2)
+    config.model.d_model = 32
+    config.name = argument or "plain"
+    return config
+'''
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(FILE)
+    return path
+
+
+def test_by_path_by_name_and_with_an_argument(file):
+    """A path, the name of one that comes with the package, and what stands behind the colon."""
+    assert load_config(str(file)).name == "plain"
+    assert load_config(f"{file}:dense").name == "dense"
+    assert load_config("smoke").name == "smoke_gqe" and "smoke" in shipped_configs()
+    assert load_config("smoke:steps=50").train.steps == 50
+
+
+def test_overrides(file):
+    """Values are read as Python literals and as the field's type, whatever the default's: int for float, None, words."""
+    config = load_config(str(file), [
+        "name=7",
+        "model.attention.window=16",
+        "model.attention.softcap=5",
+        "model.attention.rope_theta=None",
+        "model.attention.variant='hard_concat'",
+        "optimizer.learning_rate=1e-3",
+        "optimizer.clip=none",
+        "train.tensorboard=true",
+        "train.steps=2_000",
+        "data.path=some/where",
+    ])  # fmt: skip
+    attention = config.model.attention
+    assert (attention.window, attention.softcap, attention.rope_theta) == (16, 5.0, None)
+    assert attention.variant == "hard_concat" and config.name == "7" and config.data.path == "some/where"
+    assert (config.optimizer.learning_rate, config.optimizer.clip) == (1e-3, "none")
+    assert config.train.tensorboard is True and config.train.steps == 2000
+    assert load_config(str(file), ["data.path=None"]).data.path is None
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.step=3", "unknown config key 'train.step': did you mean 'steps'?"),
+        ("trian.steps=3", "unknown config key 'trian': did you mean 'train'?"),
+        ("xyzzy=3", "unknown config key 'xyzzy': known: data, model, name, optimizer, train"),
+        ("train.steps.more=3", "config key 'train.steps' is no group of keys: drop what follows it"),
+        ("train=3", "config key 'train' is a group: set one of "),
+        ("train.steps", "--config.train.steps has no value: write --config.train.steps=VALUE"),
+        ("train.steps=many", "train.steps='many' must be of type int: correct the value"),
+        ("train.steps=1.5", "train.steps='1.5' must be of type int"),
+        ("train.steps=", "train.steps='' must be of type int"),
+        ("train.wandb=yes", "train.wandb='yes' must be of type bool"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate='fast' must be of type float"),
+        ("model.attention.window=wide", "model.attention.window='wide' must be of type int"),
+        ("=3", "unknown config key ''"),
+        ("train..steps=3", "unknown config key 'train.'"),
+    ],
+)
+def test_wrong_overrides(file, override, message):
+    """Each says the key, the value as typed and what would do."""
+    with pytest.raises(ConfigError) as error:
+        load_config(str(file), [override])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("def get_config(:\n", r"mine.py, line 1: "),
+        ("import no_such_module\n", "mine.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("\nx = 1\n", "mine.py defines no get_config(arg=None): add it, returning a ConfigDict"),
+        ("def get_config(argument=None):\n    pass\n", "mine.py returned NoneType: start from gqe_jax.config.defaults()"),
+        ("def get_config(argument=None):\n    return 1 / 0\n", "mine.py, line 2: ZeroDivisionError: division by zero"),
+        ("def get_config():\n    pass\n", "mine.py: TypeError: get_config() takes 0 positional arguments but 1 was given"),
+        (FILE.replace("config.model.d_model = 32", "config.model.d_modle = 32"), "key 'model.d_modle': did you mean"),
+        (FILE.replace("config.model.d_model = 32", "config.model.d_modle += 32"), "mine.py, line 6: AttributeError: "),
+    ],
+)
+def test_wrong_files(file, content, message):
+    """A config file is input: what is wrong with it comes with its line, not with our frames."""
+    file.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        load_config(str(file))
+    assert message in str(error.value)
+
+
+def test_no_such_file(tmp_path):
+    """The nearest shipped name where there is one, else all of them."""
+    with pytest.raises(ConfigError, match="--config=smok: no such file, nor a config that .*; did you mean 'smoke'"):
+        load_config("smok")
+    with pytest.raises(ConfigError, match="no such file.*known: .*smoke"):
+        load_config(str(tmp_path / "none.py"))
+    (tmp_path / "text.txt").write_text(FILE)
+    with pytest.raises(ConfigError, match=r"is no Python file: name a \.py file"):
+        load_config(str(tmp_path / "text.txt"))
+
+
+def test_arguments_of_config_files():
+    """Names with values, and a name alone for True; anything else is refused."""
+    arguments = parse_argument("laptop,steps=20", laptop=False, steps=10, kind="gqe")
+    assert (arguments.laptop, arguments.steps, arguments.kind) == (True, 20, "gqe")
+    assert parse_argument(None, steps=10).steps == 10
+    with pytest.raises(ConfigError, match="unknown config key 'stepz': did you mean 'steps'"):
+        load_config("smoke:stepz=3")
+    with pytest.raises(ConfigError, match="steps='many' must be of type int"):
+        parse_argument("steps=many", steps=10)
