@@ -1,6 +1,6 @@
 # make demo    trains a small GQE language model on the text of Python's own standard library, evaluates it, samples from it
 # make test    runs the whole test suite
-# Both set up .venv first, with the versions that constraints.txt names. STEPS=9000 makes the demo longer (about an hour).
+# Both set up .venv first, with the versions that constraints.txt names. STEPS=3600 makes the demo longer (about an hour).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +20,7 @@ demo: $(VENV)/.core
 	$(BIN)/gqe generate --run $(RUN) --prompt 'def main(' --max-new-tokens 300
 	@echo
 	@echo 'The checkpoint is in $(RUN)/checkpoints. What to type next:'
-	@echo '  make demo STEPS=9000                                      train on, about an hour (now: $(STEPS) steps)'
+	@echo '  make demo STEPS=3600                                      train on, about an hour (now: $(STEPS) steps)'
 	@echo "  $(BIN)/gqe generate --run $(RUN) --prompt 'import '"
 	@echo '  $(BIN)/gqe inspect run --run $(RUN)                       loss curve and load of each expert'
 	@echo "  $(BIN)/gqe prepare --data 'path/**/*.txt' --out data/mine --seq-len 512"

@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_verb(verb: str, argv: list[str]) -> int:
     summary, add = VERBS[verb]
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _report_unraisable
     parser = argparse.ArgumentParser(
         prog=f"gqe {verb}",
         description=summary,
@@ -65,9 +67,16 @@ def _run_verb(verb: str, argv: list[str]) -> int:
         return 128 + signal.SIGINT
 
 
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    # After a failed write the storage library's threads still report to an event loop that is gone: a traceback each,
+    # around the one message that says what happened.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def _add_train(parser: argparse.ArgumentParser) -> Runner:
     parser.epilog = """example:
-  gqe train --config smoke --run runs/smoke --config.train.steps=200
+  gqe train --config smoke:steps=200 --run runs/short --config.train.log_every=10
 
 --config.a.b=VALUE overrides any field of the configuration. A run that exists is continued from its newest
 checkpoint."""
@@ -117,7 +126,13 @@ def _add_eval(parser: argparse.ArgumentParser) -> Runner:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=args.data))
         data = open_data(config.data, config.model)
         data.manifest.check_tokenizer(trained.tokenizer)
-        result = evaluate_model(trained.model, data, make_mesh(), batch_size=args.batch_size)
+        mesh = make_mesh()
+        if args.batch_size < 1 or args.batch_size % mesh.shape["data"]:
+            raise ConfigError(
+                f"--batch-size={args.batch_size} is no positive multiple of the {mesh.shape['data']} device(s) that "
+                f"share a batch: set it to one"
+            )
+        result = evaluate_model(trained.model, data, mesh, batch_size=args.batch_size)
         print(
             f"{args.run}, step {trained.step}: held-out loss {result.loss:.4f} nats/token, perplexity "
             f"{result.perplexity:.3f} per token, {result.bits_per_byte:.4f} bits/byte ({result.tokens:,} tokens)"
@@ -155,6 +170,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> Runner:
 def _add_bench(parser: argparse.ArgumentParser) -> Runner:
     from gqe_jax.bench import attention
 
+    parser.epilog = """example:
+  gqe bench attention"""
     what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     attention.add_arguments(what.add_parser("attention", help="attend() and whole layers against PyTorch"))
     return attention.run
@@ -163,6 +180,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> Runner:
 def _add_inspect(parser: argparse.ArgumentParser) -> Runner:
     from gqe_jax.evaluate import run_report
 
+    parser.epilog = """example:
+  gqe inspect run --run runs/smoke"""
     what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     run_report.add_arguments(what.add_parser("run", help="configuration, loss curve and expert load of a run"))
     return run_report.run

@@ -39,7 +39,7 @@ def test_all_experts_and_a_zero_router_are_dense_attention(M):
 def test_keys_and_values_never_depend_on_the_router():
     """The cache after a prefill is bitwise the same under another router: it can be shared, as in dense GQA."""
     layer = tiny.gqe(2, 4, 2, qk_norm=True)
-    apply, params, rest = tiny.split(layer)
+    apply, params, rest = tiny.split_jit(layer)
     cache = layer.init_cache(2, 16)
     y, _, kept = apply(params, rest, X, cache=cache)
     state = layer_to_torch(layer)
@@ -67,7 +67,7 @@ def test_language_model_gradient_of_the_router(variant, G, M, k, learns):
     zero; in `gqe` there is one unless G · k = 1 or M = 1, where the weight is the constant 1 (zero up to rounding)."""
     layer = tiny.gqe(G, M, k, variant=variant, implementation="reference")
     apply, params, rest = tiny.split(layer)
-    grads = jax.jit(jax.grad(lambda params: jnp.sum(apply(params, rest, X)[0] * tiny.inputs(seed=5))))(params)
+    grads = tiny.jit(jax.grad(lambda params: jnp.sum(apply(params, rest, X)[0] * tiny.inputs(seed=5))))(params)
     gradient = np.abs(grads["router"]["proj"]["kernel"].get_value()).max()
     if learns:
         assert gradient > 1e-2
@@ -90,7 +90,7 @@ def test_prefill_and_decode_equal_one_full_pass(kind):
     """Prompts of unequal length, padded at their end, then one token at a time: each row's outputs are those of the
     whole row at once. The padding takes no place in the cache; the `random` router draws by position."""
     layer = CACHED[kind]()
-    apply, params, rest = tiny.split(layer)
+    apply, params, rest = tiny.split_jit(layer)
     full, lengths, prompt = apply(params, rest, X)[0], np.array([4, 7]), 8
     segment_ids = (np.arange(prompt) < lengths[:, None]).astype(np.int32)
     padded = np.where(segment_ids[..., None] == 1, X[:, :prompt], 1e3).astype(np.float32)
@@ -107,7 +107,7 @@ def test_prefill_and_decode_equal_one_full_pass(kind):
 def test_decode_in_chunks_equals_one_full_pass():
     """Several tokens behind a filled cache: each sees the cache and those before it in the chunk."""
     layer = tiny.gqe(2, 2, 1, implementation="reference")
-    apply, params, rest = tiny.split(layer)
+    apply, params, rest = tiny.split_jit(layer)
     full, cache, parts = apply(params, rest, X)[0], layer.init_cache(2, 15), []
     for start in (0, 5, 10):
         y, _, cache = apply(params, rest, X[:, start : start + 5], cache=cache)
@@ -120,14 +120,14 @@ def test_the_future_changes_nothing(implementation):
     """By gradient: the output at position 6 has none with respect to later inputs, exactly, and some to all others."""
     layer = tiny.gqe(2, 2, 1, implementation=implementation)
     apply, params, rest = tiny.split(layer)
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(apply(params, rest, x)[0][:, 6]))))(X)
+    gradient = tiny.jit(jax.grad(lambda x: jnp.sum(jnp.square(apply(params, rest, x)[0][:, 6]))))(X)
     assert np.all(gradient[:, 7:] == 0.0)
     assert np.all(np.abs(gradient[:, :7]).max(axis=-1) > 1e-6)
 
 
 def test_routing_of_the_past_ignores_the_future():
     """The selection is made per token: another future leaves every earlier choice and output bitwise as it was."""
-    apply, params, rest = tiny.split(tiny.gqe(2, 4, 2))
+    apply, params, rest = tiny.split_jit(tiny.gqe(2, 4, 2))
     changed = X.copy()
     changed[:, 9:] = -3 * X[:, 9:]
     (y, stats), (y2, stats2) = apply(params, rest, X), apply(params, rest, changed)
@@ -140,7 +140,7 @@ def test_routing_of_the_past_ignores_the_future():
 def test_order_of_experts_within_a_group_means_nothing(variant):
     """Experts of a group permuted together with their router columns: the same output, losses, and permuted load."""
     layer = tiny.gqe(2, 4, 2, variant=variant)
-    apply, params, rest = tiny.split(layer)
+    apply, params, rest = tiny.split_jit(layer)
     y, stats = apply(params, rest, X)
     state, order = layer_to_torch(layer), np.array([[2, 0, 3, 1], [1, 3, 2, 0]])
     for name in ("q_proj.weight", "router.weight"):
@@ -185,7 +185,7 @@ def test_padding_keys_and_statistics():
     segment_ids = np.array([[1] * 9 + [0] * 4, [1] * 4 + [2] * 9])
     real = segment_ids != 0
 
-    @jax.jit
+    @tiny.jit
     def outputs(x):
         y, stats = apply(params, rest, x, segment_ids=segment_ids)
         return jnp.where(real[..., None], y, 0.0), stats.reduced()
@@ -194,7 +194,7 @@ def test_padding_keys_and_statistics():
     for got, want in zip(jax.tree.leaves(outputs(filled)), jax.tree.leaves(outputs(X)), strict=True):
         np.testing.assert_array_equal(got, want)
     total = jax.grad(lambda x: sum(jnp.sum(jnp.square(a)) for a in jax.tree.leaves(outputs(x))))
-    gradient = jax.jit(total)(X)
+    gradient = tiny.jit(total)(X)
     assert np.all(gradient[~real] == 0.0) and np.abs(gradient[real]).min() > 0
 
 

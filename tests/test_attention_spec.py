@@ -102,7 +102,7 @@ def test_gradients_equal_finite_differences_of_the_spec(case, implementation):
     weights = np.random.default_rng(2).standard_normal(x.shape)
     apply, params, rest = tiny.split(layer)
 
-    @jax.jit
+    @tiny.jit
     @jax.grad
     def gradient(params):
         y, stats = apply(params, rest, x)
@@ -143,7 +143,7 @@ def test_gradients_with_all_experts_equal_those_of_dense_attention():
     def gradients(layer):
         apply, params, rest = tiny.split(layer)
         loss = jax.grad(lambda params, x: jnp.sum(apply(params, rest, x)[0] * weights), (0, 1))
-        params, x_bar = jax.jit(loss)(params, x)
+        params, x_bar = tiny.jit(loss)(params, x)
         nnx.update(layer, params)
         return layer_to_torch(layer) | {"x": x_bar}
 

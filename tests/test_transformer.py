@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 from gqe_jax.config import GQAConfig, GQEConfig, ModelConfig
@@ -26,7 +27,7 @@ TARGETS = RNG.integers(1, 37, (2, 11)).astype(np.int32)
 def make(config=CONFIG):
     """(graphdef, state) of a model; arrays are made once for all tests."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    return graphdef, jax.jit(lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(0)))[1])()
+    return graphdef, tiny.jit(lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(0)))[1])()
 
 
 def cross_entropy(x, table, targets):
@@ -45,10 +46,16 @@ def test_loss_in_chunks_is_the_loss(chunk, tied):
     model = nnx.merge(graphdef, state)
     x = RNG.standard_normal((2, 11, 16)).astype(np.float32)
     table = np.asarray((model.vocabulary.embedding if tied else model.vocabulary.lm_head).get_value(), np.float64)
-    losses = jax.jit(lambda state, x: token_losses(nnx.merge(graphdef, state), x, TARGETS, chunk))
-    np.testing.assert_allclose(losses(state, x), cross_entropy(x, table, TARGETS), atol=1e-5)
     weight = RNG.standard_normal((2, 11))
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(losses(state, x) * weight)))(x)
+
+    @tiny.jit
+    @functools.partial(jax.grad, argnums=1, has_aux=True)
+    def gradient_and_losses(state, x):
+        losses = token_losses(nnx.merge(graphdef, state), x, TARGETS, chunk)
+        return jnp.sum(losses * weight), losses
+
+    gradient, losses = gradient_and_losses(state, x)
+    np.testing.assert_allclose(losses, cross_entropy(x, table, TARGETS), atol=1e-5)
     logits = x @ table.T
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(gradient, weight[..., None] * ((probs - np.eye(37)[TARGETS]) @ table), atol=1e-5)
@@ -81,7 +88,7 @@ def test_remat_changes_no_gradient():
             x, stats = model(TOKENS)
             return token_losses(model, x, TARGETS, 4).mean() + stats.load_balance_loss.sum()
 
-        return jax.jit(jax.grad(loss))(state)
+        return tiny.jit(jax.grad(loss))(state)
 
     want = gradient("none")
     for remat in ("dots", "attention", "full"):
@@ -125,7 +132,7 @@ def test_packed_documents_do_not_meet(attention):
     """Two documents and padding in one row, with their own positions: each has the losses it has alone in its row."""
     graphdef, state = make(dataclasses.replace(CONFIG, attention=attention))
 
-    @jax.jit
+    @tiny.jit
     def losses(tokens, targets, segment_ids, positions):
         model = nnx.merge(graphdef, state)
         x, _ = model(tokens, segment_ids=segment_ids, positions=positions)
@@ -146,7 +153,7 @@ def test_packed_documents_do_not_meet(attention):
 def test_prefill_and_decode_equal_one_full_pass():
     """Through the stacked cache: logits of every position, one token at a time after an unequal prefill."""
     graphdef, state = make()
-    apply = jax.jit(lambda tokens, **kwargs: nnx.merge(graphdef, state)(tokens, **kwargs))
+    apply = tiny.jit(lambda tokens, **kwargs: nnx.merge(graphdef, state)(tokens, **kwargs))
     model = nnx.merge(graphdef, state)
     full, lengths = apply(TOKENS)[0], np.array([3, 5])
     segment_ids = (np.arange(6) < lengths[:, None]).astype(np.int32)
@@ -162,6 +169,6 @@ def test_prefill_and_decode_equal_one_full_pass():
 def test_router_statistics_come_per_layer_and_reduced():
     """Per-token arrays of every layer would be gigabytes at scale; the reduced ones carry a layer axis."""
     graphdef, state = make()
-    stats = nnx.merge(graphdef, state)(TOKENS)[1]
+    stats = tiny.jit(lambda state: nnx.merge(graphdef, state)(TOKENS)[1])(state)
     assert stats.expert_index is None and stats.router_probs is None
     assert stats.load.shape == (2, 2, 2) and stats.load_balance_loss.shape == (2,)

@@ -1,6 +1,7 @@
 """Attention layers small enough for tests, with weights large enough that every path matters."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -10,7 +11,9 @@ from gqe_jax.attention import GQAttention, GQEAttention
 from gqe_jax.convert import layer_from_torch, layer_to_torch
 
 D_MODEL, HEAD_DIM = 16, 8
+# Most of the time of a test on tiny shapes is compilation.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def gqe(groups=2, experts=2, top_k=1, *, seed=0, d_model=D_MODEL, head_dim=HEAD_DIM, **options):
@@ -47,16 +50,21 @@ def inputs(batch=2, length=13, *, seed=1, d_model=D_MODEL):
 
 
 def split(layer):
-    """(apply, params, rest): `apply(params, rest, x, **kwargs)` is the jitted layer, a pure function of its state."""
+    """(apply, params, rest): `apply(params, rest, x, **kwargs)` is the layer as a pure function of its state."""
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
-    return jax.jit(lambda params, rest, x, **kwargs: nnx.merge(graphdef, params, rest)(x, **kwargs)), params, rest
+    return lambda params, rest, x, **kwargs: nnx.merge(graphdef, params, rest)(x, **kwargs), params, rest
+
+
+def split_jit(layer):
+    """`split`, compiled."""
+    apply, params, rest = split(layer)
+    return jit(apply), params, rest
 
 
 def call(layer, x, **kwargs):
-    """The layer's result, compiled as one function (with little effort: most of a test is compilation)."""
-    graphdef, state = nnx.split(layer)
-    apply = jax.jit(lambda state, x, kwargs: nnx.merge(graphdef, state)(x, **kwargs), compiler_options=QUICK)
-    return apply(state, x, kwargs)
+    """The layer's result, compiled as one function."""
+    apply, params, rest = split_jit(layer)
+    return apply(params, rest, x, **kwargs)
 
 
 def spec_options(layer):

@@ -74,12 +74,14 @@ def xla(
         few_rows=q_len * num_slots <= 16,
         on_cpu=jax.default_backend() == "cpu",
     )
-    return _attend(plan, mask, q, k, v)
+    o, lse2 = _attend(plan, mask, q, k, v)
+    return o, jnp.maximum(lse2 / LOG2_E, EMPTY_LSE)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan: _Plan, mask: Mask, q, k, v):
-    """o [B, S, G, K, D] in q's dtype and lse float32 [B, S, G, K]."""
+    """o [B, S, G, K, D] in q's dtype and lse2 float32 [B, S, G, K]: base 2, as the backward wants it unrounded, and
+    2 · EMPTY_LSE where nothing is seen."""
 
     def some_heads(heads, outputs):
         k_block = _block_reader(plan, heads, k, transposed=True)
@@ -87,7 +89,7 @@ def _attend(plan: _Plan, mask: Mask, q, k, v):
 
         def one_q_block(i, q_start, bounds, outputs):
             del i
-            o, lse = outputs
+            o, lse2 = outputs
             q_i, factor = _scaled_queries(plan, heads.rows(q, q_start, plan.block_q))
 
             def step(carry, start, seen):
@@ -107,8 +109,8 @@ def _attend(plan: _Plan, mask: Mask, q, k, v):
             row_max, row_sum, acc = _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry)
             any_seen = row_sum > 0
             row_sum = jnp.where(any_seen, row_sum, 1.0)
-            lse_i = jnp.where(any_seen, (row_max + jnp.log2(row_sum)) / LOG2_E, EMPTY_LSE)
-            return heads.put_rows(o, q_start, acc / row_sum[..., None]), heads.put_rows(lse, q_start, lse_i)
+            lse2_i = jnp.where(any_seen, row_max + jnp.log2(row_sum), 2 * EMPTY_LSE)
+            return heads.put_rows(o, q_start, acc / row_sum[..., None]), heads.put_rows(lse2, q_start, lse2_i)
 
         return _over_q_blocks(plan, heads.mask(mask), q, k, one_q_block, outputs)
 
@@ -116,15 +118,15 @@ def _attend(plan: _Plan, mask: Mask, q, k, v):
 
 
 def _attend_fwd(plan, mask, q, k, v):
-    o, lse = _attend(plan, mask, q, k, v)
-    return (o, lse), (mask, q, k, v, o, lse)
+    o, lse2 = _attend(plan, mask, q, k, v)
+    return (o, lse2), (mask, q, k, v, o, lse2)
 
 
 def _attend_bwd(plan, residuals, cotangents):
     """Scores are formed transposed, [T, R]: all five matmuls then contract the last axis of a block of scores or its
     first from the right, and none needs a transposed copy of one."""
-    mask, q, k, v, o, lse = residuals
-    do, dlse = cotangents
+    mask, q, k, v, o, lse2 = residuals
+    do, dlse2 = cotangents
 
     def some_heads(heads, outputs):
         k_block, v_block = _block_reader(plan, heads, k), _block_reader(plan, heads, v)
@@ -132,14 +134,14 @@ def _attend_bwd(plan, residuals, cotangents):
 
         def one_q_block(i, q_start, bounds, outputs):
             dq, dk, dv = outputs
-            q_i, do_i, o_i, lse_i, dlse_i = (heads.rows(x, q_start, plan.block_q) for x in (q, do, o, lse, dlse))
+            q_i, do_i, o_i, lse2_i, dlse2_i = (heads.rows(x, q_start, plan.block_q) for x in (q, do, o, lse2, dlse2))
             # The last block ends at S. Rows that it shares with the one before have had their part.
             fresh = jnp.tile(q_start + jnp.arange(plan.block_q) >= i * plan.block_q, q.shape[3])
             do_i = jnp.where(fresh[:, None], do_i, 0).astype(jnp.float32)
-            delta_i = jnp.sum(o_i * do_i, axis=-1) - jnp.where(fresh, dlse_i, 0.0)
+            delta_i = jnp.sum(o_i * do_i, axis=-1) - jnp.where(fresh, LOG2_E * dlse2_i, 0.0)
             q_i, factor = _scaled_queries(plan, q_i)
             q_i_transposed, do_i_transposed = jnp.swapaxes(q_i, -1, -2), jnp.swapaxes(do_i, -1, -2)
-            lse2_i, delta_i = LOG2_E * lse_i[..., None, :], delta_i[..., None, :]
+            lse2_i, delta_i = lse2_i[..., None, :], delta_i[..., None, :]
 
             def step(carry, start, seen):
                 dq_i, dk, dv = carry
