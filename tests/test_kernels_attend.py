@@ -96,7 +96,8 @@ FEATURES = {
     "kv_length": st.booleans(),
     "offsets": st.booleans(),
     "causal": st.booleans(),
-    "window": st.sampled_from([None, 1, 5, 17]),
+    # Not 1: with one visible key the scores' gradient is dlse plus a difference that cancels, a matter of conditioning.
+    "window": st.sampled_from([None, 2, 5, 17]),
     "softcap": st.sampled_from([None, 2.0]),
     "scale": st.sampled_from([None, 0.7]),
 }
@@ -137,7 +138,7 @@ def test_reference_equals_float64_attention(max_examples):
         {"q_len": 5, "kv_len": 37, "offsets": True, "kv_length": True, "window": 9},  # a few new tokens
         {"q_len": 40, "kv_len": 3},
         {"q_len": 31, "kv_len": 31, "num_slots": 3},  # k = M
-        {"q_len": 31, "kv_len": 31, "num_groups": 1},
+        {"q_len": 31, "kv_len": 31, "num_groups": 1, "window": 1},
     ],
     ids=str,
 )

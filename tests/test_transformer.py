@@ -77,6 +77,7 @@ def test_no_array_of_all_logits_exists():
         assert whole not in hlo(8), whole
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     """What is computed again is the same; "none" is the measure."""
 
