@@ -12,11 +12,8 @@ from gqe_jax.config_files import parse_argument
 def get_config(argument=None):
     """Arguments: steps (of the run), kind ("gqe" or "gqa")."""
     arguments = parse_argument(argument, steps=600, kind="gqe")
-    heads = {"num_kv_heads": 2, "head_dim": 64}
-    if arguments.kind == "gqa":
-        config = defaults(kind="gqa", num_query_heads=4, **heads)
-    else:
-        config = defaults(num_query_experts=4, top_k=1, **heads)
+    heads = {"num_query_heads": 4} if arguments.kind == "gqa" else {"num_query_experts": 4, "top_k": 1}
+    config = defaults(kind=arguments.kind, num_kv_heads=2, head_dim=64, **heads)
     config.name = f"smoke_{arguments.kind}"
 
     model = config.model

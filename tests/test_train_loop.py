@@ -155,6 +155,7 @@ def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads
 def test_full_disk_spares_the_last_checkpoint(copied, finished, limit_file_size):
     """Metrics or checkpoint, whatever fails first: the message says what is left, and once there is room the same
     command leads to the uninterrupted run."""

@@ -29,7 +29,7 @@ class GQAttention(Attention):
       softcap: scores become softcap · tanh(scores / softcap).
       window: a token sees itself and the window - 1 tokens before it.
       implementation: of `attend`; None picks by platform.
-      dtype: of the computation; None follows the input.
+      dtype: of the computation; None is the wider of input and parameters.
       kernel_init, out_kernel_init: of the projections, and of the last one.
 
     Raises:

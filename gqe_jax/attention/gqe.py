@@ -42,7 +42,7 @@ class GQEAttention(Attention):
       softcap: scores become softcap · tanh(scores / softcap).
       window: a token sees itself and the window - 1 tokens before it.
       implementation: of `attend`; None picks by platform.
-      dtype: of the computation; None follows the input. The router computes in float32 always.
+      dtype: of the computation; None is the wider of input and parameters. The router computes in float32 always.
       kernel_init, out_kernel_init: of the projections, and of the last one.
 
     Raises:
