@@ -135,6 +135,11 @@ class AttentionConfig:
             f"dimensions: make head_dim even, or set rope_theta=None",
         )
         _require(
+            self.rope_scaling.kind != "dynamic" or self.head_dim is None or self.head_dim > 2,
+            f"head_dim={self.head_dim} leaves rope_scaling.kind='dynamic' no frequency to stretch (its exponent is "
+            f"D / (D - 2)): raise head_dim, or choose another rope_scaling.kind",
+        )
+        _require(
             self.rope_scaling.kind == "none" or self.rope_theta is not None,
             f"rope_scaling.kind={self.rope_scaling.kind!r} has nothing to scale, since rope_theta=None switches rotary "
             f"embedding off: set rope_theta, or rope_scaling.kind='none'",

@@ -18,12 +18,14 @@ from gqe_jax.convert import layer_from_torch, layer_to_torch
 X = tiny.inputs(2, 9)
 
 
-def route(config, x=X, *, G=2, M=4, k=2, segment_ids=None, rngs=None, bias=None, positions=None):
+def route(config, x=X, *, G=2, M=4, k=2, segment_ids=None, rngs=None, bias=None, positions=None, layer_index=0):
     router = Router(x.shape[-1], G, M, k, config, rngs=nnx.Rngs(0))
     if bias is not None:
         router.bias.set_value(jnp.asarray(bias, jnp.float32))
     positions = jnp.arange(x.shape[1])[None] if positions is None else positions
-    return router(jnp.asarray(x), segment_ids=segment_ids, positions=positions, rngs=rngs)
+    return router(
+        jnp.asarray(x), segment_ids=segment_ids, positions=positions, rngs=rngs, layer_index=layer_index
+    )
 
 
 @settings(deadline=None, max_examples=40)
@@ -134,8 +136,8 @@ def test_random_router_draws_sets_without_replacement():
 
 
 def test_random_router_is_fresh_with_rngs_and_repeatable_without():
-    """Training draws anew from its stream at each call and for each row. Without rngs the draw is a function of seed
-    and position: the same for each row and call, so that decoding repeats what a full pass chose."""
+    """Training draws anew from its stream at each call and for each row. Without rngs the draw is a function of seed,
+    layer and position: the same for each row and call, so that decoding repeats what a full pass chose."""
     config, rngs = RouterConfig(kind="random", seed=7), nnx.Rngs(router=0)
     x = np.zeros((2, 64, 16), np.float32)
     first, second = route(config, x, rngs=rngs)[0], route(config, x, rngs=rngs)[0]
@@ -144,6 +146,7 @@ def test_random_router_is_fresh_with_rngs_and_repeatable_without():
     np.testing.assert_array_equal(still[0], still[1])
     np.testing.assert_array_equal(route(config, 1 + x)[0], still)
     assert (route(RouterConfig(kind="random", seed=8), x)[0] != still).any()
+    assert 0.6 < (route(config, x, layer_index=1)[0] != still).mean() < 0.9  # of M = 4: unrelated draws differ in 3/4
     np.testing.assert_array_equal(route(config, x[:, :9], positions=jnp.arange(20, 29)[None])[0], still[:, 20:29])
 
 
@@ -176,7 +179,8 @@ def test_load_balance_loss_has_its_least_gradient_at_balance():
 
     def loss(state):
         router = nnx.merge(graphdef, state)
-        return router(x, segment_ids=None, positions=jnp.arange(3)[None], rngs=None)[2].load_balance_loss
+        stats = router(x, segment_ids=None, positions=jnp.arange(3)[None], rngs=None, layer_index=0)[2]
+        return stats.load_balance_loss
 
     gradient = jax.grad(loss)(state)["proj"]["kernel"].get_value()[0, 0]
     np.testing.assert_allclose(gradient, [0.5, -0.5], rtol=1e-6)  # M · f · p(1 - p) = 2 · 1 · 1/4, summed over tokens

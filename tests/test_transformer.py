@@ -97,6 +97,15 @@ def test_remat_changes_no_gradient():
             np.testing.assert_allclose(got, leaf, atol=1e-6, rtol=1e-5, err_msg=remat)
 
 
+@pytest.mark.parametrize(("remat", "kept"), [("none", True), ("dots", True), ("attention", True), ("full", False)])
+def test_remat_keeps_the_result_of_attention(remat, kept):
+    """What a layer keeps for its backward pass is stacked over layers by the scan: [L, B, S, G, k, D] is attention's."""
+    config = dataclasses.replace(CONFIG, remat=remat, attention=dataclasses.replace(GQE, implementation="xla"))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    program = jax.make_jaxpr(jax.grad(lambda state: nnx.merge(graphdef, state)(TOKENS)[0].sum()))(state)
+    assert ("f32[2,2,11,2,1,8]" in str(program)) == kept
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("attention", [GQE, GQA, dataclasses.replace(GQE, variant="hard_concat", qk_norm=True)])
 def test_parameter_count(attention, tied):

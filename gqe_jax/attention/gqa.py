@@ -91,9 +91,10 @@ class GQAttention(Attention):
         positions: jax.Array | None = None,
         cache: KVCache | None = None,
         rngs: nnx.Rngs | None = None,
+        layer_index: jax.Array | int = 0,
     ) -> tuple[jax.Array, None] | tuple[jax.Array, None, KVCache]:
         """Causal self-attention; arguments and results as `GQEAttention`'s, with None in place of its statistics."""
-        del rngs  # no randomness in dense attention
+        del rngs, layer_index  # no randomness in dense attention
         context, cache = self._context(x, segment_ids, positions, cache)
         y = self.o_proj(context.attend(self.q_proj(x)))
         return (y, None) if cache is None else (y, None, cache)

@@ -116,6 +116,7 @@ class GQEAttention(Attention):
         positions: jax.Array | None = None,
         cache: KVCache | None = None,
         rngs: nnx.Rngs | None = None,
+        layer_index: jax.Array | int = 0,
     ) -> tuple[jax.Array, RouterStats] | tuple[jax.Array, RouterStats, KVCache]:
         """Causal self-attention.
 
@@ -126,6 +127,7 @@ class GQEAttention(Attention):
           positions: int32 [B or 1, S], for the rotary embedding; None counts from the start (from the cache's length).
           cache: from `init_cache`; the S tokens continue it.
           rngs: randomness of training, stream "router": the router's jitter, and the draws of the `random` router.
+          layer_index: of this layer in a stack; without rngs the `random` router draws differently in each.
 
         Returns:
           (y [B, S, d], statistics of the routing), and the grown cache if one was given.
@@ -134,7 +136,9 @@ class GQEAttention(Attention):
           ValueError: shapes that do not fit, or more tokens than the cache holds.
         """
         context, cache = self._context(x, segment_ids, positions, cache)
-        expert_index, probs, stats = self.router(x, segment_ids=segment_ids, positions=context.positions, rngs=rngs)
+        expert_index, probs, stats = self.router(
+            x, segment_ids=segment_ids, positions=context.positions, rngs=rngs, layer_index=layer_index
+        )
         o = context.attend(self.q_proj(x), expert_index)
 
         if self.config.variant == "weighted_concat":

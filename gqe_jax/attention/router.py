@@ -85,15 +85,22 @@ class Router(nnx.Module):
         self.bias = RouterBias(jnp.zeros(self.shape, jnp.float32)) if config.bias_update_rate else None
 
     def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array | None, positions: jax.Array, rngs: nnx.Rngs | None
+        self,
+        x: jax.Array,
+        *,
+        segment_ids: jax.Array | None,
+        positions: jax.Array,
+        rngs: nnx.Rngs | None,
+        layer_index: jax.Array | int,
     ) -> tuple[jax.Array, jax.Array, RouterStats]:
         """Routes each token.
 
         Args:
           x: [B, S, d].
           segment_ids: int32 [B, S], 0 = padding, which is left out of all statistics.
-          positions: int32 [B or 1, S]; the `random` router without rngs draws by seed and position.
+          positions: int32 [B or 1, S]; the `random` router without rngs draws by seed, layer and position.
           rngs: randomness of training (stream "router"): jitter, and the draws of the `random` router.
+          layer_index: of the layer in a stack.
 
         Returns:
           expert_index int32 [B, S, G, k], its probabilities float32 [B, S, G, k], and the statistics.
@@ -109,7 +116,7 @@ class Router(nnx.Module):
         probs = jax.nn.softmax(logits)
 
         if self.config.kind == "random":
-            selection = self._random_scores(x.shape[:2], positions, rngs)
+            selection = self._random_scores(x.shape[:2], positions, rngs, layer_index)
         else:
             selection = probs if self.bias is None else probs + self.bias[...]
         index = top_k_experts(jax.lax.stop_gradient(selection), self.top_k)
@@ -121,14 +128,16 @@ class Router(nnx.Module):
         selected_probs = jnp.sum(chosen * probs[..., None, :], axis=-1)  # no matmul: a TPU would round p to bfloat16
         return index, selected_probs, self._statistics(index, chosen, logits, probs, segment_ids)
 
-    def _random_scores(self, tokens: tuple[int, int], positions: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+    def _random_scores(self, tokens, positions, rngs, layer_index) -> jax.Array:
+        """[B, S, G, M], whose order is the draw."""
         if rngs is not None:
             return jax.random.uniform(rngs.router(), tokens + self.shape)
-        # Without rngs the draw depends on seed and position alone, so that decoding repeats what a full pass chose.
+        # Without rngs the draw depends on seed, layer and position alone: decoding repeats what a full pass chose.
         groups, experts = self.shape
         column = jnp.arange(groups * experts, dtype=jnp.uint32).reshape(self.shape)
         token = positions.astype(jnp.uint32)[..., None, None]
-        bits = _mix(_mix(_mix(jnp.uint32(self.config.seed)) + token) + column)
+        layer = _mix(_mix(jnp.uint32(self.config.seed)) + jnp.uint32(layer_index))
+        bits = _mix(_mix(layer + token) + column)
         return jnp.broadcast_to((bits >> 8).astype(jnp.float32), tokens + self.shape)
 
     def _statistics(self, index, chosen, logits, probs, segment_ids) -> RouterStats:

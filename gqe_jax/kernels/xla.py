@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from gqe_jax.kernels.kv_bounds import kv_bounds, seen_keys
 from gqe_jax.kernels.mask import Mask
@@ -119,6 +120,7 @@ def _attend(plan: _Plan, mask: Mask, q, k, v):
 
 def _attend_fwd(plan, mask, q, k, v):
     o, lse2 = _attend(plan, mask, q, k, v)
+    o, lse2 = checkpoint_name(o, "attention_out"), checkpoint_name(lse2, "attention_lse")  # for remat policies
     return (o, lse2), (mask, q, k, v, o, lse2)
 
 

@@ -36,10 +36,16 @@ class Block(nnx.Module):
         positions: jax.Array | None,
         cache: KVCache | None,
         rngs: nnx.Rngs | None,
+        layer_index: jax.Array,
     ) -> tuple[jax.Array, RouterStats | None, KVCache | None]:
         """[B, S, d] → ([B, S, d], reduced router statistics of GQE, grown cache)."""
         y, stats, *cache = self.attention(
-            self.attention_norm(x), segment_ids=segment_ids, positions=positions, cache=cache, rngs=rngs
+            self.attention_norm(x),
+            segment_ids=segment_ids,
+            positions=positions,
+            cache=cache,
+            rngs=rngs,
+            layer_index=layer_index,
         )
         x += y
         x += self.mlp(self.mlp_norm(x))

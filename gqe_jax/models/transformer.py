@@ -83,7 +83,9 @@ class Transformer(nnx.Module):
             block = nnx.merge(graphdef, state)
             rngs = None if key is None else nnx.Rngs(router=key)
             cache = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, index, keepdims=False), caches)
-            x, stats, cache = block(x, segment_ids=segment_ids, positions=positions, cache=cache, rngs=rngs)
+            x, stats, cache = block(
+                x, segment_ids=segment_ids, positions=positions, cache=cache, rngs=rngs, layer_index=index
+            )
             # Carried, not stacked by the scan: the loop then updates a donated cache in place.
             caches = jax.tree.map(lambda c, new: jax.lax.dynamic_update_index_in_dim(c, new, index, 0), caches, cache)
             return (x, caches), stats
@@ -113,7 +115,7 @@ def token_losses(model: Transformer, x: jax.Array, targets: jax.Array, chunk: in
     Args:
       x: [B, S, d], final hidden states.
       targets: int32 [B, S].
-      chunk: tokens of a row; the last chunk may be shorter.
+      chunk: most tokens of a row at one time; the row is cut into equal chunks, the last of them filled up.
 
     Returns:
       float32 [B, S].
@@ -127,6 +129,7 @@ def token_losses(model: Transformer, x: jax.Array, targets: jax.Array, chunk: in
 
     batch, length = targets.shape
     count = -(-length // chunk)
+    chunk = -(-length // count)
 
     def split(a):
         padded = jnp.pad(a, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (a.ndim - 2))
