@@ -30,7 +30,16 @@ def _require(rule: bool, message: str) -> None:
 def _require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, f"{name}={value} must be positive: set {name} to at least 1")
+        least = "at least 1" if isinstance(value, int) else "a value above 0"
+        _require(value > 0, f"{name}={value} must be positive: set {name} to {least}")
+
+
+def _require_known(config: Any) -> None:
+    """Every field with a closed list of values has one of them."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        if typing.get_origin(hint) is Literal:
+            value, allowed = getattr(config, name), typing.get_args(hint)
+            _require(value in allowed, f"{name}={value!r} is unknown: use one of {', '.join(map(repr, allowed))}")
 
 
 def _require_seed(config: Any, path: str) -> None:
@@ -57,6 +66,7 @@ class RopeScaling:
     attention_factor: float | None = None  # yarn: multiplies cos and sin; None = 0.1 ln(factor) + 1
 
     def __post_init__(self):
+        _require_known(self)
         _require(self.factor >= 1.0, f"rope_scaling.factor={self.factor} must be at least 1: it stretches the context")
         _require_positive(self, "original_context")
         _require(
@@ -79,6 +89,7 @@ class RouterConfig:
     seed: int = 0  # of the `random` router where no rngs are given (evaluation, generation)
 
     def __post_init__(self):
+        _require_known(self)
         _require_fraction(self, "jitter")
         _require_seed(self, "router")
         for name in ("init_std", "load_balance_weight", "z_loss_weight", "bias_update_rate"):
@@ -113,6 +124,7 @@ class AttentionConfig:
         raise TypeError(f"{type(self).__name__} states no query heads: use a kind of attention from ATTENTION_CONFIGS")
 
     def __post_init__(self):
+        _require_known(self)
         name, heads = self.query_heads
         _require(heads > 0, f"{name}={heads} must be positive: set it to a multiple of num_kv_heads")
         _require_positive(self, "num_kv_heads")
@@ -218,6 +230,7 @@ class ModelConfig:
     attention: AttentionConfig = GQEConfig(num_query_experts=16, num_kv_heads=8)
 
     def __post_init__(self):
+        _require_known(self)
         _require_positive(self, "vocab_size", "d_model", "num_layers", "d_ff", "context")
         object.__setattr__(self, "attention", self.attention.resolve(self.d_model))
 
@@ -256,6 +269,7 @@ class OptimizerConfig:
     zclip_warmup_steps: int = 25  # steps that only observe
 
     def __post_init__(self):
+        _require_known(self)
         _require_positive(self, "learning_rate", "eps", "clip_norm", "zclip_threshold", "zclip_warmup_steps")
         _require_fraction(self, "b1", "b2", "zclip_decay")
         for name in ("warmup_steps", "decay_steps", "weight_decay", "min_learning_rate"):
@@ -405,9 +419,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         _require(isinstance(value, Mapping | ml_collections.ConfigDict), f"{path}={value!r} must be a group of keys")
         return _build(kind, value, path + ".")
     if typing.get_origin(kind) is Literal:
-        allowed = typing.get_args(kind)
-        _require(value in allowed, f"{path}={value!r} is unknown: use one of {', '.join(map(repr, allowed))}")
-        return value
+        return value  # the dataclass checks it
     if kind is float and type(value) is int:
         value = float(value)
     _require(

@@ -9,7 +9,18 @@ import ml_collections
 import pytest
 
 from gqe_jax import flops
-from gqe_jax.config import IMPLEMENTATIONS, ConfigError, RunConfig, build, defaults, to_dict
+from gqe_jax.config import (
+    IMPLEMENTATIONS,
+    ConfigError,
+    GQEConfig,
+    OptimizerConfig,
+    RopeScaling,
+    RouterConfig,
+    RunConfig,
+    build,
+    defaults,
+    to_dict,
+)
 from gqe_jax.config_files import load_config, shipped_configs
 from gqe_jax.train.step import Step
 
@@ -29,6 +40,22 @@ def test_round_trip(spec):
     """A checkpoint holds the configuration as JSON; what is built from that must be the configuration."""
     config = load_config(spec)
     assert build(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: GQEConfig(num_query_experts=4, num_kv_heads=2, variant="gqee"), "variant='gqee' is unknown: use"),
+        (lambda: RouterConfig(kind="topk"), "kind='topk' is unknown: use one of 'learned', 'fixed', 'random'"),
+        (lambda: RopeScaling(kind="ntk", factor=2.0), "kind='ntk' is unknown: use one of 'none', 'linear'"),
+        (lambda: OptimizerConfig(clip="zlip"), "clip='zlip' is unknown: use one of 'zclip', 'norm', 'none'"),
+        (lambda: OptimizerConfig(eps=0.0), "eps=0.0 must be positive: set eps to a value above 0"),
+    ],
+)
+def test_made_in_python_they_are_checked_as_well(make, text):
+    """The layers' users never see a config file: a misspelt option must not silently mean another one."""
+    with pytest.raises(ConfigError, match=text):
+        make()
 
 
 @pytest.mark.parametrize("spec", SHIPPED)
@@ -65,7 +92,7 @@ RULES = [
     ({"model.d_model": 100}, "head_dim=None means d_model / num_query_experts, but 100 / 16 is no integer"),
     ({"model.attention.rope_theta": None, "model.attention.rope_scaling.kind": "yarn"}, "has nothing to scale"),
     ({"model.attention.variant": "gqa"},
-     "model.attention.variant='gqa' is unknown: use one of 'gqe', 'hard_concat', 'weighted_concat'"),
+     "in config.model.attention: variant='gqa' is unknown: use one of 'gqe', 'hard_concat', 'weighted_concat'"),
     ({"model.attention.kind": "mha"}, "model.attention.kind='mha' is unknown: use one of 'gqe', 'gqa'"),
     ({"model.attention.implementation": "cuda"}, "implementation='cuda' is unknown"),
     ({"model.attention.router.kind": "fixed", "model.attention.router.jitter": 0.1}, "has nothing to learn"),

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ import pytest
 from flax import nnx
 from tiny_run import CONTEXT, QUICK_FLAGS, leaf_hashes, losses, prepare_tiny, quick_compiles, read_arrays, tiny_config
 
+from gqe_jax.config import ConfigError
 from gqe_jax.data.pipeline import PreparedRows
 from gqe_jax.data.prepared import open_data
 from gqe_jax.evaluate.heldout import evaluate_model
@@ -95,6 +97,22 @@ def test_what_a_run_leaves(finished):
     assert json.loads((finished.directory / "config.json").read_text()) == dataclasses.asdict(finished.config)
     evaluations = [line for line in read_metrics(finished.directory) if "eval/loss" in line]
     assert [(line["step"], line["eval/loss"]) for line in evaluations] == [(8, finished.result.loss)]
+
+
+def test_resumed_with_other_data(copied, tmp_path, monkeypatch, capsys):
+    """Other rows are the user's right, but must be seen to be; another tokenizer makes nonsense of the weights."""
+    prepare_tiny(tmp_path / "other", seed=1)
+    config = tiny_config(tmp_path / "other")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=9))
+    train(config, copied.directory)
+    out = capsys.readouterr().out
+    assert "changed since: train.steps was 8 and is now 9" in out
+    assert "changed since: the prepared data" in out
+
+    other = types.SimpleNamespace(name="other", vocab_size=300, digest="0" * 64)
+    monkeypatch.setattr(loop, "tokenizer_from_files", lambda files: other)
+    with pytest.raises(ConfigError, match=r"the data was prepared with the tokenizer bytes.*, not with other"):
+        train(config, copied.directory)
 
 
 def test_damaged_newest_checkpoint(copied, finished, monkeypatch, capsys):

@@ -99,7 +99,7 @@ def test_remat_changes_no_gradient():
 
 @pytest.mark.parametrize(("remat", "kept"), [("none", True), ("dots", True), ("attention", True), ("full", False)])
 def test_remat_keeps_the_result_of_attention(remat, kept):
-    """What a layer keeps for its backward pass is stacked over layers by the scan: [L, B, S, G, k, D] is attention's."""
+    """The scan stacks over layers what a layer keeps for its backward pass: [L, B, S, G, k, D] is attention's."""
     config = dataclasses.replace(CONFIG, remat=remat, attention=dataclasses.replace(GQE, implementation="xla"))
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     program = jax.make_jaxpr(jax.grad(lambda state: nnx.merge(graphdef, state)(TOKENS)[0].sum()))(state)

@@ -11,7 +11,7 @@ from flax import nnx
 from gqe_jax.attention.cache import KVCache
 from gqe_jax.attention.rotary import rotary_tables
 from gqe_jax.config import AttentionConfig
-from gqe_jax.kernels import attend, rotate
+from gqe_jax.kernels import attend, rms_norm, rotate
 from gqe_jax.linear import Linear
 
 default_kernel_init = nnx.initializers.normal(0.02)
@@ -70,8 +70,9 @@ class Attention(nnx.Module):
             self.q_norm = nnx.RMSNorm(config.head_dim, **norm)
             self.k_norm = nnx.RMSNorm(config.head_dim, **norm)
 
-    def init_cache(self, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.float32) -> KVCache:
-        """An empty cache for `batch` sequences of at most `capacity` tokens."""
+    def init_cache(self, batch: int, capacity: int, dtype: jax.typing.DTypeLike | None = None) -> KVCache:
+        """An empty cache for `batch` sequences of at most `capacity` tokens, in the layer's dtype unless given one."""
+        dtype = dtype or self.k_proj.dtype or self.k_proj.kernel[...].dtype
         return KVCache.empty(batch, capacity, self.config.num_kv_heads, self.config.head_dim, dtype)
 
     def _context(
@@ -90,7 +91,7 @@ class Attention(nnx.Module):
             "implementation": config.implementation,
         }
         if config.qk_norm:
-            k = self.k_norm(k).astype(k.dtype)
+            k = rms_norm(k, self.k_norm.scale[...], config.qk_norm_eps)
             options["q_norm"] = (self.q_norm.scale[...], config.qk_norm_eps)
         if config.rope_theta is not None:
             tables = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)

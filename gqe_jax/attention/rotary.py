@@ -15,7 +15,8 @@ def rotary_tables(
 
     The forms of scaling are those of the published models: "linear" (Chen et al. 2023), "dynamic" (NTK-aware, stretched
     with the row's last position in the call), "llama3" (Llama 3.1), "yarn" (Peng et al. 2023; cos and sin carry its
-    attention factor).
+    attention factor). Beyond the original context "dynamic" turns new keys by other frequencies than the cached ones,
+    in the published models as here: only there does decoding differ from one full pass.
 
     Args:
       positions: int32 [B or 1, S].

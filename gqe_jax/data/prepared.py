@@ -1,6 +1,8 @@
 """The prepared data that a configuration names, checked against the model that is to read it."""
 
 import dataclasses
+import functools
+import hashlib
 from pathlib import Path
 
 from gqe_jax.config import ConfigError, DataConfig, ModelConfig
@@ -16,6 +18,11 @@ class PreparedData:
     directory: Path
     manifest: Manifest
     tokenizer: Tokenizer
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the manifest, which holds those of all files."""
+        return hashlib.sha256(self.manifest.to_json().encode()).hexdigest()
 
     def tokens_per_byte(self, split: str) -> float:
         """Targets of the split over bytes of its text: nats per token times this over ln 2 are bits per byte."""

@@ -28,7 +28,8 @@ class HeldOut:
 
     Attributes:
       loss: nats per token.
-      bits_per_byte: of the text; the end of each document counts as a token to predict, and as no byte.
+      bits_per_byte: of the text; the end of each document counts as a token to predict, and as no byte. Over a part of
+        the text (`limit`) it is an estimate, with the whole split's tokens per byte.
       perplexity: e to the loss.
       tokens: how many were predicted.
       load: float64 [L, G, M], share of tokens that selected each expert; None for dense attention.

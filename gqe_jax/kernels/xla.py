@@ -60,8 +60,8 @@ def xla(
     q_norm: tuple[jax.Array, float] | None,
     softcap: float | None,
     scale: float,
-    block_q: int = 512,
-    block_k: int = 512,
+    block_q: int = 1024,
+    block_k: int = 1024,
 ) -> tuple[jax.Array, jax.Array]:
     """Blockwise attention; arguments as in `attend`. Block sizes are upper bounds: rows of q (slots included), keys."""
     q = prepare_queries(q, expert_index, q_norm, q_rope)

@@ -104,8 +104,7 @@ class Transformer(nnx.Module):
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for generation, every leaf with a leading axis of num_layers, in the model's dtype."""
-        attention = self.config.attention
-        one = KVCache.empty(batch, capacity, attention.num_kv_heads, attention.head_dim, jnp.dtype(self.config.dtype))
+        one = self.layers.attention.init_cache(batch, capacity)
         return jax.tree.map(lambda x: jnp.repeat(x[None], self.config.num_layers, axis=0), one)
 
 

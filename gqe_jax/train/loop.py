@@ -15,6 +15,7 @@ from gqe_jax import flops
 from gqe_jax.config import ConfigError, GQEConfig, RunConfig, build, to_dict
 from gqe_jax.data.pipeline import train_batches
 from gqe_jax.data.prepared import PreparedData, open_data
+from gqe_jax.data.tokenizer import tokenizer_from_files
 from gqe_jax.evaluate.heldout import HeldOut, evaluate
 from gqe_jax.parallel.mesh import check_batch, make_mesh, replicated, shard_batch
 from gqe_jax.train import run as runs
@@ -87,7 +88,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
         checkpoints = stack.enter_context(
             Checkpoints(directory / runs.CHECKPOINTS, keep=config.train.keep, every=config.train.checkpoint_every)
         )
-        state = _restore(checkpoints, directory, step, replicated(mesh), previous_checkpoint)
+        state = _restore(checkpoints, directory, step, data, replicated(mesh), previous_checkpoint)
         start = 0 if state is None else int(state.step)
         if start > steps:
             raise ConfigError(
@@ -111,9 +112,12 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
             rows = config.data.batch_size // config.train.accumulate
             return evaluate(compiled, data, mesh, batch_size=rows, limit=limit)
 
+        log = Log(config, writer, data, start=start)
         if start == steps:
             _say(f"step {start} is the last: nothing to train (raise train.steps to continue)")
-            return evaluate_state(None)
+            result = evaluate_state(None)
+            log.evaluated(start, result)
+            return result
 
         # ------------------------------------------------------------ step
         rows = train_batches(
@@ -130,7 +134,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
         take_step = step.train.lower(state, batch).compile()
         _say(f"compiled the training step in {time.monotonic() - began:.1f} s; training from step {start} to {steps}")
 
-        log = Log(config, writer, data, start=start)
+        log.start_clock()
         stop = stack.enter_context(_signals())
         for now in range(start + 1, steps + 1):
             state, metrics = take_step(state, batch)
@@ -140,23 +144,24 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
             if not leaving:
                 batch = next(batches)
 
-            # -------------------------------------------------------- eval
-            if final or (config.train.eval_every and now % config.train.eval_every == 0 and not leaving):
-                with log.pause():
-                    result = evaluate_state(None if final else config.train.eval_batches or None)
-                    log.evaluated(now, result)
-
             # -------------------------------------------------------- save
             if leaving or checkpoints.should_save(now):
                 with log.pause():  # ends the wait for this step's metrics: only a finite step is saved
                     checkpoints.save(
                         now,
                         **runs.checkpoint_items(state),
-                        data={"seed": config.data.seed, "step": now},
+                        data={"seed": config.data.seed, "step": now, "prepared": data.digest},
                         config=to_dict(config),
                         tokenizer=data.tokenizer.files(),
                         wait=leaving,
                     )
+
+            # -------------------------------------------------------- eval
+            if final or (config.train.eval_every and now % config.train.eval_every == 0 and not leaving):
+                with log.pause():
+                    result = evaluate_state(None if final else config.train.eval_batches or None)
+                    log.evaluated(now, result)
+
             if stop and not final:
                 raise Interrupted(stop[0], now)
     return result
@@ -174,9 +179,13 @@ class Log:
         self.stopwatch = Stopwatch()
         self.tokens = 0
         self.logged_step = start
+        self.warned: list[str] = []
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Training time counts from here."""
         self.since = time.monotonic()
         self.paused = 0.0
-        self.warned: list[str] = []
 
     def dispatched(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of the step that was just dispatched and reads those of the one before."""
@@ -254,6 +263,7 @@ def _restore(
     checkpoints: Checkpoints,
     directory: Path,
     step: Step,
+    data: PreparedData,
     sharding: jax.sharding.Sharding,
     previous_checkpoint: bool,
 ) -> TrainState | None:
@@ -261,19 +271,23 @@ def _restore(
     if newest is None:
         return None
     try:
-        checkpoints.verify(newest, items=("config",))
+        checkpoints.verify(newest, items=("config", "tokenizer", "data"))
         saved = build(checkpoints.read_config(newest))
         runs.check_same_model(directory, saved, step.config)
+        data.manifest.check_tokenizer(tokenizer_from_files(checkpoints.read_tokenizer(newest)))
+        read_so_far = checkpoints.read_data(newest)
         abstract = jax.eval_shape(lambda: runs.checkpoint_items(step.init()))
         items = checkpoints.restore(newest, **runs.abstract_arrays(abstract, sharding))
     except CheckpointDamaged as damage:
         if not previous_checkpoint:
             raise
         _say(f"{damage}\nas --previous-checkpoint asks, it is kept aside as {checkpoints.set_aside(newest)}")
-        return _restore(checkpoints, directory, step, sharding, previous_checkpoint)
+        return _restore(checkpoints, directory, step, data, sharding, previous_checkpoint)
     _say(f"resuming {directory} from step {newest}")
     for line in runs.differences(saved, step.config):
         _say(f"changed since: {line}")
+    if read_so_far["prepared"] != data.digest:
+        _say(f"changed since: the prepared data; the run goes on with the rows of {data.directory}")
     return runs.state_from_items(items)
 
 

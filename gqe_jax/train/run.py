@@ -108,7 +108,9 @@ def write_failures_named(directory: Path) -> Iterator[None]:
 
 
 def write_config(directory: Path, config: RunConfig) -> None:
-    """Leaves the configuration where `gqe inspect` and people look for it."""
+    """Leaves the configuration where `gqe inspect` and people look for it; the first process does."""
+    if jax.process_index() != 0:
+        return
     directory.mkdir(parents=True, exist_ok=True)
     written = directory / (CONFIG_FILE + ".partial")
     written.write_text(json.dumps(to_dict(config), indent=1) + "\n")
