@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
-STEPS ?= 600
+STEPS ?= 300
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin

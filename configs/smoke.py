@@ -12,7 +12,7 @@ from gqe_jax.config_files import parse_argument
 
 def get_config(argument=None):
     """Arguments: steps (of the run), kind ("gqe" or "gqa")."""
-    arguments = parse_argument(argument, steps=600, kind="gqe")
+    arguments = parse_argument(argument, steps=300, kind="gqe")
     heads = {"num_query_heads": 4} if arguments.kind == "gqa" else {"num_query_experts": 4, "top_k": 1}
     config = defaults(kind=arguments.kind, num_kv_heads=2, head_dim=64, **heads)
     config.name = f"smoke_{arguments.kind}"
@@ -36,7 +36,7 @@ def get_config(argument=None):
     train = config.train
     train.steps = arguments.steps
     train.log_every = 20
-    train.eval_every = 200
+    train.eval_every = 100
     train.eval_batches = 12
     train.checkpoint_every = 100
     return config

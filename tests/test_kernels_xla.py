@@ -147,3 +147,15 @@ def test_nan_inputs_are_not_hidden(tiny_blocks):
     q, k, v = inputs(21, 21)
     o = attend(q, k.at[0, 3].set(jnp.nan), v, implementation="xla")
     assert np.isfinite(o[0, :3]).all() and np.isnan(o[0, 3:]).all()
+
+
+def test_float32_stays_float32_where_64_bits_are_enabled(tiny_blocks):
+    """Users' programs may run with x64: arrays made without a dtype would then be float64, and the exponential, which
+    works on the bits, needs 32 of them."""
+    q, k, v = inputs(9, 9)
+    want = with_gradients(functools.partial(attend, implementation="xla"), q, k, v)
+    with jax.enable_x64(True):
+        got = with_gradients(functools.partial(attend, implementation="xla"), q, k, v)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, atol=1e-6)

@@ -4,8 +4,9 @@ Scores exist one block of queries × one block of keys at a time, forward and ba
 q, k and the saved log-sum-exp). Loop bounds follow the mask (`kv_bounds.py`): a block above the diagonal, outside the
 window, past `kv_length` or without a common segment is not visited, and only blocks that the mask cuts pay for a mask.
 
-Axes beyond the usual alphabet: R is the rows of a q block, slot-major (row = slot · block_q + position), so that the
-slots of a group share each block of K and V. "..." is B, G, or nothing where one head is computed at a time.
+Axes beyond the usual alphabet: R is the rows of a q block, position-major (row = position · K + slot): the slots of a
+group share each block of K and V, and the later half of a block's positions is a slice of its rows. "..." is B, G, or
+nothing where one head is computed at a time.
 """
 
 import dataclasses
@@ -34,6 +35,7 @@ class _Plan:
     softcap: float | None
     block_q: int  # positions; a block's rows are num_slots times as many
     block_k: int
+    halves: bool  # head by head, a block of keys on the diagonal is computed in two halves
     few_rows: bool  # decode: K and V are read once, where they lie
     on_cpu: bool
 
@@ -72,6 +74,8 @@ def xla(
         softcap=softcap,
         block_q=-(-q_len // num_q_blocks),
         block_k=min(block_k, k.shape[1]),
+        # Half of a block that T cuts short would take nearly as long as all of it.
+        halves=mask.causal and 1 < block_k <= k.shape[1],
         few_rows=q_len * num_slots <= 16,
         on_cpu=jax.default_backend() == "cpu",
     )
@@ -93,29 +97,33 @@ def _attend(plan: _Plan, mask: Mask, q, k, v):
             o, lse2 = outputs
             q_i, factor = _scaled_queries(plan, heads.rows(q, q_start, plan.block_q))
 
-            def step(carry, start, seen):
-                row_max, row_sum, acc = carry
-                s, _ = _cap(plan, _dot(plan, "...rd,...dt->...rt", q_i, k_block(start)), factor)
+            def step(carry, first_row, start, num_keys, seen):
+                q_r, row_max, row_sum, acc = (_from(x, first_row, axis=-2) for x in (q_i, *carry))
+                s, _ = _cap(plan, _dot(plan, "...rd,...dt->...rt", q_r, k_block(start, num_keys)), factor)
                 if seen is not None:
                     s = jnp.where(seen, s, -jnp.inf)
-                new_max = jnp.maximum(row_max, jnp.max(s, axis=-1))
-                p = _exp2(plan, s - new_max[..., None])
+                new_max = jnp.maximum(row_max, jnp.max(s, axis=-1, keepdims=True))
+                p = _exp2(plan, s - new_max)
                 if seen is not None:
                     p = jnp.where(seen, p, 0.0)
                 decay = jnp.exp2(row_max - new_max)
-                pv = _dot(plan, "...rt,...td->...rd", p, v_block(start))
-                return new_max, row_sum * decay + jnp.sum(p, axis=-1), acc * decay[..., None] + pv
+                pv = _dot(plan, "...rt,...td->...rd", p, v_block(start, num_keys))
+                new = new_max, row_sum * decay + jnp.sum(p, axis=-1, keepdims=True), acc * decay + pv
+                put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=first_row, axis=-2)
+                return tuple(put(x, x_r) for x, x_r in zip(carry, new, strict=True))
 
-            carry = jnp.full(q_i.shape[:-1], EMPTY_LSE), jnp.zeros(q_i.shape[:-1]), jnp.zeros(q_i.shape)
+            per_row = (*q_i.shape[:-1], 1)
+            zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+            carry = jnp.full(per_row, EMPTY_LSE, jnp.float32), zeros(per_row), zeros(q_i.shape)
             row_max, row_sum, acc = _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry)
             any_seen = row_sum > 0
             row_sum = jnp.where(any_seen, row_sum, 1.0)
-            lse2_i = jnp.where(any_seen, row_max + jnp.log2(row_sum), 2 * EMPTY_LSE)
-            return heads.put_rows(o, q_start, acc / row_sum[..., None]), heads.put_rows(lse2, q_start, lse2_i)
+            lse2_i = jnp.where(any_seen, row_max + jnp.log2(row_sum), 2 * EMPTY_LSE)[..., 0]
+            return heads.put_rows(o, q_start, acc / row_sum), heads.put_rows(lse2, q_start, lse2_i)
 
         return _over_q_blocks(plan, heads.mask(mask), q, k, one_q_block, outputs)
 
-    return _over_heads(plan, q, some_heads, (jnp.zeros_like(q), jnp.zeros(q.shape[:-1])))
+    return _over_heads(plan, q, some_heads, (jnp.zeros_like(q), jnp.zeros(q.shape[:-1], jnp.float32)))
 
 
 def _attend_fwd(plan, mask, q, k, v):
@@ -138,27 +146,33 @@ def _attend_bwd(plan, residuals, cotangents):
             dq, dk, dv = outputs
             q_i, do_i, o_i, lse2_i, dlse2_i = (heads.rows(x, q_start, plan.block_q) for x in (q, do, o, lse2, dlse2))
             # The last block ends at S. Rows that it shares with the one before have had their part.
-            fresh = jnp.tile(q_start + jnp.arange(plan.block_q) >= i * plan.block_q, q.shape[3])
+            fresh = jnp.repeat(q_start + jnp.arange(plan.block_q) >= i * plan.block_q, q.shape[3])
             do_i = jnp.where(fresh[:, None], do_i, 0).astype(jnp.float32)
             delta_i = jnp.sum(o_i * do_i, axis=-1) - jnp.where(fresh, LOG2_E * dlse2_i, 0.0)
             q_i, factor = _scaled_queries(plan, q_i)
             q_i_transposed, do_i_transposed = jnp.swapaxes(q_i, -1, -2), jnp.swapaxes(do_i, -1, -2)
             lse2_i, delta_i = lse2_i[..., None, :], delta_i[..., None, :]
 
-            def step(carry, start, seen):
+            def step(carry, first_row, start, num_keys, seen):
                 dq_i, dk, dv = carry
-                s, slope = _cap(plan, _dot(plan, "...td,...dr->...tr", k_block(start), q_i_transposed), factor)
-                p = _exp2(plan, s - lse2_i)
+                q_r, do_r = (_from(x, first_row, axis=-2) for x in (q_i, do_i))
+                q_r_transposed, do_r_transposed, lse2_r, delta_r = (
+                    _from(x, first_row, axis=-1) for x in (q_i_transposed, do_i_transposed, lse2_i, delta_i)
+                )
+                s = _dot(plan, "...td,...dr->...tr", k_block(start, num_keys), q_r_transposed)
+                s, slope = _cap(plan, s, factor)
+                p = _exp2(plan, s - lse2_r)
                 if seen is not None:
                     p = jnp.where(jnp.swapaxes(seen, -1, -2), p, 0.0)
-                ds = p * (_dot(plan, "...td,...dr->...tr", v_block(start), do_i_transposed) - delta_i)
+                ds = p * (_dot(plan, "...td,...dr->...tr", v_block(start, num_keys), do_r_transposed) - delta_r)
                 if slope is not None:
                     ds = ds * slope
-                dv = _add_at(dv, start, _dot(plan, "...tr,...rd->...td", p, do_i))
-                dk = _add_at(dk, start, _dot(plan, "...tr,...rd->...td", ds, q_i))
-                return dq_i + _dot(plan, "...dt,...tr->...dr", k_block_transposed(start), ds), dk, dv
+                dv = _add_at(dv, start, _dot(plan, "...tr,...rd->...td", p, do_r), axis=-2)
+                dk = _add_at(dk, start, _dot(plan, "...tr,...rd->...td", ds, q_r), axis=-2)
+                dq_r = _dot(plan, "...dt,...tr->...dr", k_block_transposed(start, num_keys), ds)
+                return _add_at(dq_i, first_row, dq_r, axis=-1), dk, dv
 
-            carry = jnp.zeros(q_i_transposed.shape), dk, dv
+            carry = jnp.zeros(q_i_transposed.shape, jnp.float32), dk, dv
             dq_i, dk, dv = _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry)
             dq_i = plan.scale * jnp.swapaxes(dq_i, -1, -2) + heads.rows(dq, q_start, plan.block_q)
             return heads.put_rows(dq, q_start, dq_i), dk, dv
@@ -190,12 +204,12 @@ class _Heads:
         num_slots, *rest = x.shape[3:]
         sizes = (self.batch, length, self.num_groups, num_slots, *rest)
         block = lax.dynamic_slice(x, (self.b, start, self.g, 0, *(0 for _ in rest)), sizes)
-        return jnp.moveaxis(block, 1, 3).reshape(*self.leading, num_slots * length, *rest)
+        return jnp.swapaxes(block, 1, 2).reshape(*self.leading, length * num_slots, *rest)
 
     def put_rows(self, x: jax.Array, start: jax.Array, rows: jax.Array) -> jax.Array:
         """Writes what `rows` reads."""
         num_slots, *rest = x.shape[3:]
-        block = jnp.moveaxis(rows.reshape(self.batch, self.num_groups, num_slots, -1, *rest), 3, 1)
+        block = jnp.swapaxes(rows.reshape(self.batch, self.num_groups, -1, num_slots, *rest), 1, 2)
         return lax.dynamic_update_slice(x, block.astype(x.dtype), (self.b, start, self.g, 0, *(0 for _ in rest)))
 
     def keys(self, x: jax.Array) -> jax.Array:
@@ -239,37 +253,58 @@ def _over_q_blocks(plan, mask, q, k, one_q_block, outputs):
 
 
 def _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry):
-    """step(carry, start, seen) → carry, for each block of keys that the q block sees: seen is bool [..., R, T], or None
-    where all of the block is seen."""
+    """step(carry, first_row, start, num_keys, seen) → carry, for each block of keys that the q block sees: for its rows
+    from first_row on. seen is bool [..., R, T], or None where these rows see all of the keys."""
     first, whole_first, whole_end, end = bounds
     mask, num_slots, kv_len = heads.mask(mask), q.shape[3], k.shape[1]
+    half_q, half_k = plan.block_q // 2, plan.block_k // 2
+    cut_end = end - (whole_end - whole_first)
+
+    def cut_block(n):
+        """Where it begins, and its first key that is not the one before's: the last block of all ends at T."""
+        j = jnp.where(n < whole_first, n, n - whole_first + whole_end)
+        return jnp.minimum(j * plan.block_k, kv_len - plan.block_k), j * plan.block_k
+
+    def masked_step(carry, first_query, start, num_keys, fresh_start):
+        seen = seen_keys(mask, q_start + first_query, plan.block_q - first_query, start, num_keys)
+        seen &= start + jnp.arange(num_keys) >= fresh_start
+        seen = jnp.repeat(seen, num_slots, axis=1)
+        return step(carry, first_query * num_slots, start, num_keys, seen[:, None] if heads.leading else seen[0])
 
     def whole_step(j, carry):
-        return step(carry, j * plan.block_k, None)
+        return step(carry, 0, j * plan.block_k, plan.block_k, None)
 
-    def cut_step(j, carry):
-        j = jnp.where(j < whole_first, j, j - whole_first + whole_end)
-        start = jnp.minimum(j * plan.block_k, kv_len - plan.block_k)  # the last block ends at T
-        seen = seen_keys(mask, q_start, plan.block_q, start, plan.block_k)
-        seen &= start + jnp.arange(plan.block_k) >= j * plan.block_k  # and shares keys with the one before
-        seen = jnp.tile(seen, (1, num_slots, 1))
-        return step(carry, start, seen[:, None] if heads.leading else seen[0])
+    def cut_step(n, carry):
+        start, fresh_start = cut_block(n)
+        return masked_step(carry, 0, start, plan.block_k, fresh_start)
+
+    def halved_step(n, carry):
+        start, fresh_start = cut_block(n)
+        carry = masked_step(carry, 0, start, half_k, fresh_start)
+        return masked_step(carry, half_q, start + half_k, plan.block_k - half_k, fresh_start)
 
     carry = lax.fori_loop(whole_first, whole_end, whole_step, carry)
-    return lax.fori_loop(first, end - (whole_end - whole_first), cut_step, carry)
+    if not (plan.halves and plan.head_by_head):
+        return lax.fori_loop(first, cut_end, cut_step, carry)
+    # Where the last block lies on the diagonal, the first half of the queries sees none of its second half.
+    start, _ = cut_block(cut_end - 1)
+    halved = mask.q_offset[0] + q_start + half_q <= mask.kv_offset[0] + start + half_k
+    halved_first = jnp.where(halved, jnp.maximum(first, cut_end - 1), cut_end)
+    carry = lax.fori_loop(first, halved_first, cut_step, carry)
+    return lax.fori_loop(halved_first, cut_end, halved_step, carry)
 
 
 def _block_reader(plan, heads, x, *, transposed=False):
-    """A function start → that block of K or V, [..., T, D] or transposed."""
+    """A function (start, length) → that block of K or V, [..., T, D] or transposed."""
 
     def arrange(x):
         keys = heads.keys(x).astype(jnp.float32) if plan.on_cpu else heads.keys(x)
         return jnp.swapaxes(keys, -1, -2) if transposed else keys
 
     if plan.few_rows:
-        return lambda start: arrange(lax.dynamic_slice_in_dim(x, start, plan.block_k, axis=1))
+        return lambda start, length: arrange(lax.dynamic_slice_in_dim(x, start, length, axis=1))
     arranged = arrange(x)
-    return lambda start: lax.dynamic_slice_in_dim(arranged, start, plan.block_k, axis=-1 if transposed else -2)
+    return lambda start, length: lax.dynamic_slice_in_dim(arranged, start, length, axis=-1 if transposed else -2)
 
 
 def _query_factor(plan, dtype):
@@ -301,9 +336,13 @@ def _dot(plan, spec, a, b):
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _add_at(x, start, update):
-    old = lax.dynamic_slice_in_dim(x, start, update.shape[-2], axis=-2)
-    return lax.dynamic_update_slice_in_dim(x, old + update, start, axis=-2)
+def _from(x, start, *, axis):
+    return lax.slice_in_dim(x, start, None, axis=axis)
+
+
+def _add_at(x, start, update, *, axis):
+    old = lax.dynamic_slice_in_dim(x, start, update.shape[axis], axis=axis)
+    return lax.dynamic_update_slice_in_dim(x, old + update, start, axis=axis)
 
 
 ROUNDING_SHIFT = np.float32(1.5 * 2**23)
