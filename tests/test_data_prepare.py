@@ -344,7 +344,7 @@ def test_command(corpus, tmp_path, capsys):
     assert run_command("--data", source, "--out", out, "--seq-len", "64", "--train-sentencepiece", "300") == 0
     printed = capsys.readouterr().out
     manifest = Manifest.load(out)
-    assert f"gqe train --config smoke --config.data.path={out} " in printed
+    assert f"gqe train --config smoke --run runs/out --config.data.path={out} " in printed
     assert "--config.model.context=64 --config.model.vocab_size=300" in printed
     assert f"{manifest.train.tokens:,}" in printed and "documents without text, left out: 2" in printed
     tokenizer: Tokenizer = prepared_tokenizer(out)

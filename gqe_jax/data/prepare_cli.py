@@ -107,5 +107,6 @@ def report(manifest: Manifest, out: str | Path, seconds: float) -> str:
     lines.append(f"invalid UTF-8 sequences replaced by U+FFFD: {manifest.replaced:,}")
     lines.append(f"written to {out}; train on it with")
     model = f"--config.model.context={manifest.seq_len} --config.model.vocab_size={manifest.vocab_size}"
-    lines.append(f"  gqe train --config smoke --config.data.path={shlex.quote(str(out))} {model}")
+    run = shlex.quote(f"runs/{Path(out).name}")
+    lines.append(f"  gqe train --config smoke --run {run} --config.data.path={shlex.quote(str(out))} {model}")
     return "\n".join(lines)

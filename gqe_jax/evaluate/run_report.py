@@ -223,6 +223,7 @@ def write_png(run: RunRecord, path: str | Path) -> None:
         for group in range(1, groups):
             axes[1].axvline(group * experts - 0.5, color="white", linewidth=1)
         axes[1].set(title="share of tokens per expert", ylabel="layer", xlabel="group")
+        axes[1].yaxis.get_major_locator().set_params(integer=True)
         axes[1].set_xticks([(group + 0.5) * experts - 0.5 for group in range(groups)], [str(g) for g in range(groups)])
         figure.colorbar(image, ax=axes[1])
     try:
