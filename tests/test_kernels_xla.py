@@ -142,6 +142,31 @@ def test_large_scores_do_not_overflow(tiny_blocks):
     assert all(np.isfinite(x).all() for x in grads)
 
 
+@pytest.mark.parametrize("size", [1.0, 2.4, 20.0], ids=["small scores", "at the bound", "large scores"])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 9, "softcap": 20.0}, {"segments": True}], ids=["causal", "window and cap", "segments"]
+)
+def test_long_sequences_with_and_without_a_running_maximum(size, options):
+    """From 1024 keys on, scores with a small bound are summed without a running maximum. Either way the values are
+    those of the definition, and queries that see nothing (padding) get exactly 0."""
+    q, k, v = inputs(30, 1030, seed=1)
+    # One query along one key: the bound is attained, with either sign.
+    q = q.at[0, :2, 0, 0].set(jnp.stack([k[0, 5, 0], -k[0, 5, 0]]))
+    q, k = size * q, size * k
+    segments = None
+    if options.get("segments"):
+        ids = np.repeat([[3, 1, 2, 0]], [500, 500, 25, 5], axis=1)
+        segments = ids[:, -30:], ids
+        options = {"q_segment_ids": segments[0], "kv_segment_ids": segments[1]}
+    plain = {name: x for name, x in options.items() if not name.endswith("segment_ids")}
+    expected = attention(q, k, v, q_offset=1000, segments=segments, **plain)
+    o, lse = attend(q, k, v, q_offset=1000, return_lse=True, implementation="xla", **options)
+    assert relative_error(o, expected["o"]) <= (2e-6 if size < 20 else 1e-4)
+    seen = np.isfinite(expected["lse"])
+    np.testing.assert_allclose(np.asarray(lse)[seen], expected["lse"][seen], rtol=1e-5, atol=1e-5)
+    assert not np.asarray(o)[~seen].any() and seen.all() == (segments is None)
+
+
 def test_nan_inputs_are_not_hidden(tiny_blocks):
     """A NaN in a visible key reaches the output, so that a run that diverges is seen to."""
     q, k, v = inputs(21, 21)

@@ -37,12 +37,19 @@ class _Plan:
     block_k: int
     halves: bool  # head by head, a block of keys on the diagonal is computed in two halves
     few_rows: bool  # decode: K and V are read once, where they lie
+    long: bool  # worth a second form of the forward loop
     on_cpu: bool
 
     @property
     def head_by_head(self) -> bool:
         """On CPUs, so that a head's blocks stay in the cores' caches and its loops are as long as its own mask asks."""
         return self.on_cpu and not self.few_rows
+
+    @property
+    def try_bound(self) -> bool:
+        """Whether a head whose scores have a small bound is computed without a running maximum: a pass less over each
+        block of scores, and one less over the results so far."""
+        return self.head_by_head and self.long
 
     @property
     def score_factor(self) -> float:
@@ -77,6 +84,7 @@ def xla(
         # Half of a block that T cuts short would take nearly as long as all of it.
         halves=mask.causal and 1 < block_k <= k.shape[1],
         few_rows=q_len * num_slots <= 16,
+        long=k.shape[1] >= 1024,
         on_cpu=jax.default_backend() == "cpu",
     )
     o, lse2 = _attend(plan, mask, q, k, v)
@@ -88,7 +96,7 @@ def _attend(plan: _Plan, mask: Mask, q, k, v):
     """o [B, S, G, K, D] in q's dtype and lse2 float32 [B, S, G, K]: base 2, as the backward wants it unrounded, and
     2 · EMPTY_LSE where nothing is seen."""
 
-    def some_heads(heads, outputs):
+    def some_heads(bounded, heads, outputs):
         k_block = _block_reader(plan, heads, k, transposed=True)
         v_block = _block_reader(plan, heads, v)
 
@@ -101,29 +109,35 @@ def _attend(plan: _Plan, mask: Mask, q, k, v):
                 q_r, row_max, row_sum, acc = (_from(x, first_row, axis=-2) for x in (q_i, *carry))
                 s, _ = _cap(plan, _dot(plan, "...rd,...dt->...rt", q_r, k_block(start, num_keys)), factor)
                 if seen is not None:
-                    s = jnp.where(seen, s, -jnp.inf)
-                new_max = jnp.maximum(row_max, jnp.max(s, axis=-1, keepdims=True))
-                p = _exp2(plan, s - new_max)
-                if seen is not None:
-                    p = jnp.where(seen, p, 0.0)
-                decay = jnp.exp2(row_max - new_max)
+                    s = jnp.where(seen, s, LEAST_EXPONENT if bounded else -jnp.inf)
+                if not bounded:
+                    new_max = jnp.maximum(row_max, jnp.max(s, axis=-1, keepdims=True))
+                    decay = jnp.exp2(row_max - new_max)
+                    s, row_max, row_sum, acc = s - new_max, new_max, row_sum * decay, acc * decay
+                p = _exp2(plan, s, bounded=bounded)
                 pv = _dot(plan, "...rt,...td->...rd", p, v_block(start, num_keys))
-                new = new_max, row_sum * decay + jnp.sum(p, axis=-1, keepdims=True), acc * decay + pv
+                new = row_max, row_sum + jnp.sum(p, axis=-1, keepdims=True), acc + pv
                 put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=first_row, axis=-2)
                 return tuple(put(x, x_r) for x, x_r in zip(carry, new, strict=True))
 
             per_row = (*q_i.shape[:-1], 1)
             zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-            carry = jnp.full(per_row, EMPTY_LSE, jnp.float32), zeros(per_row), zeros(q_i.shape)
+            carry = jnp.full(per_row, 0.0 if bounded else EMPTY_LSE, jnp.float32), zeros(per_row), zeros(q_i.shape)
             row_max, row_sum, acc = _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry)
-            any_seen = row_sum > 0
-            row_sum = jnp.where(any_seen, row_sum, 1.0)
-            lse2_i = jnp.where(any_seen, row_max + jnp.log2(row_sum), 2 * EMPTY_LSE)[..., 0]
-            return heads.put_rows(o, q_start, acc / row_sum), heads.put_rows(lse2, q_start, lse2_i)
+            none_seen = row_sum <= LEAST_ROW_SUM  # of a NaN it is false: NaN goes on
+            o_i = jnp.where(none_seen, 0.0, acc / row_sum)
+            lse2_i = jnp.where(none_seen, 2 * EMPTY_LSE, row_max + jnp.log2(row_sum))[..., 0]
+            return heads.put_rows(o, q_start, o_i), heads.put_rows(lse2, q_start, lse2_i)
 
         return _over_q_blocks(plan, heads.mask(mask), q, k, one_q_block, outputs)
 
-    return _over_heads(plan, q, some_heads, (jnp.zeros_like(q), jnp.zeros(q.shape[:-1], jnp.float32)))
+    def all_heads(bounded):
+        outputs = jnp.zeros_like(q), jnp.zeros(q.shape[:-1], jnp.float32)
+        return _over_heads(plan, q, functools.partial(some_heads, bounded), outputs)
+
+    if not plan.try_bound:
+        return all_heads(False)
+    return lax.cond(_score_bound(plan, q, k) <= SAFE_SCORE, lambda: all_heads(True), lambda: all_heads(False))
 
 
 def _attend_fwd(plan, mask, q, k, v):
@@ -320,6 +334,21 @@ def _scaled_queries(plan, q_i):
     return q_i.astype(jnp.float32) * factor, 1.0
 
 
+SAFE_SCORE = 40.0  # sums of 2^s with |s| <= 40 do not overflow in float32, and are far above those of masked scores
+LEAST_EXPONENT = -126.0  # a masked score counts as 2^-126: nothing beside the least that a row sees
+LEAST_ROW_SUM = 2.0**-80  # between the sum over masked scores alone and that over one seen score
+
+
+def _score_bound(plan, q, k):
+    """|s| <= |q|·|k| (Cauchy-Schwarz), and no more than the soft cap: for all scores, in base 2."""
+
+    def longest(x):
+        return jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)))
+
+    bound = LOG2_E * plan.scale * longest(q) * longest(k)
+    return bound if plan.softcap is None else jnp.minimum(bound, LOG2_E * plan.softcap)
+
+
 def _cap(plan, s, factor):
     """Scores times log2(e), so that exp2 serves as exp, and the soft cap's slope (None without a cap)."""
     s = s if factor == 1.0 else s * factor
@@ -352,15 +381,16 @@ EXP2_COEFFICIENTS = (
 )
 
 
-def _exp2(plan, x):
-    """2^x for x <= 0, relative error 1e-7; at most 2^-126 where the true value is less.
+def _exp2(plan, x, *, bounded=False):
+    """2^x for x <= 0, or for `bounded` x in -126..126; relative error 1e-7, and 2^-126 where the true value is less.
 
     On CPUs the exponential is half of the time outside the matmuls, and XLA's is general: range checks, a conversion to
     int that saturates. Here n = round(x) is read from the low bits of x + 1.5·2²³ and enters as the exponent.
     """
     if not plan.on_cpu:
         return jnp.exp2(x)
-    x = jnp.maximum(x, -126.0)
+    if not bounded:
+        x = jnp.maximum(x, LEAST_EXPONENT)
     n = lax.bitcast_convert_type(x + ROUNDING_SHIFT, jnp.int32) - ROUNDING_SHIFT.view(np.int32)
     f = x - n.astype(jnp.float32)
     *rest, leading = EXP2_COEFFICIENTS.astype(np.float32)
