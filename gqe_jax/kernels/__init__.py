@@ -1,12 +1,15 @@
 """Attention kernels: `attend`, one signature with several implementations, and what is done to queries before it."""
 
-from gqe_jax.kernels.attend import IMPLEMENTATIONS, attend, choose
+from gqe_jax.kernels.attend import IMPLEMENTATIONS, attend
+from gqe_jax.kernels.choose import Call, Choice, choose, target_platform
 from gqe_jax.kernels.partials import EMPTY_LSE, merge_partials
 from gqe_jax.kernels.queries import prepare_queries, rms_norm, rotate, select_experts
 
 __all__ = [
     "EMPTY_LSE",
     "IMPLEMENTATIONS",
+    "Call",
+    "Choice",
     "attend",
     "choose",
     "merge_partials",
@@ -14,4 +17,5 @@ __all__ = [
     "rms_norm",
     "rotate",
     "select_experts",
+    "target_platform",
 ]

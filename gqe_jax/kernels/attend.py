@@ -1,22 +1,26 @@
 """`attend`: one signature for attention with selected query experts, several implementations."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from gqe_jax.kernels.choose import Call, announce, check, choose, target_platform
+from gqe_jax.kernels.cudnn import cudnn
 from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.reference import reference
+from gqe_jax.kernels.tpu.decode import decode
 from gqe_jax.kernels.xla import xla
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {"reference": reference, "xla": xla}
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array | None]]] = {
+    "reference": reference,
+    "xla": xla,
+    "cudnn": cudnn,
+    "pallas_tpu_decode": decode,
+}
 """Name → function(q, k, v, expert_index, mask, *, q_rope, q_norm, softcap, scale) → (o, lse)."""
-
-
-def choose(platform: str) -> str:
-    """The name of the implementation that `attend` takes on a platform ("cpu", "gpu", "tpu") when none is named."""
-    return {"cpu": "xla", "gpu": "xla", "tpu": "xla"}.get(platform, "xla")
 
 
 def attend(
@@ -25,11 +29,13 @@ def attend(
     v: jax.Array,
     expert_index: jax.Array | None = None,
     *,
+    q_shared: jax.Array | None = None,
     causal: bool = True,
     window: int | None = None,
     q_offset: jax.Array | int = 0,
     kv_offset: jax.Array | int = 0,
     kv_length: jax.Array | None = None,
+    layer: jax.Array | None = None,
     q_segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
     q_rope: tuple[jax.Array, jax.Array] | None = None,
@@ -38,7 +44,7 @@ def attend(
     scale: float | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> jax.Array | tuple[jax.Array, ...]:
     """Grouped-query attention of the selected query experts: o[b,s,g,j] = softmax(scale · q̂ k_gᵀ) v_g.
 
     q̂ is the query of expert `expert_index[b,s,g,j]` of group g, then RMS-normed (`q_norm`), then rotated (`q_rope`).
@@ -49,10 +55,13 @@ def attend(
       q: [B, S, G, M, D], all experts' queries; float32, bfloat16 or float16.
       k, v: [B, T, G, D] in q's dtype; k arrives finished (normed and rotated).
       expert_index: integer [B, S, G, K] with values in 0..M−1 (not checked: values are traced), K <= M.
+      q_shared: [B, S, D], queries of one head more (GQE's shared head): it attends to the means of k and v over groups.
       causal: a query sees no key at a later position.
       window: a query at position i sees keys at positions j with i − window < j (and j < i + window if not causal).
       q_offset, kv_offset: position of query 0 and of key 0; integers or int arrays, scalar or [B]; may be traced.
       kv_length: int [B]; keys at buffer index t >= kv_length[b] are invisible (an unfilled cache costs nothing).
+      layer: int scalar, may be traced: k and v are stacked over layers, [L, B, T, G, D], and these are meant. A decode
+        kernel then reads them where they lie.
       q_segment_ids, kv_segment_ids: int [B, S] and [B, T]; a query sees keys of its own segment; 0 is padding, which
         sees nothing and is seen by nothing.
       q_rope: (cos, sin), float32 [B or 1, S, D/2] each; rotate-half convention.
@@ -60,26 +69,88 @@ def attend(
       softcap: scores become softcap · tanh(scores / softcap), before the mask.
       scale: factor on the scores; 1/√D by default.
       return_lse: return the log-sum-exp of the scores too.
-      implementation: a name in `IMPLEMENTATIONS`; by default `choose` picks it for the default JAX backend.
+      implementation: a name in `IMPLEMENTATIONS`; None takes the fastest that can compute the call on the platform that
+        it is lowered for (`kernels/choose.py`), and says in the log "gqe_jax" which and why.
 
     Returns:
       o [B, S, G, K, D] in q's dtype (K = M without an index), and with `return_lse` also lse float32 [B, S, G, K],
-      natural logarithm, differentiable. A query that sees no key gets o = 0, lse = `EMPTY_LSE` and gradient 0.
+      natural logarithm, differentiable. A query that sees no key gets o = 0, lse = `EMPTY_LSE` and gradient 0. With
+      `q_shared` the shared head's output [B, S, D] comes behind o.
 
     Raises:
-      ValueError: shapes, dtypes or options that do not fit together, or an unknown implementation.
+      ValueError: shapes, dtypes or options that do not fit together; an implementation that is unknown, or that cannot
+        compute the call on this platform.
     """
-    name = choose(jax.default_backend()) if implementation is None else implementation
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={name!r} is unknown: choose one of {', '.join(sorted(IMPLEMENTATIONS))}")
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r} is unknown: choose one of {', '.join(sorted(IMPLEMENTATIONS))}"
+        )
+    stacked_k, stacked_v = k, v
+    if layer is not None:
+        k, v = (_layer_of(name, x, layer) for name, x in (("k", k), ("v", v)))
     _check_arrays(q, k, v, expert_index)
+    if q_shared is not None and (q_shared.shape != (*q.shape[:2], q.shape[-1]) or q_shared.dtype != q.dtype):
+        raise ValueError(
+            f"q_shared has shape {q_shared.shape} and dtype {q_shared.dtype}: with q of shape {q.shape} and dtype "
+            f"{q.dtype} it must be [B, S, D] = {[*q.shape[:2], q.shape[-1]]} in the same dtype"
+        )
     _check_options(q, q_rope, q_norm, window, softcap, scale)
     mask = _build_mask(q, k, causal, window, q_offset, kv_offset, kv_length, q_segment_ids, kv_segment_ids)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    o, lse = IMPLEMENTATIONS[name](
-        q, k, v, expert_index, mask, q_rope=q_rope, q_norm=q_norm, softcap=softcap, scale=scale
+    call = Call(
+        batch=q.shape[0],
+        q_len=q.shape[1],
+        kv_len=k.shape[1],
+        num_groups=q.shape[2],
+        num_experts=q.shape[3],
+        num_slots=q.shape[3] if expert_index is None else expert_index.shape[3],
+        head_dim=q.shape[4],
+        dtype=q.dtype.name,
+        causal=causal,
+        window=window,
+        softcap=softcap is not None,
+        segments=q_segment_ids is not None,
+        kv_length=kv_length is not None,
+        aligned=mask.aligned,
+        return_lse=return_lse,
     )
-    return (o, lse) if return_lse else o
+    platform = target_platform(q)
+
+    def chosen(call: Call) -> str:
+        choice = choose(platform, call) if implementation is None else check(implementation, platform, call)
+        announce(platform, call, choice)
+        return choice.name
+
+    options = {"q_rope": q_rope, "q_norm": q_norm, "softcap": softcap, "scale": scale}
+    name = chosen(call)
+    if name == "pallas_tpu_decode":
+        o, lse, *shared = IMPLEMENTATIONS[name](
+            q, stacked_k, stacked_v, expert_index, mask, q_shared=q_shared, layer=layer, **options
+        )
+    else:
+        o, lse = IMPLEMENTATIONS[name](q, k, v, expert_index, mask, **options)
+        shared = []
+        if q_shared is not None:
+            name = chosen(dataclasses.replace(call, num_groups=1, num_experts=1, num_slots=1, return_lse=False))
+            q_shared = q_shared[:, :, None, None, :]
+            o_shared, _ = IMPLEMENTATIONS[name](q_shared, _mean_head(k), _mean_head(v), None, mask, **options)
+            shared = [o_shared[:, :, 0, 0]]
+    outputs = (o, *shared, lse) if return_lse else (o, *shared)
+    return outputs if len(outputs) > 1 else o
+
+
+def _layer_of(name: str, x: jax.Array, layer: jax.Array) -> jax.Array:
+    if x.ndim != 5 or jnp.shape(layer) != ():
+        raise ValueError(
+            f"{name} has shape {x.shape} and layer {jnp.shape(layer)}: with a layer, which is a scalar, {name} must be "
+            f"stacked, [L, B, T, G, D]"
+        )
+    return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+
+
+def _mean_head(x: jax.Array) -> jax.Array:
+    """[B, T, G, D] → [B, T, 1, D], the mean over groups."""
+    return jnp.mean(x, axis=2, keepdims=True, dtype=jnp.float32).astype(x.dtype)
 
 
 def _check_arrays(q, k, v, expert_index):
@@ -171,4 +242,5 @@ def _build_mask(q, k, causal, window, q_offset, kv_offset, kv_length, q_segment_
         kv_segment_ids=kv_segment_ids,
         causal=causal,
         window=window,
+        aligned=isinstance(q_offset, int) and isinstance(kv_offset, int) and q_offset == kv_offset,
     )

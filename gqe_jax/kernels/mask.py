@@ -21,6 +21,7 @@ class Mask:
       q_offset, kv_offset: int32 [B].
       kv_length: int32 [B] or None.
       q_segment_ids, kv_segment_ids: int32 [B, S] and [B, T], or both None.
+      aligned: both offsets are known, when tracing, to be the same number.
     """
 
     q_offset: jax.Array
@@ -30,3 +31,4 @@ class Mask:
     kv_segment_ids: jax.Array | None = None
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    aligned: bool = dataclasses.field(default=False, metadata={"static": True})

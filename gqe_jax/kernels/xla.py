@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from gqe_jax.kernels.choose import target_platform
 from gqe_jax.kernels.kv_bounds import kv_bounds, seen_keys
 from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.partials import EMPTY_LSE
@@ -57,7 +58,6 @@ class _Plan:
         return self.scale * LOG2_E if self.softcap is None else self.scale / self.softcap
 
 
-@functools.partial(jax.jit, static_argnames=("softcap", "scale", "block_q", "block_k"))
 def xla(
     q: jax.Array,
     k: jax.Array,
@@ -73,6 +73,12 @@ def xla(
     block_k: int = 1024,
 ) -> tuple[jax.Array, jax.Array]:
     """Blockwise attention; arguments as in `attend`. Block sizes are upper bounds: rows of q (slots included), keys."""
+    on_cpu = target_platform(q) == "cpu"
+    return _xla(q, k, v, expert_index, mask, q_rope, q_norm, softcap, scale, block_q, block_k, on_cpu)
+
+
+@functools.partial(jax.jit, static_argnames=("softcap", "scale", "block_q", "block_k", "on_cpu"))
+def _xla(q, k, v, expert_index, mask, q_rope, q_norm, softcap, scale, block_q, block_k, on_cpu):
     q = prepare_queries(q, expert_index, q_norm, q_rope)
     _, q_len, _, num_slots, _ = q.shape
     num_q_blocks = -(-q_len // max(1, block_q // num_slots))
@@ -85,7 +91,7 @@ def xla(
         halves=mask.causal and 1 < block_k <= k.shape[1],
         few_rows=q_len * num_slots <= 16,
         long=k.shape[1] >= 1024,
-        on_cpu=jax.default_backend() == "cpu",
+        on_cpu=on_cpu,
     )
     o, lse2 = _attend(plan, mask, q, k, v)
     return o, jnp.maximum(lse2 / LOG2_E, EMPTY_LSE)

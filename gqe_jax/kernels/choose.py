@@ -1,0 +1,143 @@
+"""Which implementation of `attend` computes a call: decided by platform and shape, and said once in the log."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+
+import jax
+
+from gqe_jax.kernels import cudnn
+from gqe_jax.kernels.tpu import decode
+
+logger = logging.getLogger("gqe_jax")
+
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "tpu": ("pallas_tpu_decode", "xla"),
+    "gpu": ("cudnn", "xla"),
+    "cpu": ("xla",),
+}
+"""Platform → implementations, the fastest first; the first that can compute a call does. Other platforms take "xla"."""
+
+NAMES = {"cpu": "a CPU", "gpu": "an NVIDIA GPU", "rocm": "an AMD GPU", "tpu": "a TPU"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """What of a call of `attend` decides who computes it: shapes, dtype and options, no data.
+
+    Attributes:
+      batch, q_len, kv_len, num_groups, num_experts, num_slots, head_dim: B, S, T, G, M, K, D.
+      dtype: of q, k and v.
+      causal, window: as in `attend`.
+      softcap: there is one.
+      segments: there are segment ids.
+      kv_length: there is one, so K and V are a cache.
+      aligned: query 0 and key 0 are known to have the same position.
+      return_lse: the log-sum-exp is wanted.
+    """
+
+    batch: int
+    q_len: int
+    kv_len: int
+    num_groups: int
+    num_experts: int
+    num_slots: int
+    head_dim: int
+    dtype: str
+    causal: bool = True
+    window: int | None = None
+    softcap: bool = False
+    segments: bool = False
+    kv_length: bool = False
+    aligned: bool = True
+    return_lse: bool = False
+
+    def __str__(self) -> str:
+        options = [f"window={self.window}"] if self.window else []
+        options += [name for name in ("softcap", "segments", "kv_length", "return_lse") if getattr(self, name)]
+        return (
+            f"q [B={self.batch}, S={self.q_len}, G={self.num_groups}, M={self.num_experts}, D={self.head_dim}], "
+            f"K={self.num_slots}, T={self.kv_len}, {self.dtype}, {'' if self.causal else 'not '}causal"
+            + "".join(f", {option}" for option in options)
+        )
+
+
+REQUIREMENTS: dict[str, tuple[str, Callable[[Call], str | None]]] = {
+    "cudnn": ("gpu", cudnn.obstacle),
+    "pallas_tpu_decode": ("tpu", decode.obstacle),
+}
+"""Implementation → the platform it needs, and a function that says why it cannot compute a call there, if it cannot."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The name of an implementation, why it was chosen, and whether none of the platform's own could be."""
+
+    name: str
+    why: str
+    is_fallback: bool = False
+
+
+def target_platform(array: jax.Array | None = None) -> str:
+    """The platform that a computation is lowered for: "cpu", "gpu" (NVIDIA), "rocm" (AMD) or "tpu".
+
+    Outside a trace it is that of `array`; under one that of the devices of `jax.set_mesh`, then `jax.default_device`,
+    then the default backend. So a mesh of TPU devices compiles TPU kernels, also on a host that has none.
+    """
+    if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+        device = next(iter(array.devices()))
+    else:
+        device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device or jax.devices()[0]
+        if isinstance(device, str):
+            device = jax.devices(device)[0]
+    if device.platform == "gpu" and "NVIDIA" not in device.device_kind.upper():
+        return "rocm"
+    return device.platform
+
+
+def obstacle(name: str, platform: str, call: Call) -> str | None:
+    """Why the implementation `name` cannot compute a call on a platform; None where it can."""
+    needed, rules = REQUIREMENTS.get(name, (None, None))
+    if needed is not None and platform != needed:
+        return f"{name} needs {NAMES[needed]}, and this computation is for {NAMES.get(platform, platform)}"
+    return None if rules is None else rules(call)
+
+
+@functools.cache
+def choose(platform: str, call: Call) -> Choice:
+    """The implementation that `attend` takes for a call on a platform where none is named.
+
+    Args:
+      platform: "cpu", "gpu" (NVIDIA), "rocm", "tpu", or any other, which XLA then compiles for.
+      call: its shapes and options.
+    """
+    names = PREFERENCE.get(platform, ("xla",))
+    obstacles = [obstacle(name, platform, call) for name in names]
+    name = names[obstacles.index(None)]
+    refused = obstacles[: names.index(name)]
+    if refused and name == names[-1]:
+        return Choice(name, "; ".join(refused), is_fallback=True)
+    return Choice(name, f"the fastest on {NAMES.get(platform, platform)}" + "".join(f"; {why}" for why in refused))
+
+
+def check(name: str, platform: str, call: Call) -> Choice:
+    """The implementation that the caller named.
+
+    Raises:
+      ValueError: it cannot compute the call; says why, and what would.
+    """
+    reason = obstacle(name, platform, call)
+    if reason is not None:
+        raise ValueError(
+            f"implementation={name!r} cannot run: {reason} (call: {call}); implementation=None would take "
+            f"{choose(platform, call).name!r} here"
+        )
+    return Choice(name, "asked for by name")
+
+
+@functools.cache  # once per platform, call and choice
+def announce(platform: str, call: Call, choice: Choice) -> None:
+    """One line in the log "gqe_jax", a warning where a faster implementation for the platform cannot take the call."""
+    level = logging.WARNING if choice.is_fallback else logging.INFO
+    logger.log(level, "attention on %s takes %r: %s; %s", platform, choice.name, choice.why, call)

@@ -1,0 +1,368 @@
+"""Decode on TPUs: a few new tokens against a long cache, every byte of the filled cache read once.
+
+Reading the cache is all the cost of decoding, so the kernel reads each block of it once, as it lies in memory, for all
+heads: the routed ones and the shared one.
+
+- K and V are taken as [B, T · G, D], row t · G + g. One matmul multiplies the rows of all groups with the keys of all
+  groups, and a mask keeps each row's own group. Where a group has few rows this costs no more than a matmul per group,
+  whose rows would be padded to eight, and no group has to be picked out of the tiles of the cache.
+- Heads narrower than 128 lie side by side in rows of 128, the queries of each with zeros in the lanes of the others.
+- The shared head attends to the mean of the groups' keys and values. Both are linear: q · mean_g K_g = mean_g q · K_g,
+  so its scores are means over the G neighbouring columns of a token, and its output sums over all columns. The mean is
+  exact in float32; nothing is read or stored for it.
+- Blocks before the window and beyond the filled part are neither fetched nor computed: the grid is as long as the
+  longest row of the batch needs, and a shorter row's index map stays on its last block.
+
+Axes beyond the usual alphabet: R is rows of queries (position, group, slot), then those of the shared head; L is
+columns of a block, token-major (token · G + group).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels.partials import EMPTY_LSE
+from gqe_jax.kernels.queries import prepare_queries
+
+if typing.TYPE_CHECKING:
+    from gqe_jax.kernels.choose import Call
+
+LANES = 128
+SUBLANES = 8
+LOG2_E = math.log2(math.e)
+MAX_ROWS = 64  # of all groups together: above it the columns of other groups, computed in vain, begin to cost
+BLOCK_BYTES = 2**20  # of K and of V each
+SCORE_BYTES = 2**20  # of all rows against a block
+VMEM_LIMIT_BYTES = 40 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is static about one call."""
+
+    scale: float
+    softcap: float | None
+    causal: bool
+    window: int | None
+    q_len: int
+    kv_len: int
+    num_groups: int
+    num_slots: int
+    head_dim: int
+    side_by_side: int  # groups in one row of the cache
+    has_shared: bool
+    block_kv: int
+
+    @property
+    def wide_groups(self) -> int:
+        return self.num_groups // self.side_by_side
+
+    @property
+    def width(self) -> int:
+        return self.head_dim * self.side_by_side
+
+    @property
+    def routed_rows(self) -> int:
+        return _round_up(self.q_len * self.num_groups * self.num_slots, SUBLANES)
+
+    @property
+    def rows(self) -> int:
+        return self.routed_rows + (_round_up(self.q_len, SUBLANES) if self.has_shared else 0)
+
+    @property
+    def columns(self) -> int:
+        return self.block_kv * self.wide_groups
+
+
+def obstacle(call: Call) -> str | None:
+    """Why this kernel cannot compute a call on a TPU; None where it can."""
+    rows = call.q_len * call.num_groups * call.num_slots
+    if not call.kv_length:
+        return "pallas_tpu_decode reads a cache: it needs kv_length"
+    if rows > MAX_ROWS:
+        return f"pallas_tpu_decode takes few new tokens: S · G · K = {rows} exceeds {MAX_ROWS}"
+    if call.segments:
+        return "pallas_tpu_decode has no segment ids"
+    if call.dtype not in ("float32", "bfloat16"):
+        return f"pallas_tpu_decode takes float32 and bfloat16, not {call.dtype}"
+    return None
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+@functools.partial(jax.jit, static_argnames=("softcap", "scale", "block_kv"))
+def decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    expert_index: jax.Array | None,
+    mask: Mask,
+    *,
+    q_rope: tuple[jax.Array, jax.Array] | None,
+    q_norm: tuple[jax.Array, float] | None,
+    softcap: float | None,
+    scale: float,
+    q_shared: jax.Array | None = None,
+    layer: jax.Array | None = None,
+    block_kv: int | None = None,
+) -> tuple[jax.Array, ...]:
+    """A few queries against a cache, routed heads and shared head in one pass over it. Has no gradient.
+
+    Args:
+      q, k, v, expert_index, q_shared, layer and the other keywords: as in `attend`; there must be no `obstacle`.
+      block_kv: tokens per block; by default as many as make 1 MiB of K.
+
+    Returns:
+      o [B, S, G, K, D], lse float32 [B, S, G, K], and with `q_shared` the shared head's output [B, S, D].
+    """
+    q = prepare_queries(q, expert_index, q_norm, q_rope)
+    batch, q_len, num_groups, num_slots, head_dim = q.shape
+    if q_shared is not None:
+        q_shared = prepare_queries(q_shared[:, :, None, None, :], None, q_norm, q_rope)[:, :, 0, 0]
+    # As many groups as fill 128 lanes lie side by side; the queries of each have zeros in the lanes of the others.
+    side_by_side = LANES // head_dim if LANES % head_dim == 0 and num_groups * head_dim % LANES == 0 else 1
+    plan = _Plan(
+        scale=scale,
+        softcap=softcap,
+        causal=mask.causal,
+        window=mask.window,
+        q_len=q_len,
+        kv_len=k.shape[-3],
+        num_groups=num_groups,
+        num_slots=num_slots,
+        head_dim=head_dim,
+        side_by_side=side_by_side,
+        has_shared=q_shared is not None,
+        block_kv=block_kv or _block_kv(q, k),
+    )
+    own_lanes = np.arange(num_groups)[:, None] % side_by_side == np.arange(side_by_side)  # [G, P]
+    rows = jnp.where(own_lanes[:, None, :, None], q[..., None, :], 0).reshape(batch, -1, plan.width)
+    rows = jnp.pad(rows, ((0, 0), (0, plan.routed_rows - rows.shape[1]), (0, 0)))
+    if q_shared is not None:
+        rows = jnp.concatenate([rows, jnp.tile(q_shared, (1, 1, side_by_side))], axis=1)
+        rows = jnp.pad(rows, ((0, 0), (0, plan.rows - rows.shape[1]), (0, 0)))
+    first_row = 0 if layer is None else layer * batch
+    k, v = (x.reshape(-1, plan.kv_len * plan.wide_groups, plan.width) for x in (k, v))
+    o, lse = _attend(plan, mask, rows, k, v, first_row)
+
+    count = q_len * num_groups * num_slots
+    o_routed = o[:, :count].reshape(*q.shape[:-1], side_by_side, head_dim)
+    o_routed = jnp.sum(jnp.where(own_lanes[:, None, :, None], o_routed, 0), axis=-2)
+    lse = lse[:, :count, 0].reshape(q.shape[:-1])
+    if q_shared is None:
+        return o_routed, lse
+    shared = o[:, plan.routed_rows : plan.routed_rows + q_len].reshape(batch, q_len, side_by_side, head_dim)
+    return o_routed, lse, jnp.mean(shared, axis=-2, dtype=jnp.float32).astype(q.dtype)
+
+
+def _block_kv(q, k) -> int:
+    """Tokens per block: a multiple of 128, 1 MiB of K and of the scores of all rows at most."""
+    _, q_len, num_groups, num_slots, head_dim = q.shape
+    rows = _round_up(q_len * num_groups * num_slots, SUBLANES) + _round_up(q_len, SUBLANES)
+    token_bytes = num_groups * max(k.dtype.itemsize * _round_up(head_dim, LANES), 4 * rows * SCORE_BYTES // BLOCK_BYTES)
+    return min(max(BLOCK_BYTES // token_bytes // LANES, 1) * LANES, _round_up(k.shape[1], LANES))
+
+
+def _attend(plan: _Plan, mask: Mask, rows, k, v, first_row):
+    """o [B, R, D] in the dtype of rows, and lse float32 [B, R, 128]; batch row b reads row first_row + b of K and V."""
+    batch, wide_groups, width = rows.shape[0], plan.wide_groups, plan.width
+    shift = mask.q_offset - mask.kv_offset
+    length = jnp.full((batch,), plan.kv_len, jnp.int32) if mask.kv_length is None else mask.kv_length
+    length = jnp.clip(length, 0, plan.kv_len)
+    first_key, end_key = jnp.zeros_like(length), length
+    if plan.causal:
+        end_key = jnp.minimum(end_key, shift + plan.q_len)
+    if plan.window is not None:
+        first_key = jnp.maximum(first_key, shift - plan.window + 1)
+        end_key = jnp.minimum(end_key, shift + plan.q_len - 1 + plan.window)
+    first = first_key // plan.block_kv
+    end = jnp.maximum(-(-end_key // plan.block_kv), first)
+    steps = jnp.maximum(jnp.max(end - first), 1)
+
+    row = np.arange(plan.rows)
+    routed = row < plan.q_len * plan.num_groups * plan.num_slots
+    shared = row >= plan.routed_rows
+    position = np.where(shared, row - plan.routed_rows, row // (plan.num_groups * plan.num_slots))
+    position = np.where(routed | (shared & (position < plan.q_len)), position, -(2**30))  # padding sees nothing
+    group = np.where(shared, -1, row // plan.num_slots % plan.num_groups // plan.side_by_side)
+    row_data = np.stack([position, group]).astype(np.int32)[:, :, None]
+    column = np.arange(plan.columns)
+    column_data = np.stack([column // wide_groups, column % wide_groups]).astype(np.int32)[:, None, :]
+    token = np.arange(math.lcm(LANES, wide_groups)) // wide_groups
+    mean = np.equal.outer(token, token) / plan.num_groups
+
+    def kv_block(b, j, shift, length, first, end, first_row):
+        return first_row[0] + b, jnp.maximum(jnp.minimum(first[b] + j, end[b] - 1), 0), 0
+
+    def whole(*shape):
+        return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+
+    def per_row(*shape):
+        return pl.BlockSpec((1, *shape), lambda b, *_: (b, *(0 for _ in shape)))
+
+    return pl.pallas_call(
+        functools.partial(_kernel, plan),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=5,
+            grid=(batch, steps),
+            in_specs=[
+                per_row(plan.rows, width),
+                pl.BlockSpec((1, plan.columns, width), kv_block),
+                pl.BlockSpec((1, plan.columns, width), kv_block),
+                whole(*row_data.shape),
+                whole(*column_data.shape),
+                whole(*mean.shape),
+            ],
+            out_specs=[per_row(plan.rows, width), per_row(plan.rows, LANES)],
+            scratch_shapes=[
+                pltpu.VMEM((plan.rows, 1), jnp.float32),
+                pltpu.VMEM((plan.rows, 1), jnp.float32),
+                pltpu.VMEM((plan.rows, width), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, plan.rows, width), rows.dtype),
+            jax.ShapeDtypeStruct((batch, plan.rows, LANES), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * batch * plan.rows * plan.kv_len * wide_groups * width,
+            transcendentals=batch * plan.rows * plan.kv_len * wide_groups,
+            bytes_accessed=2 * batch * plan.kv_len * wide_groups * width * k.dtype.itemsize,
+        ),
+        name="gqe_decode",
+    )(
+        shift,
+        length,
+        first,
+        end,
+        jnp.reshape(jnp.asarray(first_row, jnp.int32), (1,)),
+        rows,
+        k,
+        v,
+        jnp.asarray(row_data),
+        jnp.asarray(column_data),
+        jnp.asarray(mean, jnp.float32),
+    )
+
+
+def _kernel(
+    plan: _Plan,
+    # Prefetched scalars, one per batch row
+    shift_ref,
+    length_ref,
+    first_ref,  # block of keys
+    end_ref,
+    first_row_ref,  # [1], of K and V: read by the index maps
+    # Inputs
+    q_ref,  # [1, R, D]
+    k_ref,  # [1, L, D]
+    v_ref,  # [1, L, D]
+    row_ref,  # [2, R, 1], position and group (-1: all groups) of a row
+    column_ref,  # [2, 1, L], token and group of a column
+    mean_ref,  # [n, n], 1/G where two of n columns are of one token
+    # Outputs
+    o_ref,  # [1, R, D]
+    lse_ref,  # [1, R, 128]
+    # Scratch
+    max_ref,  # [R, 1]
+    sum_ref,  # [R, 1]
+    acc_ref,  # [R, D]
+):
+    del first_row_ref
+    b, j = pl.program_id(0), pl.program_id(1)
+
+    @pl.when(j == 0)
+    def _():
+        max_ref[...] = jnp.full_like(max_ref, EMPTY_LSE)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    block = first_ref[b] + j
+
+    @pl.when(block < end_ref[b])
+    def _():
+        first_token = block * plan.block_kv
+        tokens_left = length_ref[b] - first_token  # below block_kv, what lies behind is not data
+        token, column_group = column_ref[0], column_ref[1]
+        s = _dot(q_ref[0], k_ref[0], contract=(1, 1))
+        if plan.has_shared:
+            # A column without data must not enter its neighbours' mean.
+            shared = jnp.where(token < tokens_left, s[plan.routed_rows :], 0.0)
+            s = jnp.concatenate([s[: plan.routed_rows], _mean_over_groups(shared, mean_ref[...])], axis=0)
+        s = _capped(plan, s)
+
+        position = row_ref[0] + (shift_ref[b] - first_token)  # on the block's own count of tokens
+        limit = jnp.full_like(position, tokens_left)
+        seen = (row_ref[1] == column_group) | (row_ref[1] < 0)
+        if plan.causal:
+            limit = jnp.minimum(limit, position + 1)
+        if plan.window is not None:
+            limit = jnp.minimum(limit, position + plan.window)
+            seen &= token > position - plan.window
+        s = jnp.where(seen & (token < limit), s, -jnp.inf)
+
+        new_max = jnp.maximum(max_ref[...], jnp.max(s, axis=1, keepdims=True))
+        decay = jnp.exp2(max_ref[...] - new_max)
+        p = jnp.exp2(s - new_max)
+        max_ref[...] = new_max
+        sum_ref[...] = sum_ref[...] * decay + jnp.sum(p, axis=1, keepdims=True)
+        p = p.astype(v_ref.dtype)
+        is_whole = tokens_left >= plan.block_kv
+
+        @pl.when(is_whole)
+        def _():
+            acc_ref[...] = acc_ref[...] * decay + _dot(p, v_ref[0], contract=(1, 0))
+
+        @pl.when(~is_whole)
+        def _():
+            row = lax.broadcasted_iota(jnp.int32, (plan.columns, 1), 0)
+            v = jnp.where(row < tokens_left * plan.wide_groups, v_ref[0], jnp.zeros((), v_ref.dtype))
+            acc_ref[...] = acc_ref[...] * decay + _dot(p, v, contract=(1, 0))
+
+    @pl.when(j == pl.num_programs(1) - 1)
+    def _():
+        row_sum = sum_ref[...]
+        none_seen = row_sum == 0.0
+        o = jnp.where(none_seen, 0.0, acc_ref[...] / jnp.where(none_seen, 1.0, row_sum))
+        o_ref[0] = o.astype(o_ref.dtype)
+        lse = jnp.where(none_seen, EMPTY_LSE, (max_ref[...] + jnp.log2(row_sum)) / LOG2_E)
+        lse_ref[0] = jnp.broadcast_to(lse, lse_ref.shape[1:])
+
+
+def _capped(plan, s):
+    """Scores in base 2: exp2 then serves as exp."""
+    if plan.softcap is None:
+        return s * (plan.scale * LOG2_E)
+    return jnp.tanh(s * (plan.scale / plan.softcap)) * (plan.softcap * LOG2_E)
+
+
+def _mean_over_groups(s, mean):
+    """[R, L] → [R, L]: each column becomes the mean over the groups of its token."""
+    num_rows, width = s.shape[0], mean.shape[0]
+    starts = range(0, s.shape[1], width)
+    stacked = jnp.concatenate([s[:, start : start + width] for start in starts], axis=0)
+    means = _dot(stacked, mean, contract=(1, 0))
+    return jnp.concatenate([means[i * num_rows : (i + 1) * num_rows] for i in range(len(starts))], axis=1)
+
+
+def _dot(a, b, *, contract):
+    """Float32 results; float32 operands are multiplied in full."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

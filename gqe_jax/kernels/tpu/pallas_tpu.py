@@ -1,0 +1,190 @@
+"""The TPU implementation of `attend`: layouts around the Pallas kernels, and their gradient.
+
+The kernels read what the projections write: queries of all experts [B, S, G·M·D], keys and values [B, T, G·D]. Only
+shapes that the hardware's tiles do not fit are padded: lengths to multiples of 128, and D = 80, 96 or 192 to 128 or 256.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels.tpu.blocks import LANES, Blocks, forward_blocks, tpu_generation
+from gqe_jax.kernels.tpu.forward import forward
+from gqe_jax.kernels.tpu.plan import MaskKind, Plan
+from gqe_jax.kernels.tpu.schedule import make_schedule, row_bounds
+
+VMEM_LIMIT_BYTES = {"v4": 14 << 20, "7x": 60 << 20}
+OTHER_VMEM_LIMIT_BYTES = 100 << 20
+
+
+def pallas_tpu(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    expert_index: jax.Array | None,
+    mask: Mask,
+    *,
+    q_rope: tuple[jax.Array, jax.Array] | None,
+    q_norm: tuple[jax.Array, float] | None,
+    softcap: float | None,
+    scale: float,
+    blocks: Blocks | None = None,
+    interpret: object = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention by Pallas kernels; arguments and results as in `attend`.
+
+    `blocks` overrides the forward's tuned sizes. `interpret` runs the kernels on a CPU, for tests: True or
+    `pltpu.InterpretParams`.
+    """
+    batch, q_len, num_groups, num_experts, head_dim = q.shape
+    kv_len, num_slots = k.shape[1], num_experts if expert_index is None else expert_index.shape[-1]
+    paired = head_dim == 64 and num_groups % 2 == 0
+    lone = num_groups == 1 and head_dim == 64 and num_experts == 1
+    padded_dim = head_dim if paired or lone else -(-head_dim // LANES) * LANES
+    groups_per_block = 2 if paired else 1
+    generation = "v5e" if interpret else tpu_generation()
+    if blocks is None:
+        blocks = forward_blocks(
+            generation, groups_per_block * padded_dim, q.dtype.itemsize, num_slots, q_len, kv_len
+        )
+    plan = Plan(
+        batch=batch,
+        num_groups=num_groups,
+        num_experts=num_experts,
+        num_slots=num_slots,
+        head_dim=padded_dim,
+        norm_dim=head_dim,
+        groups_per_block=groups_per_block,
+        q_len=q_len,
+        kv_len=kv_len,
+        rope_batch=0 if q_rope is None else q_rope[0].shape[0],
+        norm_eps=0.0 if q_norm is None else q_norm[1],
+        scale=scale,
+        softcap=softcap,
+        dtype=q.dtype,
+        mask=MaskKind(
+            mask.causal, mask.window, mask.aligned, mask.kv_length is not None, mask.q_segment_ids is not None
+        ),
+        schedule=make_schedule(mask, q_len, kv_len, blocks.block_q, blocks.block_kv, blocks.unit),
+        blocks=blocks,
+        vmem_limit_bytes=VMEM_LIMIT_BYTES.get(generation, OTHER_VMEM_LIMIT_BYTES),
+        interpret=interpret,
+    )
+    norm_scale = None if q_norm is None else q_norm[0]
+    return _attend(plan, mask, expert_index, q_rope, q, k, v, norm_scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: Plan, mask: Mask, expert_index, q_rope, q, k, v, norm_scale):
+    """o [B, S, G, K, D] in q's dtype, lse float32 [B, S, G, K]."""
+    o, lse = forward(plan, _operands(plan, mask, expert_index, q_rope, q, k, v, norm_scale))
+    return _heads_apart(plan, o, plan.num_slots), _rows_to_heads(plan, lse)
+
+
+def _attend_fwd(plan, mask, expert_index, q_rope, q, k, v, norm_scale):
+    o, lse = _attend(plan, mask, expert_index, q_rope, q, k, v, norm_scale)
+    o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")  # for remat policies
+    return (o, lse), (mask, expert_index, q_rope, q, k, v, norm_scale, o, lse)
+
+
+def _attend_bwd(plan, residuals, cotangents):
+    from gqe_jax.kernels.tpu.backward import backward
+    mask, expert_index, q_rope, q, k, v, norm_scale, o, lse = residuals
+    do, dlse = cotangents
+    operands = _operands(plan, mask, expert_index, q_rope, q, k, v, norm_scale)
+    delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
+    dq, dk, dv, dnorm_scale = backward(
+        plan, operands, _heads_together(plan, do), _heads_to_rows(plan, lse), _heads_to_rows(plan, delta)
+    )
+    dq, dk, dv = (
+        _heads_apart(plan, dx, heads) for dx, heads in ((dq, plan.num_experts), (dk, None), (dv, None))
+    )
+    if norm_scale is not None:
+        dnorm_scale = _unpad_dim(dnorm_scale, plan).astype(norm_scale.dtype)
+    return None, None, None, dq, dk[:, : k.shape[1]], dv[:, : k.shape[1]], dnorm_scale
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _operands(plan, mask, expert_index, q_rope, q, k, v, norm_scale) -> dict[str, jax.Array]:
+    """What the kernels read, as it lies in HBM; those that a call lacks are left out."""
+    operands = {"q": _heads_together(plan, q), "k": _heads_together(plan, k), "v": _heads_together(plan, v)}
+    if expert_index is not None:
+        index = expert_index.astype(jnp.int32).reshape(plan.batch, plan.q_len, -1)
+        operands["expert_index"] = _pad_length(index, axis=1)
+    if q_rope is not None:
+        operands["rope"] = _pad_length(_rope_lanes(plan, *q_rope), axis=1)
+    if norm_scale is not None:
+        operands["norm_scale"] = jnp.tile(_pad_dim(norm_scale.astype(jnp.float32), plan), plan.groups_per_block)[None]
+    if plan.mask.has_segments:
+        operands["q_segments"] = _pad_length(mask.q_segment_ids, axis=1)[:, None]
+        operands["kv_segments"] = _pad_length(mask.kv_segment_ids, axis=1)[:, None]
+    if plan.schedule.bounded:
+        operands["bounds"] = row_bounds(mask, plan.schedule).reshape(-1)
+    if not plan.mask.aligned or plan.mask.has_length:
+        end = jnp.full((plan.batch,), plan.kv_len, jnp.int32)
+        end = end if mask.kv_length is None else jnp.minimum(mask.kv_length, end)
+        operands["limits"] = jnp.concatenate([mask.q_offset - mask.kv_offset, end])
+    return operands
+
+
+def _rope_lanes(plan, cos, sin):
+    """[B or 1, S, D/2] each → [B or 1, S, 2 W]: cos in both halves of a head's lanes, then −sin and sin."""
+
+    def lanes(first, second):
+        table = _pad_dim(jnp.concatenate([first, second], axis=-1), plan)
+        return jnp.tile(table, plan.groups_per_block)
+
+    return jnp.concatenate([lanes(cos, cos), lanes(-sin, sin)], axis=-1)
+
+
+def _heads_together(plan, x):
+    """[B, S or T, ..., D] → [B, padded length, heads · lanes]: the projection's own layout where nothing is padded."""
+    x = _pad_dim(x, plan)
+    return _pad_length(x.reshape(*x.shape[:2], -1), axis=1)
+
+
+def _heads_apart(plan, x, heads):
+    """The reverse, for an array of q's length with that many heads per group, or (None) of K's."""
+    length = plan.kv_len if heads is None else plan.q_len
+    shape = (plan.num_groups,) if heads is None else (plan.num_groups, heads)
+    x = x[:, :length].reshape(plan.batch, length, *shape, plan.head_dim)
+    return _unpad_dim(x, plan)
+
+
+def _rows_to_heads(plan, rows):
+    """[B, G·K, 1, padded S] → [B, S, G, K]."""
+    rows = rows[:, :, 0, : plan.q_len].reshape(plan.batch, plan.num_groups, plan.num_slots, plan.q_len)
+    return jnp.transpose(rows, (0, 3, 1, 2))
+
+
+def _heads_to_rows(plan, x):
+    rows = jnp.transpose(x, (0, 2, 3, 1)).reshape(plan.batch, plan.num_groups * plan.num_slots, 1, plan.q_len)
+    return _pad_length(rows, axis=3)
+
+
+def _pad_length(x, *, axis):
+    padding = -x.shape[axis] % LANES
+    if not padding:
+        return x
+    return jnp.pad(x, [(0, padding if n == axis else 0) for n in range(x.ndim)])
+
+
+def _pad_dim(x, plan):
+    """Each half of D is padded, so that rotary pairs stay half a head apart."""
+    half, padding = plan.norm_dim // 2, (plan.head_dim - plan.norm_dim) // 2
+    if not padding:
+        return x
+    halves = x.reshape(*x.shape[:-1], 2, half)
+    return jnp.pad(halves, [(0, 0)] * (halves.ndim - 1) + [(0, padding)]).reshape(*x.shape[:-1], plan.head_dim)
+
+
+def _unpad_dim(x, plan):
+    half = plan.norm_dim // 2
+    if plan.head_dim == plan.norm_dim:
+        return x
+    return x.reshape(*x.shape[:-1], 2, plan.head_dim // 2)[..., :half].reshape(*x.shape[:-1], plan.norm_dim)

@@ -1,0 +1,116 @@
+"""What is static about one call of the TPU kernels, and how its scalars are read."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from gqe_jax.kernels.tpu.blocks import LANES, Blocks
+from gqe_jax.kernels.tpu.schedule import Schedule
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2.0)
+MASKED = -1e30
+"""A score that the mask hides: finite, so that no difference of two of them is NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskKind:
+    """The static part of a `Mask`, and whether it has each of the others."""
+
+    causal: bool
+    window: int | None
+    aligned: bool
+    has_length: bool
+    has_segments: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes and options of one call.
+
+    Attributes:
+      batch, num_groups, num_experts, num_slots: B, G, M, K.
+      head_dim: lanes of a head, padding included; norm_dim: D.
+      groups_per_block: 2 where two groups of D = 64 share the 128 lanes of a block, else 1.
+      q_len, kv_len: S and T.
+      rope_batch: batch rows of the rotary tables.
+      norm_eps: of the queries' RMS norm.
+      scale, softcap: as in `attend`.
+      interpret: what `pallas_call` takes.
+    """
+
+    batch: int
+    num_groups: int
+    num_experts: int
+    num_slots: int
+    head_dim: int
+    norm_dim: int
+    groups_per_block: int
+    q_len: int
+    kv_len: int
+    rope_batch: int
+    norm_eps: float
+    scale: float
+    softcap: float | None
+    dtype: jnp.dtype
+    mask: MaskKind
+    schedule: Schedule
+    blocks: Blocks
+    vmem_limit_bytes: int
+    interpret: object
+
+    @property
+    def width(self) -> int:
+        """W: lanes of a block of K and V."""
+        return self.groups_per_block * self.head_dim
+
+    @property
+    def padded_q_len(self) -> int:
+        """S, rounded up to whole rows of lanes: the length of q, o and lse in the kernels."""
+        return -(-self.q_len // LANES) * LANES
+
+    @property
+    def query_factor(self) -> float:
+        """Folded into the queries in float32: from q·k to base-2 scores, or to what tanh takes."""
+        return self.scale * LOG2_E if self.softcap is None else self.scale / self.softcap
+
+    @property
+    def cap_factor(self) -> float:
+        """From tanh to base-2 scores."""
+        return self.softcap * LOG2_E
+
+    @property
+    def ends_within_unit(self) -> bool:
+        """Whether the last unit holds keys past T."""
+        return self.kv_len % self.blocks.unit != 0
+
+    @property
+    def ragged_kv(self) -> bool:
+        """Whether the last unit reaches past the (padded) array, where memory holds anything."""
+        return -(-self.kv_len // LANES) * LANES % self.blocks.unit != 0
+
+    def read_bounds(self, scalar_refs, b, i):
+        """(first, whole_first, whole_end, end) of q block i, in kv blocks; None where they are in closed form."""
+        if not self.schedule.bounded:
+            return None
+        count = self.schedule.num_q_blocks
+        return [scalar_refs[0][(n * self.batch + b) * count + i] for n in range(4)]
+
+    def read_limits(self, scalar_refs, b):
+        """(q position − kv position of the first tokens, first key index past the end)."""
+        if self.mask.aligned and not self.mask.has_length:
+            return 0, self.kv_len
+        return scalar_refs[-1][b], scalar_refs[-1][self.batch + b]
+
+    def cost_estimate(self, num_matmuls: int) -> pl.CostEstimate:
+        """For XLA's scheduler: about half of the scores, if causal."""
+        pairs = self.q_len * self.kv_len // (2 if self.mask.causal else 1)
+        pairs *= self.batch * self.num_groups * self.num_slots
+        tokens = self.batch * self.num_groups * self.head_dim * self.dtype.itemsize
+        return pl.CostEstimate(
+            flops=2 * num_matmuls * pairs * self.head_dim,
+            transcendentals=pairs,
+            bytes_accessed=tokens * (self.q_len * (self.num_experts + self.num_slots) + 2 * self.kv_len),
+        )

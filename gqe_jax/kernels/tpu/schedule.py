@@ -1,0 +1,166 @@
+"""The order in which a kernel's grid visits blocks of scores, and which of them it may leave out.
+
+A grid step (r, c) has a block of queries and a block of keys in memory, and `Schedule.block` says in closed form which:
+there is no table of blocks, on the host or in scalar memory. Within a step, loops run over the keys that the mask lets
+the queries see, `unit` keys at a time where the mask cuts through, several units at a time elsewhere.
+
+Plain causal attention folds its triangle. Row i of the triangle has `row_length(i)` blocks, and rows i and n − 1 − i
+have (nearly) the same number together: grid row r does row r, then row n − 1 − r, and no step is left empty.
+
+    i = 0   ■                         r = 0   ■ ▦ ▦ ▦ ▦
+    i = 1   ■ ■             →         r = 1   ■ ■ ▦ ▦ ▦
+    i = 2   ▦ ▦ ▦
+    i = 3   ▦ ▦ ▦ ▦
+
+Everything else (windows, offsets, lengths, segments) has a rectangle whose row i starts at the first kv block that the
+q block sees, from `kv_bounds`: four integers per q block, read from scalar memory.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gqe_jax.kernels.kv_bounds import kv_bounds
+from gqe_jax.kernels.mask import Mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Which blocks of a [q_len, kv_len] matrix of scores are computed, in which order.
+
+    Attributes:
+      q_len, kv_len: lengths, in tokens.
+      block_q, block_kv: tokens of q and keys that a step has in memory; the last block of either may be ragged.
+      unit: keys; divides block_kv and block_q. In a folded schedule block_q divides block_kv.
+      folded: rows in pairs, for plain causal attention (S = T, no offset).
+      bounded: the keys that a row sees come from scalar memory.
+      width: steps of a rectangle's row.
+    """
+
+    q_len: int
+    kv_len: int
+    block_q: int
+    block_kv: int
+    unit: int
+    folded: bool
+    bounded: bool
+    width: int
+
+    @property
+    def num_q_blocks(self) -> int:
+        return -(-self.q_len // self.block_q)
+
+    @property
+    def num_kv_blocks(self) -> int:
+        return -(-self.kv_len // self.block_kv)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns."""
+        if not self.folded:
+            return self.num_q_blocks, self.width
+        last = self.num_q_blocks - 1
+        rows = last // 2 + 1
+        lengths = [self.row_length(i) for i in range(last + 1)]
+        return rows, max(lengths[r] + (lengths[last - r] if r != last - r else 0) for r in range(rows))
+
+    def row_length(self, i: jax.Array | int) -> jax.Array | int:
+        """Blocks of row i of the causal triangle."""
+        if self.num_kv_blocks == 1:
+            return 1
+        last = divide((i + 1) * self.block_q - 1, self.block_kv)
+        return min(last + 1, self.num_kv_blocks) if isinstance(i, int) else jnp.minimum(last + 1, self.num_kv_blocks)
+
+    def row(self, r: jax.Array, c: jax.Array) -> jax.Array:
+        """The q block of a step."""
+        if not self.folded:
+            return r
+        return jnp.where(c < self.row_length(r), r, self.num_q_blocks - 1 - r)
+
+    def block(self, r: jax.Array, c: jax.Array, bounds) -> jax.Array:
+        """The kv block of a step: folded rows begin at the diagonal and go back, others begin at their first block.
+        A step with nothing to compute has one outside the row."""
+        if self.folded:
+            length = self.row_length(r)
+            second = (c >= length) & ~self._alone(r)
+            return jnp.where(second, self.row_length(self.num_q_blocks - 1 - r) - 1 - (c - length), length - 1 - c)
+        return divide(bounds[0] * self.unit, self.block_kv) + c if self.bounded else c
+
+    def fetched(self, r: jax.Array, c: jax.Array, bounds) -> jax.Array:
+        """The kv block that a step has in memory: its own, or for a step that computes nothing the one before's."""
+        j = self.block(r, c, bounds)
+        if self.num_kv_blocks == 1:
+            return 0 * j
+        if self.folded:
+            return jnp.maximum(j, 0)
+        if self.bounded:
+            return jnp.minimum(j, divide(jnp.maximum(bounds[3] * self.unit, 1) - 1, self.block_kv))
+        return j
+
+    def is_first(self, r: jax.Array, c: jax.Array) -> jax.Array:
+        """Whether a row of blocks begins with this step."""
+        if not self.folded:
+            return c == 0
+        return (c == 0) | ((c == self.row_length(r)) & ~self._alone(r))
+
+    def is_last(self, r: jax.Array, c: jax.Array) -> jax.Array:
+        """Whether a row of blocks ends with this step."""
+        if not self.folded:
+            return c == self.width - 1
+        return (c == self.row_length(r) - 1) | ((c == self.grid[1] - 1) & ~self._alone(r))
+
+    def units(self, i: jax.Array, j: jax.Array, bounds) -> tuple[jax.Array, ...]:
+        """(first, whole_first, whole_end, end) as of `kv_bounds`, in units from the start of kv block j, within it.
+        In a folded schedule without the block on the diagonal."""
+        per_block = self.block_kv // self.unit
+        if self.folded:
+            diagonal = i * (self.block_q // self.unit)
+            row = [jnp.minimum(x, diagonal) for x in bounds] if self.bounded else (0, 0, diagonal, diagonal)
+        elif self.bounded:
+            row = bounds
+        else:
+            row = 0, 0, self.kv_len // self.unit, -(-self.kv_len // self.unit)
+        return tuple(jnp.clip(x - j * per_block, 0, per_block) for x in row)
+
+    def _alone(self, r: jax.Array) -> jax.Array:
+        return 2 * r == self.num_q_blocks - 1
+
+
+def divide(x: jax.Array | int, by: int) -> jax.Array | int:
+    """floor(x / by) for x >= 0: a shift where it can be one, as the scalar unit has no division."""
+    if isinstance(x, int):
+        return x // by
+    return lax.shift_right_logical(x, by.bit_length() - 1) if by & (by - 1) == 0 else lax.div(x, by)
+
+
+def make_schedule(mask: Mask, q_len: int, kv_len: int, block_q: int, block_kv: int, unit: int) -> Schedule:
+    """The schedule of a mask, from what is static about it."""
+    folded = mask.causal and mask.aligned and mask.window is None and q_len == kv_len
+    cut = (mask.causal or mask.window is not None) and not folded
+    width = -(-kv_len // block_kv)
+    if mask.window is not None:
+        keys = block_q + (mask.window - 1) * (1 if mask.causal else 2)
+        width = min(width, -(-(keys - 1) // block_kv) + 1)
+    return Schedule(
+        q_len,
+        kv_len,
+        block_q,
+        block_kv,
+        unit,
+        folded=folded,
+        bounded=cut or mask.q_segment_ids is not None or mask.kv_length is not None,
+        width=width,
+    )
+
+
+def row_bounds(mask: Mask, schedule: Schedule) -> jax.Array:
+    """int32 [4, B · q blocks]: `kv_bounds` of each q block of each batch row, in units."""
+    starts = jnp.arange(schedule.num_q_blocks, dtype=jnp.int32) * schedule.block_q
+
+    def one(row: Mask) -> jax.Array:
+        row = jax.tree.map(lambda x: x[None], row)
+        return jnp.stack(kv_bounds(row, starts, schedule.block_q, schedule.unit, schedule.kv_len))
+
+    return jnp.moveaxis(jax.vmap(one)(mask), 0, 1).reshape(4, -1)
