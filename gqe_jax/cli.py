@@ -167,24 +167,42 @@ def _add_prepare(parser: argparse.ArgumentParser) -> Runner:
     return prepare_cli.run
 
 
+def _add_export(parser: argparse.ArgumentParser) -> Runner:
+    from gqe_jax.convert import exporting
+
+    _add_run(parser)
+    exporting.add_arguments(parser)
+    return exporting.run
+
+
+def _add_import(parser: argparse.ArgumentParser) -> Runner:
+    from gqe_jax.convert import importing
+
+    importing.add_arguments(parser)
+    return importing.run
+
+
 def _add_bench(parser: argparse.ArgumentParser) -> Runner:
     from gqe_jax.bench import attention
 
-    parser.epilog = """example:
-  gqe bench attention"""
+    parser.epilog = """examples:
+  gqe bench attention
+  gqe bench attention --target v6e"""
     what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    attention.add_arguments(what.add_parser("attention", help="attend() and whole layers against PyTorch"))
+    attention.add_arguments(what.add_parser("attention", help="attention and whole layers beside their rivals"))
     return attention.run
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> Runner:
-    from gqe_jax.evaluate import run_report
+    from gqe_jax.evaluate import kernel_report, run_report
 
-    parser.epilog = """example:
-  gqe inspect run --run runs/smoke"""
+    parser.epilog = """examples:
+  gqe inspect run --run runs/smoke
+  gqe inspect kernels --config gqe_250m:head_dim=128"""
     what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     run_report.add_arguments(what.add_parser("run", help="configuration, loss curve and expert load of a run"))
-    return run_report.run
+    kernel_report.add_arguments(what.add_parser("kernels", help="which attention kernel each platform takes, and why"))
+    return lambda args: {"run": run_report, "kernels": kernel_report}[args.what].run(args)
 
 
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Runner]]] = {
@@ -192,7 +210,9 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Runner]]] = {
     "eval": ("Loss of a trained model on held-out text, beside what compressors reach.", _add_eval),
     "generate": ("Continue a prompt with a trained model.", _add_generate),
     "prepare": ("Turn text into rows of tokens to train on.", _add_prepare),
-    "inspect": ("Look at a run.", _add_inspect),
+    "export": ("Write a trained model for PyTorch, without PyTorch.", _add_export),
+    "import": ("Make a run from a PyTorch model's folder, without PyTorch.", _add_import),
+    "inspect": ("Look at a run, or at the kernels that a configuration takes.", _add_inspect),
     "bench": ("Measure this machine.", _add_bench),
 }
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import ml_collections
 
-IMPLEMENTATIONS = ("reference", "xla")  # the names in gqe_jax.kernels.attend, which this module is below
+# The names in gqe_jax.kernels.attend, which this module is below.
+IMPLEMENTATIONS = ("reference", "xla", "cudnn", "pallas_tpu", "pallas_tpu_decode")
 
 
 class ConfigError(ValueError):
@@ -123,6 +124,11 @@ class AttentionConfig:
         """(name of the field, its value) of the number of query heads of the kind."""
         raise TypeError(f"{type(self).__name__} states no query heads: use a kind of attention from ATTENTION_CONFIGS")
 
+    @property
+    def has_out_bias(self) -> bool:
+        """Whether the output projection has a bias."""
+        return self.bias
+
     def __post_init__(self):
         _require_known(self)
         name, heads = self.query_heads
@@ -203,10 +209,15 @@ class GQAConfig(AttentionConfig):
 
     kind: str = "gqa"
     num_query_heads: int
+    out_bias: bool | None = None  # on the output projection; None: as `bias`. Qwen2 has biases on q, k and v only
 
     @property
     def query_heads(self) -> tuple[str, int]:
         return "num_query_heads", self.num_query_heads
+
+    @property
+    def has_out_bias(self) -> bool:
+        return self.bias if self.out_bias is None else self.out_bias
 
 
 ATTENTION_CONFIGS: dict[str, type[AttentionConfig]] = {"gqe": GQEConfig, "gqa": GQAConfig}

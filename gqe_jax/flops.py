@@ -54,7 +54,9 @@ def parameter_count(model: ModelConfig) -> dict[str, int]:
     shared = int(_has_shared_head(model))
     per_layer = d * dim * (heads + 2 * kv_heads + shared + slots)
     if attention.bias:
-        per_layer += dim * (heads + 2 * kv_heads + shared) + d
+        per_layer += dim * (heads + 2 * kv_heads + shared)
+    if attention.has_out_bias:
+        per_layer += d
     counts = {
         "embedding": model.vocab_size * d * (1 if model.tie_embeddings else 2),
         "attention": model.num_layers * per_layer,

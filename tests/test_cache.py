@@ -55,3 +55,24 @@ def test_the_cache_is_that_of_its_kv_heads(make):
     cache = make(2, 4).init_cache(3, 7)
     assert cache.k.shape == cache.v.shape == (3, 7, 2, tiny.HEAD_DIM)
     np.testing.assert_array_equal(cache.length, [0, 0, 0])
+
+
+def test_a_layer_of_a_stacked_cache_grows_in_place():
+    """Appending at a layer equals appending to that layer's own cache, and leaves the other layers as they are."""
+    k, v = tokens(3)
+    alone = EMPTY.append(k, v, jnp.array([[1, 1, 1], [1, 0, 0]]))
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x, x]), EMPTY)
+    append = jax.jit(lambda cache, layer: cache.at(layer).append(k, v, jnp.array([[1, 1, 1], [1, 0, 0]])).at(None))
+    grown = append(stacked, 1)
+    for layer, expected in ((0, EMPTY), (1, alone), (2, EMPTY)):
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x, i=layer: x[i], grown), expected)
+    assert grown.at(1).lengths.tolist() == [3, 1]
+
+
+def test_narrow_heads_lie_side_by_side():
+    """Heads that fill rows of 128 are kept so, group after group: the same numbers in the same order."""
+    k, v = np.random.default_rng(0).standard_normal((2, 1, 3, 4, 64)).astype(np.float32)
+    cache = KVCache.empty(1, 5, 4, 64, jnp.float32).append(k, v)
+    assert cache.k.shape == (1, 5, 2, 128)
+    np.testing.assert_array_equal(cache.k[:, :3].reshape(k.shape), k)
+    np.testing.assert_array_equal(cache.v[:, :3].reshape(v.shape), v)

@@ -22,8 +22,8 @@ class Context:
     """What the query heads of one call attend to, and what becomes of the queries on the way.
 
     Attributes:
-      k, v: finished keys and values, [B, T, G, D].
-      options: keyword arguments of `attend`: masks, rotary tables and QK norm of the queries.
+      k, v: finished keys and values, [B, T, G, D], or a stacked cache's [L, B, T, G, D].
+      options: keyword arguments of `attend`: masks, rotary tables and QK norm of the queries, layer of a stacked cache.
       positions: int32 [B or 1, S].
     """
 
@@ -32,17 +32,14 @@ class Context:
     options: dict[str, Any]
     positions: jax.Array
 
-    def attend(self, q: jax.Array, expert_index: jax.Array | None = None) -> jax.Array:
-        """Queries [B, S, G, M, D], selected experts int32 [B, S, G, k] → [B, S, G, k, D]; without an index all M."""
-        return attend(q, self.k, self.v, expert_index, **self.options)
+    def attend(
+        self, q: jax.Array, expert_index: jax.Array | None = None, q_shared: jax.Array | None = None
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Queries [B, S, G, M, D], selected experts int32 [B, S, G, k] → [B, S, G, k, D]; without an index all M.
 
-    def mean_head(self) -> "Context":
-        """The same with a single KV head: the mean over groups of the keys and of the values."""
-
-        def mean(x):
-            return jnp.mean(x, axis=2, keepdims=True, dtype=jnp.float32).astype(x.dtype)
-
-        return dataclasses.replace(self, k=mean(self.k), v=mean(self.v))
+        With queries of a shared head, [B, S, D], its output [B, S, D] comes as second.
+        """
+        return attend(q, self.k, self.v, expert_index, q_shared=q_shared, **self.options)
 
 
 class Attention(nnx.Module):
@@ -80,7 +77,7 @@ class Attention(nnx.Module):
     ) -> tuple[Context, KVCache | None]:
         self._check(x, segment_ids, positions)
         config = self.config
-        start = 0 if cache is None else cache.length
+        start = 0 if cache is None else cache.lengths
         if positions is None:
             positions = jnp.reshape(start, (-1, 1)) + jnp.arange(x.shape[1], dtype=jnp.int32)
         k, v = self.k_proj(x), self.v_proj(x)
@@ -101,8 +98,8 @@ class Attention(nnx.Module):
             options |= {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
         else:
             cache = cache.append(k, v, segment_ids)
-            k, v = cache.k, cache.v
-            options |= {"q_offset": start, "kv_length": cache.length}
+            k, v = (x.reshape(*x.shape[:-2], *k.shape[2:]) for x in (cache.k, cache.v))
+            options |= {"q_offset": start, "kv_length": cache.lengths, "layer": cache.layer}
         return Context(k.astype(dtype), v.astype(dtype), options, positions), cache
 
     def _check(self, x: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None) -> None:

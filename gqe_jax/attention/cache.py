@@ -5,28 +5,48 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+LANES = 128  # of a TPU: an array whose last axis is shorter is padded there, or transposed
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Finished keys (normed and rotated) and values of one layer.
+    """Finished keys (normed and rotated) and values of one layer, or of all layers, one after the other.
+
+    A loop over layers carries the stacked cache and gives each layer `at(index)` of it: what the layer appends is then
+    written in place, and no layer's part is cut out or put back.
 
     Attributes:
-      k, v: [B, T_max, G, D].
-      length: int32 [B], tokens held by each row; what lies beyond is ignored and overwritten.
+      k, v: [B, T_max, G, D], or [L, B, T_max, G, D] stacked over layers. Heads narrower than 128 that fill rows of 128
+        lie side by side in them, G and D then being G · D / 128 and 128: a TPU reads those without a copy.
+      length: int32 [B] or [L, B], tokens held by each row; what lies beyond is ignored and overwritten.
+      layer: int32 scalar, of a stacked cache the layer whose turn it is; None outside the loop, and where not stacked.
     """
 
     k: jax.Array
     v: jax.Array
     length: jax.Array
+    layer: jax.Array | None = None
 
     @classmethod
     def empty(
         cls, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
     ) -> "KVCache":
         """A cache that holds nothing yet."""
-        shape = (batch, capacity, num_kv_heads, head_dim)
+        rows = (num_kv_heads, head_dim)
+        if head_dim < LANES and LANES % head_dim == 0 and num_kv_heads * head_dim % LANES == 0:
+            rows = (num_kv_heads * head_dim // LANES, LANES)
+        shape = (batch, capacity, *rows)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+    def at(self, layer: jax.Array | None) -> "KVCache":
+        """The same stacked cache, for the layer of that index; None: for the loop again."""
+        return dataclasses.replace(self, layer=layer)
+
+    @property
+    def lengths(self) -> jax.Array:
+        """int32 [B], of the one layer or of that whose turn it is."""
+        return self.length if self.layer is None else self.length[self.layer]
 
     def append(self, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> "KVCache":
         """Writes S new tokens behind those held; a row's padding (segment id 0, at its end) is not counted.
@@ -41,17 +61,27 @@ class KVCache:
         Raises:
           ValueError: S exceeds the capacity, or (outside `jit`) length + S does.
         """
-        capacity, new = self.k.shape[1], k.shape[1]
-        held = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length.max())
+        capacity, new = self.k.shape[-3], k.shape[1]
+        lengths = self.lengths
+        held = 0 if isinstance(lengths, jax.core.Tracer) else int(lengths.max())
         if held + new > capacity:
             raise ValueError(
                 f"{new} new tokens behind the {held} held exceed the cache's capacity of {capacity} tokens: "
                 f"make the cache longer, or the input shorter"
             )
-        write = jax.vmap(lambda buffer, rows, at: jax.lax.dynamic_update_slice_in_dim(buffer, rows, at, axis=0))
         count = new if segment_ids is None else jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
-        return KVCache(
-            write(self.k, k.astype(self.k.dtype), self.length),
-            write(self.v, v.astype(self.v.dtype), self.length),
-            self.length + count,
-        )
+        layer = () if self.layer is None else (self.layer,)
+
+        def write(buffer, rows):
+            rows = rows.astype(buffer.dtype).reshape(*rows.shape[:2], *buffer.shape[-2:])
+
+            def write_row(b, buffer):
+                row = jax.lax.dynamic_slice_in_dim(rows, b, 1).reshape(*(1 for _ in layer), 1, *rows.shape[1:])
+                return jax.lax.dynamic_update_slice(buffer, row, (*layer, b, lengths[b], 0, 0))
+
+            return jax.lax.fori_loop(0, rows.shape[0], write_row, buffer)
+
+        length = lengths + count
+        if layer:
+            length = jax.lax.dynamic_update_index_in_dim(self.length, length, self.layer, 0)
+        return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v), length=length)

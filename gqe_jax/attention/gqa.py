@@ -26,6 +26,7 @@ class GQAttention(Attention):
       rope_scaling: stretches it to longer contexts.
       qk_norm: RMS norm of each query and key head, before the rotary embedding.
       bias: on the four projections.
+      out_bias: on the output projection, where it differs from the other three; None: as `bias`.
       softcap: scores become softcap · tanh(scores / softcap).
       window: a token sees itself and the window - 1 tokens before it.
       implementation: of `attend`; None picks by platform.
@@ -48,6 +49,7 @@ class GQAttention(Attention):
         qk_norm: bool = False,
         qk_norm_eps: float = 1e-6,
         bias: bool = False,
+        out_bias: bool | None = None,
         softcap: float | None = None,
         window: int | None = None,
         implementation: str | None = None,
@@ -66,6 +68,7 @@ class GQAttention(Attention):
             qk_norm=qk_norm,
             qk_norm_eps=qk_norm_eps,
             bias=bias,
+            out_bias=out_bias,
             softcap=softcap,
             window=window,
             implementation=implementation,
@@ -81,7 +84,9 @@ class GQAttention(Attention):
         super().__init__(d_model, config, linear, param_dtype=param_dtype, rngs=rngs)
         heads = (num_kv_heads, num_query_heads // num_kv_heads, config.head_dim)
         self.q_proj = linear(d_model, heads)
-        self.o_proj = linear(heads, d_model, kernel_init=out_kernel_init or kernel_init)
+        self.o_proj = linear(
+            heads, d_model, use_bias=config.has_out_bias, kernel_init=out_kernel_init or kernel_init
+        )
 
     def __call__(
         self,

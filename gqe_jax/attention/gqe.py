@@ -139,7 +139,12 @@ class GQEAttention(Attention):
         expert_index, probs, stats = self.router(
             x, segment_ids=segment_ids, positions=context.positions, rngs=rngs, layer_index=layer_index
         )
-        o = context.attend(self.q_proj(x), expert_index)
+        q = self.q_proj(x)
+        if self.config.variant == "gqe":
+            # In one call: decoding then reads the cache once for all heads.
+            o, shared = context.attend(q, expert_index, self.q_shared(x))
+        else:
+            o = context.attend(q, expert_index)
 
         if self.config.variant == "weighted_concat":
             o = (o * probs[..., None]).astype(o.dtype)
@@ -147,6 +152,5 @@ class GQEAttention(Attention):
         if self.config.variant == "gqe":
             weights = probs / jnp.maximum(probs.sum(axis=(-2, -1), keepdims=True), 1e-9)
             mixed = jnp.sum(o * weights[..., None], axis=(2, 3))
-            shared = context.mean_head().attend(self.q_shared(x)[:, :, None, None, :])
-            y += self.o_extra(jnp.stack([mixed.astype(o.dtype), shared[:, :, 0, 0]], axis=-2))
+            y += self.o_extra(jnp.stack([mixed.astype(o.dtype), shared], axis=-2))
         return (y, stats) if cache is None else (y, stats, cache)

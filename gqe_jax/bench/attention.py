@@ -1,7 +1,10 @@
-"""`gqe bench attention`: `attend` and whole layers, timed on this machine beside PyTorch's and what rates predict.
+"""`gqe bench attention`: `attend` and whole layers beside their rivals.
 
-Every comparison is of functions that take turns in one process, and is given as the median over the rounds of the ratio
-within a round: a machine that is busy with other things then slows both sides alike.
+On a TPU or GPU against dense attention, timed (`gqe_jax.bench.timed`); with --target the same for a TPU that is not
+there, from compiled programs (`gqe_jax.bench.static`). On a CPU against PyTorch, and against what rates predict.
+
+Every comparison on the CPU is of functions that take turns in one process, and is given as the median over the rounds
+of the ratio within a round: a machine that is busy with other things then slows both sides alike.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from gqe_jax.config import ConfigError
 from gqe_jax.convert import layer_to_torch
 from gqe_jax.kernels import attend
 
+TARGETS = ("v5e", "v5p", "v6e", "tpu7x")
 HEAD_DIM = 64
 # The paper's main setting.
 D_MODEL, NUM_HEADS, NUM_GROUPS, TOP_K, ROPE_THETA = 1024, 16, 8, 1, 10_000.0
@@ -29,22 +33,67 @@ D_MODEL, NUM_HEADS, NUM_GROUPS, TOP_K, ROPE_THETA = 1024, 16, 8, 1, 10_000.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `gqe bench attention`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "example:\n  gqe bench attention --seq-len 4096 --heads 8 --repeats 3"
-    parser.add_argument("--seq-len", type=int, nargs="+", default=[4096, 8192], metavar="S", help="default: 4096 8192")
-    parser.add_argument("--heads", type=int, nargs="+", default=[8, 16], metavar="N", help="default: 8 16")
+    parser.epilog = """examples:
+  gqe bench attention --seq-len 4096 --heads 8 --repeats 3
+  gqe bench attention --target v6e --csv v6e.csv --plot v6e.png"""
+    parser.add_argument("--target", metavar="TPU", help=f"compare for a TPU that is not here: {', '.join(TARGETS)}")
+    parser.add_argument("--seq-len", type=int, nargs="+", metavar="S", help="default: from 2048 up; on a CPU 4096 8192")
+    parser.add_argument("--head-dim", type=int, metavar="D", help="default: 128; on a CPU always 64")
+    parser.add_argument("--heads", type=int, nargs="+", metavar="N", help="on a CPU (default: 8 16); elsewhere 16")
     parser.add_argument("--repeats", type=int, default=7, metavar="R", help="rounds per comparison (default: 7)")
     parser.add_argument("--csv", metavar="FILE", help="write every row of the tables to this file too")
+    parser.add_argument("--plot", metavar="FILE", help="draw speed-up against context length (not on a CPU)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the tables; returns the exit code.
 
     Raises:
-      ConfigError: a length, head count or number of rounds below 1, or PyTorch is missing.
+      ConfigError: a length, head count or number of rounds below 1, an unknown target, flags that the platform has no
+        use for, or a package that is missing.
     """
     for flag, values in (("--seq-len", args.seq_len), ("--heads", args.heads), ("--repeats", [args.repeats])):
-        if min(values) < 1:
+        if values and min(values) < 1:
             raise ConfigError(f"{flag}={min(values)} must be at least 1")
+    if args.target is not None and args.target not in TARGETS:
+        raise ConfigError(f"--target {args.target} is unknown: use one of {', '.join(TARGETS)}")
+    platform = "tpu" if args.target else jax.default_backend()
+    if platform == "cpu":
+        return _run_on_cpu(args)
+    if args.heads:
+        raise ConfigError(f"--heads is for CPUs: on a {platform.upper()} it is 16 query heads in 8 groups")
+    return _run_on_accelerator(args, platform)
+
+
+def _run_on_accelerator(args: argparse.Namespace, platform: str) -> int:
+    from gqe_jax.bench import static, table, timed
+    from gqe_jax.bench.rivals import RIVALS, Setting
+
+    head_dim = args.head_dim or 128
+    if args.target:
+        seq_lens = tuple(args.seq_len or static.SEQ_LENS)
+        result = static.measure(args.target, seq_lens, head_dim)
+        cells, device = result.cells, args.target
+        print(static.report(result))
+    else:
+        seq_lens = tuple(args.seq_len or timed.SEQ_LENS)
+        cells, device = timed.measure(platform, seq_lens, head_dim, args.repeats), jax.devices()[0].device_kind
+        print(timed.report(platform, cells, head_dim))
+    how = "static" if args.target else "timed"
+    if args.csv:
+        table.write_csv(args.csv, cells, {"device": device, "how": how, "head_dim": head_dim})
+    if args.plot:
+        s = Setting(0, head_dim)
+        bound = s.attending_heads("gqa") / s.attending_heads("gqe")
+        table.plot(args.plot, cells, RIVALS[platform], bound, f"GQE on {device} ({how}), D = {head_dim}")
+    return 0
+
+
+def _run_on_cpu(args: argparse.Namespace) -> int:
+    for flag, value in (("--plot", args.plot), ("--head-dim", args.head_dim)):
+        if value:
+            raise ConfigError(f"{flag} is for TPUs and GPUs: name a TPU with --target ({', '.join(TARGETS)})")
+    args.seq_len, args.heads = args.seq_len or [4096, 8192], args.heads or [8, 16]
     torch = _import_torch()
     torch.manual_seed(0)
     print(

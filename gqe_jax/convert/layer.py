@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from gqe_jax.attention import Attention, GQEAttention, RouterBias
-from gqe_jax.convert.names import ATTENTION, Part
+from gqe_jax.convert.names import ATTENTION_ROWS, Part
 
 
 def layer_to_torch(layer: Attention) -> dict[str, np.ndarray]:
@@ -106,7 +106,7 @@ def _variables(layer: Attention) -> dict[str, nnx.Variable]:
 
 def _rows(variables: dict[str, nnx.Variable]) -> dict[str, tuple[Part, ...]]:
     """The rows of the table that a layer has, with the parts that it has."""
-    rows = {name: tuple(part for part in parts if part.path in variables) for name, parts in ATTENTION.items()}
+    rows = {name: tuple(part for part in parts if part.path in variables) for name, parts in ATTENTION_ROWS.items()}
     unknown = variables.keys() - {part.path for parts in rows.values() for part in parts}
     if unknown:
         raise ValueError(f"PyTorch's names are not known for the parameters {', '.join(sorted(unknown))}")

@@ -2,9 +2,11 @@
 
 A kernel here keeps its axes apart, inputs first: the query projection is [d, G, M, D]. A PyTorch linear layer computes
 x Wᵀ with W [outputs, inputs], each side folded into one axis: [(G M D), d]. A row of the table names both sides and the
-kernel's axes, so that the same row serves export and import (`spec`: PyTorch parameter layout).
+kernel's axes, so that the same row serves export and import (`spec`: PyTorch parameter layout). Outside the attention
+the names are Llama's, which Mistral, Qwen2 and Qwen3 share.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -15,8 +17,9 @@ class Part(NamedTuple):
     """One of our parameters: its path in the module, and its axes.
 
     "d -> gmD" is a kernel with input axis d and output axes g, m, D: PyTorch's weight is [(g m D), d]. Without an arrow
-    (biases, norm scales, buffers) all axes fold into one. Letters: d model width, g KV group, m query head of the
-    group, k slot, D head dimension, e the two extra slots (ō, then the shared head).
+    (biases, norm scales, buffers) nothing is transposed, and each word is an axis of PyTorch's: "gmD" is one axis,
+    "v d" two. Letters: d model width, g KV group, m query head of the group, k slot, D head dimension, e the two extra
+    slots (ō, then the shared head), f hidden width of the MLP, v vocabulary.
     """
 
     path: str
@@ -24,23 +27,32 @@ class Part(NamedTuple):
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in PyTorch of our parameter of `shape`."""
-        inputs, arrow, outputs = self.axes.partition(" -> ")
-        if len(shape) != len(inputs + outputs):
+        groups = self.axes.replace("->", " ").split()
+        if len(shape) != sum(map(len, groups)):
             raise ValueError(f"{self.path} has shape {shape}, but the name table gives it the axes {self.axes!r}")
-        if not arrow:
-            return (math.prod(shape),)
-        return math.prod(shape[len(inputs) :]), math.prod(shape[: len(inputs)])
+        ends = itertools.accumulate(map(len, groups))
+        folded = tuple(math.prod(shape[end - len(group) : end]) for group, end in zip(groups, ends, strict=True))
+        return folded[::-1] if self.transposed else folded
+
+    @property
+    def transposed(self) -> bool:
+        return "->" in self.axes
 
     def to_torch(self, value: np.ndarray) -> np.ndarray:
         """Our array in PyTorch's layout."""
-        return value.reshape(self.torch_shape(value.shape)[::-1]).T
+        shape = self.torch_shape(value.shape)
+        return value.reshape(shape[::-1]).T if self.transposed else value.reshape(shape)
 
     def from_torch(self, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """PyTorch's array in our layout, of `shape`."""
-        return value.T.reshape(shape)
+        return (value.T if self.transposed else value).reshape(shape)
 
 
-ATTENTION: dict[str, tuple[Part, ...]] = {
+Rows = dict[str, tuple[Part, ...]]
+"""PyTorch's name → our parameters. Several parts stand beside each other along the last axis of PyTorch's tensor: the
+inputs of a linear layer. A module has the rows that it has a part of."""
+
+ATTENTION_ROWS: Rows = {
     "q_proj.weight": (Part("q_proj.kernel", "d -> gmD"),),
     "q_proj.bias": (Part("q_proj.bias", "gmD"),),
     "k_proj.weight": (Part("k_proj.kernel", "d -> gD"),),
@@ -56,5 +68,29 @@ ATTENTION: dict[str, tuple[Part, ...]] = {
     "o_proj.weight": (Part("o_proj.kernel", "gkD -> d"), Part("o_extra.kernel", "eD -> d")),
     "o_proj.bias": (Part("o_proj.bias", "d"),),
 }
-"""PyTorch's name → our parameters, within one attention layer of either kind. A layer has the rows that it has a part
-of. Several parts stand beside each other along the last axis of PyTorch's tensor: the inputs of a linear layer."""
+"""Of one attention layer of either kind. The names are the public `gqe` module's, a dense layer's are Llama's."""
+
+BLOCK_ROWS: Rows = {
+    "input_layernorm.weight": (Part("attention_norm.scale", "d"),),
+    **{
+        f"self_attn.{name}": tuple(Part(f"attention.{part.path}", part.axes) for part in parts)
+        for name, parts in ATTENTION_ROWS.items()
+    },
+    "post_attention_layernorm.weight": (Part("mlp_norm.scale", "d"),),
+    "mlp.gate_proj.weight": (Part("mlp.gate_proj.kernel", "d -> f"),),
+    "mlp.up_proj.weight": (Part("mlp.up_proj.kernel", "d -> f"),),
+    "mlp.down_proj.weight": (Part("mlp.down_proj.kernel", "f -> d"),),
+}
+"""Of one block of the decoder."""
+
+MODEL_ROWS: Rows = {
+    "model.embed_tokens.weight": (Part("vocabulary.embedding", "v d"),),
+    "model.norm.weight": (Part("final_norm.scale", "d"),),
+    "lm_head.weight": (Part("vocabulary.lm_head", "v d"),),
+}
+"""Of the model outside its blocks; the head is absent where it is tied to the embedding."""
+
+BLOCK_PREFIX = "model.layers.{layer}."
+ATTENTION_PREFIX = BLOCK_PREFIX + "self_attn."
+STACKED = "layers"
+"""Our blocks are stacked: the parameter `layers.<path>` has a leading axis of layers, one slice for each prefix."""

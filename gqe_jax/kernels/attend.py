@@ -7,17 +7,19 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from gqe_jax.kernels.choose import Call, announce, check, choose, target_platform
+from gqe_jax.kernels.choose import Call, announce, check, choose, is_partitioned, target_platform
 from gqe_jax.kernels.cudnn import cudnn
 from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.reference import reference
 from gqe_jax.kernels.tpu.decode import decode
+from gqe_jax.kernels.tpu.pallas_tpu import pallas_tpu
 from gqe_jax.kernels.xla import xla
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array | None]]] = {
     "reference": reference,
     "xla": xla,
     "cudnn": cudnn,
+    "pallas_tpu": pallas_tpu,
     "pallas_tpu_decode": decode,
 }
 """Name → function(q, k, v, expert_index, mask, *, q_rope, q_norm, softcap, scale) → (o, lse)."""
@@ -113,6 +115,7 @@ def attend(
         kv_length=kv_length is not None,
         aligned=mask.aligned,
         return_lse=return_lse,
+        partitioned=is_partitioned(),
     )
     platform = target_platform(q)
 

@@ -13,7 +13,7 @@ from gqe_jax.kernels.tpu import decode
 logger = logging.getLogger("gqe_jax")
 
 PREFERENCE: dict[str, tuple[str, ...]] = {
-    "tpu": ("pallas_tpu_decode", "xla"),
+    "tpu": ("pallas_tpu_decode", "pallas_tpu", "xla"),
     "gpu": ("cudnn", "xla"),
     "cpu": ("xla",),
 }
@@ -35,6 +35,7 @@ class Call:
       kv_length: there is one, so K and V are a cache.
       aligned: query 0 and key 0 are known to have the same position.
       return_lse: the log-sum-exp is wanted.
+      partitioned: XLA splits the computation over several devices.
     """
 
     batch: int
@@ -52,10 +53,12 @@ class Call:
     kv_length: bool = False
     aligned: bool = True
     return_lse: bool = False
+    partitioned: bool = False
 
     def __str__(self) -> str:
+        flags = ("softcap", "segments", "kv_length", "return_lse", "partitioned")
         options = [f"window={self.window}"] if self.window else []
-        options += [name for name in ("softcap", "segments", "kv_length", "return_lse") if getattr(self, name)]
+        options += [name for name in flags if getattr(self, name)]
         return (
             f"q [B={self.batch}, S={self.q_len}, G={self.num_groups}, M={self.num_experts}, D={self.head_dim}], "
             f"K={self.num_slots}, T={self.kv_len}, {self.dtype}, {'' if self.causal else 'not '}causal"
@@ -63,8 +66,26 @@ class Call:
         )
 
 
+def is_partitioned() -> bool:
+    """Whether XLA splits what is being traced over several devices of `jax.set_mesh`; not so within `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    return any(size > 1 for axis_type, size in sizes if axis_type != jax.sharding.AxisType.Manual)
+
+
+def _pallas_tpu_obstacle(call: Call) -> str | None:
+    if call.dtype not in ("float32", "bfloat16"):
+        return f"pallas_tpu takes float32 and bfloat16, not {call.dtype}"
+    if call.head_dim > 256:
+        return f"pallas_tpu takes head_dim up to 256, not {call.head_dim}"
+    if call.partitioned:
+        return "XLA cannot split pallas_tpu over devices: call it within jax.shard_map"
+    return None
+
+
 REQUIREMENTS: dict[str, tuple[str, Callable[[Call], str | None]]] = {
     "cudnn": ("gpu", cudnn.obstacle),
+    "pallas_tpu": ("tpu", _pallas_tpu_obstacle),
     "pallas_tpu_decode": ("tpu", decode.obstacle),
 }
 """Implementation → the platform it needs, and a function that says why it cannot compute a call there, if it cannot."""

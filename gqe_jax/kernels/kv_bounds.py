@@ -44,7 +44,7 @@ def kv_bounds(
     first, end = first // block_k, -(-end // block_k)
     whole_first, whole_end = -(-whole_first // block_k), whole_end // block_k
     if mask.q_segment_ids is not None:
-        segment_bounds = _segment_bounds(mask, q_starts, block_q, num_kv_blocks, block_k)
+        segment_bounds = segment_bounds(mask, q_starts, block_q, num_kv_blocks, block_k)
         first, whole_first = jnp.maximum(first, segment_bounds[0]), jnp.maximum(whole_first, segment_bounds[1])
         whole_end, end = jnp.minimum(whole_end, segment_bounds[2]), jnp.minimum(end, segment_bounds[3])
     first = jnp.clip(first, 0, num_kv_blocks)
@@ -53,7 +53,7 @@ def kv_bounds(
     return first, whole_first, jnp.clip(whole_end, whole_first, end), end
 
 
-def _segment_bounds(mask, q_starts, block_q, num_kv_blocks, block_k):
+def segment_bounds(mask, q_starts, block_q, num_kv_blocks, block_k):
     """The bounds by segments alone: blocks whose ranges of ids overlap, and blocks inside the q block's only segment.
 
     Exact for packed rows, whose ids grow along the row; safe for any ids.

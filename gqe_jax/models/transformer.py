@@ -78,17 +78,16 @@ class Transformer(nnx.Module):
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
 
         def body(carry, layer):
-            x, caches = carry
+            x, cache = carry
             index, state, key = layer
             block = nnx.merge(graphdef, state)
             rngs = None if key is None else nnx.Rngs(router=key)
-            cache = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, index, keepdims=False), caches)
+            # Carried, not stacked by the scan: the loop then updates a donated cache in place.
+            cache = None if cache is None else cache.at(index)
             x, stats, cache = block(
                 x, segment_ids=segment_ids, positions=positions, cache=cache, rngs=rngs, layer_index=index
             )
-            # Carried, not stacked by the scan: the loop then updates a donated cache in place.
-            caches = jax.tree.map(lambda c, new: jax.lax.dynamic_update_index_in_dim(c, new, index, 0), caches, cache)
-            return (x, caches), stats
+            return (x, None if cache is None else cache.at(None)), stats
 
         if self.config.remat != "none":
             # Within a scan nothing can be merged with the forward pass anyway: no barrier against it is needed.

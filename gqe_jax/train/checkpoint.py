@@ -35,6 +35,8 @@ RECORD = "integrity.json"
 # Orbax touches these once more between the record and the rename; nothing is read from them.
 UNRECORDED = frozenset({RECORD, "_CHECKPOINT_METADATA", "commit_success.txt"})
 
+SPARING_PIECE = 1 << 26  # bytes
+
 
 class CheckpointDamaged(ConfigError):
     """A checkpoint's files are not the ones that were written."""
@@ -53,14 +55,19 @@ class Checkpoints:
       directory: where the steps are; made by the first save.
       keep: how many of the newest stay; None: all.
       every: interval, in steps, of `should_save`; None: only on preemption.
+      sparing: save one array after the other, in pieces and into files of their own, by one process. It takes little
+        memory beyond the arrays; otherwise all are compressed at a time and collected in few files.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int | None = None, every: int | None = None):
+    def __init__(
+        self, directory: str | Path, *, keep: int | None = None, every: int | None = None, sparing: bool = False
+    ):
         _quiet_orbax()
         self._remote = "://" in str(directory)
         self.directory = epath.Path(directory) if self._remote else epath.Path(Path(directory).absolute())
         self._keep = keep
         self._every = every
+        self._sparing = sparing
         self._writer: ocp.CheckpointManager | None = None
         self._saving: int | None = None
 
@@ -125,7 +132,7 @@ class Checkpoints:
         files = {name: base64.b64encode(content).decode("ascii") for name, content in tokenizer.items()}
         arrays = {"params": params, "opt_state": opt_state, "train": train}
         texts = {"data": dict(data), "config": dict(config), "tokenizer": files}
-        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        items = {name: ocp.args.StandardSave(tree, self._pieces(tree)) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(value) for name, value in texts.items()}
         self._saving = step
         with self._failures_named(step):
@@ -240,8 +247,16 @@ class Checkpoints:
                     post_finalization_callback=None if self._remote else self._write_record
                 ),
             )
-            self._writer = ocp.CheckpointManager(self.directory, options=options)
+            handlers = None
+            if self._sparing:
+                handlers = {name: _sparing_handler() for name in ("params", "opt_state", "train")}
+                handlers |= {name: ocp.JsonCheckpointHandler() for name in ("data", "config", "tokenizer")}
+            self._writer = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         return self._writer
+
+    def _pieces(self, tree: Any) -> Any:
+        piece = ocp.SaveArgs(chunk_byte_size=SPARING_PIECE)
+        return jax.tree.map(lambda _: piece, tree) if self._sparing else None
 
     def _write_record(self) -> None:
         # Orbax calls this on the primary process, in the saving thread, when all processes have written everything and
@@ -312,6 +327,10 @@ class Checkpoints:
         )
 
 
+def _sparing_handler() -> ocp.StandardCheckpointHandler:
+    return ocp.StandardCheckpointHandler(save_concurrent_gb=1, use_ocdbt=False)
+
+
 def _fingerprint(path: Path) -> tuple[int, int]:
     """(bytes, CRC-32) of a file, read in pieces."""
     checksum = size = 0
@@ -366,7 +385,11 @@ def _explain(path: str, expected: tuple[str, tuple] | None, found: tuple[str, tu
 
 def _drop_chatter(record: logging.LogRecord) -> bool:
     # Errors with a traceback are dropped as well: Orbax logs each of them several times and then raises it to us.
-    return "orbax" not in Path(record.pathname).parts or (record.levelno >= logging.WARNING and not record.exc_info)
+    if "orbax" not in Path(record.pathname).parts:
+        return True
+    # The warning that there was nothing to merge comes with every checkpoint whose arrays have files of their own.
+    expected = "Skipping merge of OCDBT" in str(record.msg)
+    return record.levelno >= logging.WARNING and not record.exc_info and not expected
 
 
 def _quiet_orbax() -> None:

@@ -16,6 +16,7 @@ from gqe_jax.config import ConfigError, GQEConfig, RunConfig, build, to_dict
 from gqe_jax.data.pipeline import train_batches
 from gqe_jax.data.prepared import PreparedData, open_data
 from gqe_jax.data.tokenizer import tokenizer_from_files
+from gqe_jax.evaluate import kernel_report
 from gqe_jax.evaluate.heldout import HeldOut, evaluate
 from gqe_jax.parallel.mesh import check_batch, make_mesh, replicated, shard_batch
 from gqe_jax.train import run as runs
@@ -78,6 +79,9 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
         f"model: {config.name}, {parameters:,} parameters, attention {config.model.attention.kind}, {gigaflops:,.1f} "
         f"GFLOP a step of {config.data.batch_size * data.manifest.seq_len:,} tokens"
     )
+
+    rows = config.data.batch_size // config.train.accumulate
+    _say(f"kernels: {kernel_report.training_line(config.model, batch=rows, q_len=data.manifest.seq_len)}")
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(runs.write_failures_named(directory))

@@ -33,11 +33,16 @@ _BACKWARD = {
 }
 
 
-def backward_blocks(plan, generation: str) -> BackwardBlocks:
+def backward_blocks(plan) -> BackwardBlocks:
     """The tuned blocks, no larger than the lengths need, and the longest chunk of queries that VMEM holds."""
-    block_q, block_kv, piece_q, piece_kv = _BACKWARD.get(generation, _BACKWARD["v5e"])
+    block_q, block_kv, piece_q, piece_kv = _BACKWARD.get(plan.generation, _BACKWARD["v5e"])
     if plan.dtype.itemsize == 4:
-        block_q, block_kv, piece_q, piece_kv = (max(LANES, size // 2) for size in (block_q, block_kv, piece_q, piece_kv))
+        block_q, block_kv, piece_q, piece_kv = block_q // 2, block_kv // 2, piece_q // 2, piece_kv // 2
+    # A block is unrolled over its pieces and heads: four keep the matrix unit busy, more are only longer code.
+    if plan.num_slots * plan.groups_per_block > 1:
+        block_q = piece_q
+    if plan.num_slots * plan.groups_per_block > 2:
+        block_kv = piece_kv
     block_q, block_kv = even_blocks(plan.q_len, block_q), even_blocks(plan.kv_len, block_kv)
     num_q_blocks = -(-plan.q_len // block_q)
     resident = plan.vmem_limit_bytes - fixed_bytes(plan, block_q, block_kv)

@@ -46,10 +46,10 @@ def forward_blocks(generation: str, width: int, itemsize: int, num_slots: int, q
         (generation, width), _FORWARD.get((generation, 128), _FORWARD["v5e", 128])
     )
     block_q = even_blocks(q_len, max(LANES, rows // num_slots))
-    unit = max(size for size in range(LANES, 640, LANES) if block_q % size == 0)
+    unit, diagonal_part = (max(x for x in range(LANES, most + 1, LANES) if block_q % x == 0) for most in (512, 256))
     block_kv = -(-min(block_kv, kv_len) // block_q) * block_q
     tile = max(size for size in range(unit, max(tile, unit) + 1, unit) if block_kv % size == 0)
-    return Blocks(block_q, block_kv, tile, unit, unit, parts, ones and width % LANES == 0)
+    return Blocks(block_q, block_kv, tile, unit, diagonal_part, parts, ones and width % LANES == 0)
 
 
 def even_blocks(length: int, most: int) -> int:

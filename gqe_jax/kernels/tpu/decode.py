@@ -42,6 +42,7 @@ LANES = 128
 SUBLANES = 8
 LOG2_E = math.log2(math.e)
 MAX_ROWS = 64  # of all groups together: above it the columns of other groups, computed in vain, begin to cost
+MAX_MEAN_WIDTH = 1024  # of the matrix that takes the means over groups
 BLOCK_BYTES = 2**20  # of K and of V each
 SCORE_BYTES = 2**20  # of all rows against a block
 VMEM_LIMIT_BYTES = 40 * 2**20
@@ -92,10 +93,14 @@ def obstacle(call: Call) -> str | None:
         return "pallas_tpu_decode reads a cache: it needs kv_length"
     if rows > MAX_ROWS:
         return f"pallas_tpu_decode takes few new tokens: S · G · K = {rows} exceeds {MAX_ROWS}"
+    if math.lcm(LANES, call.num_groups) > MAX_MEAN_WIDTH:
+        return f"pallas_tpu_decode takes a power of two of KV heads, or up to 7 times one, not {call.num_groups}"
     if call.segments:
         return "pallas_tpu_decode has no segment ids"
     if call.dtype not in ("float32", "bfloat16"):
         return f"pallas_tpu_decode takes float32 and bfloat16, not {call.dtype}"
+    if call.partitioned:
+        return "XLA cannot split pallas_tpu_decode over devices: call it within jax.shard_map"
     return None
 
 

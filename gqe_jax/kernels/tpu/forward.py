@@ -7,6 +7,7 @@ or comes out of P·V through a tile of ones beside V, where the matrix unit has 
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.tpu.plan import LN_2, MASKED, Plan
 from gqe_jax.kernels.tpu.schedule import divide
-from gqe_jax.kernels.tpu.selection import LANES, column, expert_queries, finish_queries, lane_index
+from gqe_jax.kernels.tpu.selection import LANES, finish_queries, lane_index, selected_queries
+
+PROLOGUE_ROWS = 512
 
 
 def forward(plan: Plan, operands) -> tuple[jax.Array, jax.Array]:
@@ -28,6 +31,7 @@ def forward(plan: Plan, operands) -> tuple[jax.Array, jax.Array]:
     schedule, blocks = plan.schedule, plan.blocks
     batch, groups = plan.batch, plan.groups_per_block
     rows, width = plan.num_slots * blocks.block_q, plan.width
+    num_heads = plan.num_groups * plan.num_slots
 
     def at_q(b, g, r, c, *bounds):
         return schedule.row(r, c)
@@ -45,7 +49,7 @@ def forward(plan: Plan, operands) -> tuple[jax.Array, jax.Array]:
         "k": pl.BlockSpec((1, blocks.block_kv, width), lambda *at: (at[0], at_kv(*at), at[1])),
         "v": pl.BlockSpec((1, blocks.block_kv, width), lambda *at: (at[0], at_kv(*at), at[1])),
         "expert_index": pl.BlockSpec(
-            (1, blocks.block_q, plan.num_groups * plan.num_slots), lambda *at: (at[0], at_q(*at), 0)
+            (1, blocks.block_q, num_heads), lambda *at: (at[0], at_q(*at), 0)
         ),
         "rope": pl.BlockSpec(
             (1, blocks.block_q, 2 * width), lambda *at: (at[0] if plan.rope_batch > 1 else 0, at_q(*at), 0)
@@ -87,8 +91,8 @@ def forward(plan: Plan, operands) -> tuple[jax.Array, jax.Array]:
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, plan.padded_q_len, plan.num_groups * plan.num_slots * plan.head_dim), plan.dtype),
-            jax.ShapeDtypeStruct((batch, plan.num_groups * plan.num_slots, 1, plan.padded_q_len), jnp.float32),
+            jax.ShapeDtypeStruct((batch, plan.padded_q_len, num_heads * plan.head_dim), plan.dtype),
+            jax.ShapeDtypeStruct((batch, num_heads, 1, plan.padded_q_len), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
@@ -141,15 +145,23 @@ def _kernel(plan, scalar_refs, inputs, o_ref, lse_ref, scratch):
 
 def _prologue(plan, g, inputs, scratch):
     block_q = plan.blocks.block_q
-    rope = inputs["rope"][0] if "rope" in inputs else None
     norm_scale = inputs["norm_scale"][...] if "norm_scale" in inputs else None
-    for p in range(plan.groups_per_block):
-        for slot, raw in enumerate(selected_queries(plan, g, p, inputs)):
-            q = finish_queries(
-                raw, rope, norm_scale, group=p, head_dim=plan.head_dim, norm_dim=plan.norm_dim,
-                norm_eps=plan.norm_eps, factor=plan.query_factor,
-            )  # fmt: skip
-            scratch["q"][p, slot * block_q : (slot + 1) * block_q] = q.astype(plan.dtype)
+    # A few rows at a time: the compiler spreads long straight code thinly over its instructions.
+    size = math.gcd(block_q, PROLOGUE_ROWS)
+
+    @pl.loop(0, block_q // size)
+    def _(n):
+        start = pl.multiple_of(n * size, size)
+        rows = pl.ds(start, size)
+        rope = inputs["rope"][0, rows] if "rope" in inputs else None
+        for p in range(plan.groups_per_block):
+            for slot, raw in enumerate(selected_queries(plan, g, p, inputs, rows)):
+                q = finish_queries(
+                    raw, rope, norm_scale, group=p, head_dim=plan.head_dim, norm_dim=plan.norm_dim,
+                    norm_eps=plan.norm_eps, factor=plan.query_factor, exact=plan.exact,
+                )  # fmt: skip
+                scratch["q"][p, pl.ds(slot * block_q + start, size)] = q.astype(plan.dtype)
+
     if "q_segments" in inputs:
         ids = jnp.broadcast_to(inputs["q_segments"][0], (LANES, block_q))
         scratch["q_segments"][...] = jnp.transpose(ids)
@@ -160,23 +172,6 @@ def _start_empty(scratch):
     for name in ("row_sum", "acc"):
         if name in scratch:
             scratch[name][...] = jnp.zeros_like(scratch[name])
-
-
-def selected_queries(plan, g, p, inputs):
-    """For each slot of the block's group p, the selected expert's queries: float32 [block_q, W]."""
-    q = inputs["q"][0]
-    experts = [expert_queries(q, m, p, plan.num_experts, plan.head_dim) for m in range(plan.num_experts)]
-    if "expert_index" not in inputs:
-        return experts
-    index = inputs["expert_index"][0]
-    selected = []
-    for slot in range(plan.num_slots):
-        chosen = column(index, (g * plan.groups_per_block + p) * plan.num_slots + slot)
-        raw = experts[0]
-        for m in range(1, plan.num_experts):
-            raw = jnp.where(chosen == m, experts[m], raw)
-        selected.append(raw)
-    return selected
 
 
 def _tile(plan, scalar_refs, b, i, j, inputs, scratch, start, num_keys, *, masked):

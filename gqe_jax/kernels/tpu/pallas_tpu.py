@@ -1,7 +1,7 @@
 """The TPU implementation of `attend`: layouts around the Pallas kernels, and their gradient.
 
 The kernels read what the projections write: queries of all experts [B, S, G·M·D], keys and values [B, T, G·D]. Only
-shapes that the hardware's tiles do not fit are padded: lengths to multiples of 128, and D = 80, 96 or 192 to 128 or 256.
+shapes that the hardware's tiles do not fit are padded: lengths to multiples of 128, D = 80, 96 or 192 to 128 or 256.
 """
 
 import functools
@@ -11,13 +11,28 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels.tpu.backward import backward
+from gqe_jax.kernels.tpu.backward_blocks import BackwardBlocks
 from gqe_jax.kernels.tpu.blocks import LANES, Blocks, forward_blocks, tpu_generation
 from gqe_jax.kernels.tpu.forward import forward
 from gqe_jax.kernels.tpu.plan import MaskKind, Plan
 from gqe_jax.kernels.tpu.schedule import make_schedule, row_bounds
 
-VMEM_LIMIT_BYTES = {"v4": 14 << 20, "7x": 60 << 20}
+VMEM_LIMIT_BYTES = {"v4": 14 << 20, "v5p": 60 << 20, "7x": 60 << 20}
 OTHER_VMEM_LIMIT_BYTES = 100 << 20
+
+
+def obstacle(call) -> str | None:
+    """Why these kernels cannot compute a `choose.Call` on a TPU; None where they can."""
+    if call.dtype not in ("bfloat16", "float32"):
+        return f"pallas_tpu takes bfloat16 and float32, not {call.dtype}"
+    if call.head_dim % 2 or call.head_dim > 256:
+        return f"pallas_tpu needs an even head_dim of at most 256, not {call.head_dim}"
+    if call.num_experts > 256:
+        return f"pallas_tpu selects among at most 256 experts of a group, not {call.num_experts}"
+    if call.partitioned:
+        return "XLA cannot split a Pallas kernel over devices: call it inside jax.shard_map"
+    return None
 
 
 def pallas_tpu(
@@ -32,11 +47,12 @@ def pallas_tpu(
     softcap: float | None,
     scale: float,
     blocks: Blocks | None = None,
+    backward_blocks: BackwardBlocks | None = None,
     interpret: object = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention by Pallas kernels; arguments and results as in `attend`.
 
-    `blocks` overrides the forward's tuned sizes. `interpret` runs the kernels on a CPU, for tests: True or
+    `blocks` and `backward_blocks` override the tuned sizes. `interpret` runs the kernels on a CPU, for tests: True or
     `pltpu.InterpretParams`.
     """
     batch, q_len, num_groups, num_experts, head_dim = q.shape
@@ -70,6 +86,8 @@ def pallas_tpu(
         ),
         schedule=make_schedule(mask, q_len, kv_len, blocks.block_q, blocks.block_kv, blocks.unit),
         blocks=blocks,
+        generation=generation,
+        backward_blocks=backward_blocks,
         vmem_limit_bytes=VMEM_LIMIT_BYTES.get(generation, OTHER_VMEM_LIMIT_BYTES),
         interpret=interpret,
     )
@@ -91,14 +109,13 @@ def _attend_fwd(plan, mask, expert_index, q_rope, q, k, v, norm_scale):
 
 
 def _attend_bwd(plan, residuals, cotangents):
-    from gqe_jax.kernels.tpu.backward import backward
     mask, expert_index, q_rope, q, k, v, norm_scale, o, lse = residuals
     do, dlse = cotangents
     operands = _operands(plan, mask, expert_index, q_rope, q, k, v, norm_scale)
-    delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
     dq, dk, dv, dnorm_scale = backward(
-        plan, operands, _heads_together(plan, do), _heads_to_rows(plan, lse), _heads_to_rows(plan, delta)
-    )
+        plan, mask, operands, _heads_together(plan, o), _heads_together(plan, do), _heads_to_rows(plan, lse),
+        _heads_to_rows(plan, dlse),
+    )  # fmt: skip
     dq, dk, dv = (
         _heads_apart(plan, dx, heads) for dx, heads in ((dq, plan.num_experts), (dk, None), (dv, None))
     )
@@ -114,7 +131,7 @@ def _operands(plan, mask, expert_index, q_rope, q, k, v, norm_scale) -> dict[str
     """What the kernels read, as it lies in HBM; those that a call lacks are left out."""
     operands = {"q": _heads_together(plan, q), "k": _heads_together(plan, k), "v": _heads_together(plan, v)}
     if expert_index is not None:
-        index = expert_index.astype(jnp.int32).reshape(plan.batch, plan.q_len, -1)
+        index = expert_index.astype(jnp.float32).reshape(plan.batch, plan.q_len, -1)  # as the vector unit compares it
         operands["expert_index"] = _pad_length(index, axis=1)
     if q_rope is not None:
         operands["rope"] = _pad_length(_rope_lanes(plan, *q_rope), axis=1)

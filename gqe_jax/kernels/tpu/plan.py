@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from gqe_jax.kernels.tpu.backward_blocks import BackwardBlocks
 from gqe_jax.kernels.tpu.blocks import LANES, Blocks
 from gqe_jax.kernels.tpu.schedule import Schedule
 
@@ -38,6 +39,8 @@ class Plan:
       rope_batch: batch rows of the rotary tables.
       norm_eps: of the queries' RMS norm.
       scale, softcap: as in `attend`.
+      generation: of the TPU; the tuned blocks of the backward are looked up by it when there is a backward.
+      backward_blocks: in place of the tuned ones.
       interpret: what `pallas_call` takes.
     """
 
@@ -58,6 +61,8 @@ class Plan:
     mask: MaskKind
     schedule: Schedule
     blocks: Blocks
+    generation: str
+    backward_blocks: BackwardBlocks | None
     vmem_limit_bytes: int
     interpret: object
 
@@ -70,6 +75,11 @@ class Plan:
     def padded_q_len(self) -> int:
         """S, rounded up to whole rows of lanes: the length of q, o and lse in the kernels."""
         return -(-self.q_len // LANES) * LANES
+
+    @property
+    def exact(self) -> bool:
+        """Whether results are to be right to float32."""
+        return self.dtype == jnp.float32
 
     @property
     def query_factor(self) -> float:

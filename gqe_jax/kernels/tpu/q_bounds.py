@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from gqe_jax.kernels.kv_bounds import _segment_bounds
+from gqe_jax.kernels.kv_bounds import segment_bounds
 from gqe_jax.kernels.mask import Mask
 
 
@@ -42,7 +42,7 @@ def q_bounds(mask: Mask, q_len: int, kv_len: int, block_q: int, block_kv: int) -
                 kv_segment_ids=rows.q_segment_ids,
                 causal=False,
             )
-            segment = _segment_bounds(mirrored, first_key, block_kv, num_q_blocks, block_q)
+            segment = segment_bounds(mirrored, first_key, block_kv, num_q_blocks, block_q)
             first, whole_first = jnp.maximum(first, segment[0]), jnp.maximum(whole_first, segment[1])
             whole_end, end = jnp.minimum(whole_end, segment[2]), jnp.minimum(end, segment[3])
         first = jnp.clip(first, 0, num_q_blocks)

@@ -1,0 +1,185 @@
+"""What `gqe bench attention` compares: functions and argument shapes, FLOPs, and what the hardware could do.
+
+Everything is bfloat16, causal, batch 1, in the paper's proportions: N query heads in G groups, k of N / G selected.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gqe_jax.attention import Attention, GQAttention, GQEAttention
+from gqe_jax.flops import scored_pairs
+from gqe_jax.kernels import IMPLEMENTATIONS, attend
+
+
+@dataclasses.dataclass(frozen=True)
+class Rival:
+    """One way to compute attention.
+
+    Attributes:
+      name: in tables.
+      kind: "gqa", dense attention of all N heads; "gqe", of the selected ones and the shared head.
+      implementation: of `attend`; "splash" is JAX's splash attention, at its best block sizes.
+    """
+
+    name: str
+    kind: Literal["gqa", "gqe"]
+    implementation: str
+
+
+RIVALS = {
+    "tpu": (
+        Rival("GQA, splash", "gqa", "splash"),
+        Rival("GQE, splash", "gqe", "splash"),
+        Rival("GQE", "gqe", "pallas_tpu"),
+    ),
+    "gpu": (
+        Rival("GQA, cudnn", "gqa", "cudnn"),
+        Rival("GQE, XLA", "gqe", "xla"),
+        Rival("GQE", "gqe", "cudnn"),
+    ),
+}
+"""Platform → (what speed-ups refer to, another way to GQE, ours)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Sizes: S tokens, N query heads (experts) in G groups, k selected, head dimension D, model width d."""
+
+    seq_len: int
+    head_dim: int = 128
+    num_heads: int = 16
+    num_groups: int = 8
+    top_k: int = 1
+    d_model: int = 2048
+
+    def attending_heads(self, kind: str) -> int:
+        return self.num_heads if kind == "gqa" else self.top_k * self.num_groups + 1
+
+
+def make(part: str, rival: dict[str, str], backward: bool, setting: dict[str, int], target: str):
+    """(function, argument shapes) of one cell of the table: see `Job.factory`, which wants plain data.
+
+    Args:
+      part: "attention" or "layer".
+      rival, setting: fields of `Rival` and `Setting`.
+      backward: the gradients too.
+      target: TPU generation, for splash's block sizes; "" on other hardware.
+    """
+    sizes, rival = Setting(**setting), Rival(**rival)
+    if rival.implementation == "splash":
+        from gqe_jax.bench import splash
+
+        IMPLEMENTATIONS["splash"] = splash.implementation(splash.splash_blocks(target, sizes.head_dim, sizes.seq_len))
+    return {"attention": attention, "layer": layer}[part](rival, sizes, backward, target)
+
+
+def attention(rival: Rival, s: Setting, backward: bool, target: str) -> tuple[Callable, tuple]:
+    """Attention alone: for GQE the selection, the rotation of the selected queries and all heads.
+
+    Arrays are as projections write them, [1, S, heads · D]; but dense attention gets its queries rotated, and splash
+    its heads first, which in a layer has to be paid for. With `backward`, the gradients of q, k, v (and of the shared
+    head's queries) from those of the outputs.
+    """
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    flat_q, flat_kv = (shape((1, s.seq_len, heads * s.head_dim)) for heads in (s.num_heads, s.num_groups))
+    q_shape = (1, s.seq_len, s.num_groups, s.num_heads // s.num_groups, s.head_dim)
+    kv_shape = (1, s.seq_len, s.num_groups, s.head_dim)
+    if rival.kind == "gqa":
+        if rival.implementation == "splash":
+            from gqe_jax.bench.splash import splash, splash_blocks
+
+            q, kv = (shape((heads, s.seq_len, s.head_dim)) for heads in (s.num_heads, s.num_groups))
+            function = functools.partial(splash, blocks=splash_blocks(target, s.head_dim, s.seq_len))
+        else:
+            q, kv = flat_q, flat_kv
+
+            def function(q, k, v):
+                q, k, v = q.reshape(q_shape), k.reshape(kv_shape), v.reshape(kv_shape)
+                return attend(q, k, v, implementation=rival.implementation).reshape(flat_q.shape)
+
+        return (_gradients(function, 3), (q, kv, kv, q)) if backward else (function, (q, kv, kv))
+
+    index = jax.ShapeDtypeStruct((1, s.seq_len, s.num_groups, s.top_k), jnp.int32)
+    table = jax.ShapeDtypeStruct((1, s.seq_len, s.head_dim // 2), jnp.float32)
+    q_shared, o = shape((1, s.seq_len, s.head_dim)), shape((1, s.seq_len, s.num_groups * s.top_k * s.head_dim))
+
+    def selected(q, k, v, q_shared, expert_index, cos, sin):
+        q, k, v = q.reshape(q_shape), k.reshape(kv_shape), v.reshape(kv_shape)
+        options = {"q_rope": (cos, sin), "implementation": rival.implementation}
+        routed, shared = attend(q, k, v, expert_index, q_shared=q_shared, **options)
+        return routed.reshape(o.shape), shared
+
+    args = (flat_q, flat_kv, flat_kv, q_shared, index, table, table)
+    return (_gradients(selected, 4), (*args, (o, q_shared))) if backward else (selected, args)
+
+
+def layer(rival: Rival, s: Setting, backward: bool, target: str) -> tuple[Callable, tuple]:
+    """A whole layer, [1, S, d] to [1, S, d]: projections, rotary embedding, router, attention, output projection.
+
+    With `backward`, the gradients of the input and of all parameters.
+    """
+    del target
+
+    def make_layer() -> Attention:
+        base, slots = (GQAttention, ()) if rival.kind == "gqa" else (GQEAttention, (s.top_k,))
+        sizes = (s.d_model, s.num_heads, s.num_groups, *slots, s.head_dim)
+        kind = _computed_by(rival.implementation, base)
+        return kind(*sizes, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+
+    graph, parameters, rest = nnx.split(nnx.eval_shape(make_layer), nnx.Param, ...)
+    x = jax.ShapeDtypeStruct((1, s.seq_len, s.d_model), jnp.bfloat16)
+
+    def function(parameters, x, rest):
+        return nnx.merge(graph, parameters, rest)(x)[0]
+
+    args = (parameters, x, rest)
+    return (_gradients(function, 2), (*args, x)) if backward else (function, args)
+
+
+def _computed_by(implementation: str, base: type[Attention]) -> type[Attention]:
+    """The layer with this implementation, also with one that only the comparison knows."""
+
+    class Layer(base):
+        def _context(self, *args):
+            context, cache = super()._context(*args)
+            return dataclasses.replace(context, options=context.options | {"implementation": implementation}), cache
+
+    return Layer
+
+
+def _gradients(function: Callable, num_differentiated: int) -> Callable:
+    """(*arguments, cotangents) → gradients of the first few arguments."""
+
+    def gradients(*args: Any):
+        *args, cotangents = args
+        differentiated, fixed = args[:num_differentiated], args[num_differentiated:]
+        return jax.vjp(lambda *x: function(*x, *fixed), *differentiated)[1](cotangents)
+
+    return gradients
+
+
+def flops(rival: Rival, s: Setting, backward: bool) -> int:
+    """Of attention alone: 2·D for each pair that the mask lets through, head and matrix product."""
+    return _matmuls(backward) * 2 * s.head_dim * scored_pairs(s.seq_len) * s.attending_heads(rival.kind)
+
+
+def useful_cycles(rival: Rival, s: Setting, backward: bool, target: str) -> float:
+    """Cycles of one core's matrix units for the (query, key) pairs that the mask lets through, at this D, no more.
+
+    A unit W wide takes one row against W keys, or W of the D columns, in a cycle: D = 64 costs as much as D = W.
+    """
+    width, rows_per_cycle = (256, 4) if target in ("v6e", "tpu7x") else (128, 4)
+    per_pair = math.ceil(s.head_dim / width) / width / rows_per_cycle
+    return _matmuls(backward) * per_pair * scored_pairs(s.seq_len) * s.attending_heads(rival.kind)
+
+
+def _matmuls(backward: bool) -> int:
+    """Matrix products per head: q·k and p·v; the backward pass has five, one of them the scores once more."""
+    return 7 if backward else 2

@@ -1,0 +1,250 @@
+"""The decode kernel for TPUs: its numbers, in interpret mode with memory that starts as NaN, and what compiles."""
+
+import functools
+import importlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from float64_attention import attention, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from tpu_targets import TOPOLOGIES, compile_for_tpus
+
+from gqe_jax.config import GQEConfig, ModelConfig
+from gqe_jax.kernels import EMPTY_LSE, attend
+from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels.tpu.decode import decode
+from gqe_jax.models.transformer import Transformer
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3}
+
+
+interpreting = functools.partial(
+    pltpu.force_tpu_interpret_mode, pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
+)
+
+
+def check(
+    seed=0, *, dtype="float32", batch=2, q_len=1, kv_len=300, num_groups=2, head_dim=16, heads=(2, 1), shared=True,
+    causal=True, window=None, softcap=None, norm=False, rope=False, least_length=0, layers=None,
+):  # fmt: skip
+    """o, lse and the shared head's output for N(0, 1) inputs, each row at its own offset and length; what lies beyond
+    the filled part of the cache is NaN."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    num_experts, num_slots = heads
+    q, q_shared = normal(batch, q_len, num_groups, num_experts, head_dim), normal(batch, q_len, head_dim)
+    k, v = normal(batch, kv_len, num_groups, head_dim), normal(batch, kv_len, num_groups, head_dim)
+    expert_index = None
+    if num_slots is not None:
+        order = np.argsort(rng.random((batch, q_len, num_groups, num_experts)), axis=-1)
+        expert_index = order[..., :num_slots].astype(np.int32)
+    length = rng.integers(least_length, kv_len + 1, batch)
+    q_offset, kv_offset = length - rng.integers(0, q_len + 2, batch), rng.integers(-3, 3, batch)
+    options = {"softcap": softcap, "scale": 0.3, "q_norm": None, "q_rope": None}
+    if norm:
+        options["q_norm"] = (jnp.asarray(rng.uniform(0.5, 1.5, head_dim), jnp.float32), 1e-6)
+    if rope:
+        angle = rng.normal(size=(batch, q_len, head_dim // 2))
+        options["q_rope"] = (jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32))
+    mask = Mask(
+        q_offset=jnp.asarray(q_offset, jnp.int32),
+        kv_offset=jnp.asarray(kv_offset, jnp.int32),
+        kv_length=jnp.asarray(length, jnp.int32),
+        causal=causal,
+        window=window,
+    )
+    unfilled = (np.arange(kv_len) >= length[:, None])[:, :, None, None]
+    poisoned = [jnp.where(unfilled, jnp.nan, x) for x in (k, v)]
+    if layers is not None:
+        poisoned = [jnp.full((layers, *x.shape), jnp.nan, x.dtype).at[1].set(x) for x in poisoned]
+        options["layer"] = jnp.int32(1)
+    with interpreting():
+        o, lse, *shared_o = decode(
+            q, *poisoned, None if expert_index is None else jnp.asarray(expert_index), mask,
+            q_shared=q_shared if shared else None, block_kv=128, **options,
+        )  # fmt: skip
+
+    options.pop("layer", None)
+    masks = {"causal": causal, "window": window, "q_offset": q_offset, "kv_offset": kv_offset, "kv_length": length}
+    pairs = [(o, attention(q, k, v, expert_index, **masks, **options))]
+    if shared:
+        mean_k, mean_v = (np.asarray(x, np.float64).mean(axis=2, keepdims=True) for x in (k, v))
+        mean_head = attention(np.asarray(q_shared)[:, :, None, None, :], mean_k, mean_v, **masks, **options)
+        pairs.append((shared_o[0][:, :, None, None, :], mean_head))
+    seen, expected_lse = pairs[0][1]["seen"], pairs[0][1]["lse"]
+    for actual, expected in pairs:
+        assert actual.dtype == jnp.dtype(dtype)
+        assert relative_error(actual, expected["o"]) <= TOLERANCE[dtype]
+        assert (np.asarray(actual, np.float32)[~seen] == 0).all()
+    np.testing.assert_allclose(np.asarray(lse)[seen], expected_lse[seen], atol=1e-5 if dtype == "float32" else 3e-2)
+    assert (np.asarray(lse)[~seen] == np.float32(EMPTY_LSE)).all()
+
+
+FEATURES = {
+    "seed": st.integers(0, 2**16),
+    "dtype": st.sampled_from(["float32", "bfloat16"]),
+    "batch": st.integers(1, 3),
+    "q_len": st.sampled_from([1, 1, 3]),
+    "kv_len": st.sampled_from([1, 100, 128, 300]),
+    "num_groups": st.sampled_from([1, 2, 3, 8]),
+    "head_dim": st.sampled_from([16, 64, 80, 128]),
+    "heads": st.sampled_from([(1, None), (2, 1), (3, 2), (2, None)]),
+    "shared": st.booleans(),
+    "causal": st.booleans(),
+    "window": st.sampled_from([None, 2, 130]),
+    "softcap": st.sampled_from([None, 2.0]),
+    "norm": st.booleans(),
+    "rope": st.booleans(),
+    "layers": st.sampled_from([None, 3]),
+}
+
+
+@pytest.mark.parametrize("max_examples", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_decode_equals_float64_attention_in_every_crossing(max_examples):
+    """The definition in float64 knows no blocks, no heads side by side and no mean inside the kernel. Uninitialised
+    memory, the cache beyond each row's length and the other layers are NaN: finite results never touched them."""
+
+    @settings(derandomize=True, deadline=None, max_examples=max_examples)
+    @given(**FEATURES)
+    def holds(**features):
+        check(**features)
+
+    holds()
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"num_groups": 8, "head_dim": 128, "dtype": "bfloat16", "least_length": 200},
+        {"num_groups": 8, "head_dim": 64, "heads": (4, 2), "least_length": 200, "layers": 2},
+        {"q_len": 3, "num_groups": 4, "head_dim": 32, "window": 100, "softcap": 5.0, "norm": True, "rope": True},
+    ],
+    ids=["bfloat16", "heads side by side", "several tokens and every option"],
+)
+def test_decode_equals_float64_attention(features):
+    """The same for the shapes that count."""
+    check(**features)
+
+
+def test_the_mean_is_not_rounded_to_the_cache_s_dtype():
+    """The shared head's scores are means of float32 scores: with keys whose mean bfloat16 cannot hold (1 and 1 + 2⁻⁷)
+    the scores still follow the exact mean, which shows in a softmax over two tokens at a large scale."""
+    k = jnp.asarray([[[1.0], [1.0 + 2**-7]], [[1.0], [1.0]]], jnp.bfloat16) * jnp.ones(128, jnp.bfloat16)  # [T, G, D]
+    v = jnp.asarray([[[1.0]], [[0.0]]], jnp.bfloat16) * jnp.ones((2, 128), jnp.bfloat16)
+    mask = Mask(q_offset=jnp.array([1]), kv_offset=jnp.array([0]), kv_length=jnp.array([2]))
+    q = jnp.ones((1, 1, 2, 1, 128), jnp.bfloat16)
+    with interpreting():
+        _, _, shared = decode(
+            q, k[None], v[None], None, mask, q_rope=None, q_norm=None, softcap=None, scale=1.0, q_shared=q[:, :, 0, 0]
+        )
+    expected = 1 / (1 + np.exp(-(2**-8) * 128))
+    assert abs(float(shared[0, 0, 0]) - expected) < 4e-3
+
+
+@pytest.mark.slow
+def test_layers_decode_with_the_kernel_what_a_full_pass_gives(monkeypatch):
+    """Prefill, then token by token through a cache that the kernel reads: the outputs are those of one pass over all
+    tokens without a cache, which is causal. Rows have their own lengths."""
+    layer = tiny.gqe(2, 2, 1, head_dim=64, d_model=32, window=90, qk_norm=True)
+    x = jnp.asarray(tiny.inputs(2, 140, d_model=32))
+    lengths = np.array([130, 70])
+    full, _ = tiny.jit(layer)(x)
+    segment_ids = jnp.asarray(np.arange(130) < lengths[:, None], jnp.int32)
+    prefill = tiny.jit(lambda x: layer(x, segment_ids=segment_ids, cache=layer.init_cache(2, 150))[2])
+    cache = prefill(x[:, :130])
+
+    monkeypatch.setattr(importlib.import_module("gqe_jax.kernels.attend"), "target_platform", lambda array: "tpu")
+    with interpreting():
+        step = tiny.jit(lambda x, cache: layer(x, cache=cache)[::2])
+        for i in range(2):
+            at = lengths + i
+            y, cache = step(x[np.arange(2), at][:, None], cache)
+            np.testing.assert_allclose(y[:, 0], full[np.arange(2), at], atol=1e-5)
+    assert "gqe_decode" in str(jax.make_jaxpr(lambda x, cache: layer(x, cache=cache)[::2])(x[:, :1], cache))
+
+
+def test_a_shared_head_and_a_layer_of_a_stack_mean_the_same_to_every_implementation():
+    """On this CPU: one call with a shared head, on the middle layer of a stack, is attention of the routed heads and of
+    one head over the mean keys and values, each by the definition in float64."""
+    rng = np.random.default_rng(0)
+    q, q_shared = rng.normal(size=(2, 3, 2, 2, 8)), rng.normal(size=(2, 3, 8))
+    k, v = rng.normal(size=(2, 3, 2, 11, 2, 8))
+    expert_index = rng.integers(0, 2, (2, 3, 2, 1))
+    arrays = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+    options = {"q_shared": jnp.asarray(q_shared, jnp.float32), "layer": 1, "q_offset": 8}
+    o, shared, lse = attend(*arrays, jnp.asarray(expert_index), return_lse=True, **options)
+    routed = attention(q, k[1], v[1], expert_index, q_offset=8)
+    mean = attention(q_shared[:, :, None, None, :], *(x[1].mean(axis=2, keepdims=True) for x in (k, v)), q_offset=8)
+    assert relative_error(o, routed["o"]) <= 2e-6 and relative_error(lse, routed["lse"]) <= 2e-6
+    assert relative_error(shared, mean["o"][:, :, 0, 0]) <= 2e-6
+    with pytest.raises(ValueError, match=r"q_shared has shape \(2, 3, 4\).* must be \[B, S, D\] = \[2, 3, 8\]"):
+        attend(*arrays, q_shared=jnp.ones((2, 3, 4)), layer=1)
+    with pytest.raises(ValueError, match=r"k has shape \(2, 11, 2, 8\) and layer \(\): with a layer.*must be stacked"):
+        attend(arrays[0], arrays[1][0], arrays[2][0], layer=1)
+
+
+# ---- compiled for TPUs
+
+
+def attention_alone(dtype="bfloat16", num_groups=8, head_dim=128, q_len=1, num_slots=1, **options):
+    """One call against a cache of 2 x 32768 tokens, for `compile_for_tpus`."""
+
+    def function(q, q_shared, k, v, expert_index, length):
+        return attend(
+            q, k, v, expert_index, q_shared=q_shared, q_offset=length - q_len, kv_length=length,
+            implementation="pallas_tpu_decode", **options,
+        )  # fmt: skip
+
+    def array(*sizes):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    kv = array(2, 32768, num_groups, head_dim)
+    index = jax.ShapeDtypeStruct((2, q_len, num_groups, num_slots), jnp.int32)
+    length = jax.ShapeDtypeStruct((2,), jnp.int32)
+    q = array(2, q_len, num_groups, 2 * num_slots, head_dim)
+    return function, (q, array(2, q_len, head_dim), kv, kv, index, length), ()
+
+
+def model(head_dim):
+    """One step of a model of three layers, each with a cache of 2 x 32768 tokens, for `compile_for_tpus`."""
+    attention_config = GQEConfig(num_query_experts=16, num_kv_heads=8, head_dim=head_dim)
+    config = ModelConfig(d_model=256, num_layers=3, d_ff=256, context=32768, attention=attention_config)
+
+    def make():
+        return Transformer(config, rngs=nnx.Rngs(0))
+
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    cache = jax.eval_shape(lambda: make().init_cache(2, 32768))
+
+    def function(state, token, cache):
+        x, _, cache = nnx.merge(graphdef, state)(token, cache=cache)
+        return x, cache
+
+    return function, (state, jax.ShapeDtypeStruct((2, 1), jnp.int32), cache), (2,)
+
+
+@pytest.mark.slow
+def test_it_compiles_for_tpus_and_reads_the_cache_where_it_lies():
+    """XLA puts no copy, transpose or conversion of the cache before the kernel, in a call by itself and in a model of
+    several layers, also with heads of 64: any of them would be a temporary of the size of a layer's keys."""
+    pytest.importorskip("libtpu")
+    calls = [
+        {},
+        {"dtype": "float32", "num_groups": 4},
+        {"num_groups": 1, "q_len": 4, "num_slots": 2, "window": 4096, "softcap": 30.0},
+    ]
+    jobs = [(target, "test_kernels_decode:attention_alone", call) for target in TOPOLOGIES for call in calls]
+    jobs += [(target, "test_kernels_decode:model", {"head_dim": dim}) for target in ("v5e", "v6e") for dim in (64, 128)]
+    for job, compiled in zip(jobs, compile_for_tpus(jobs), strict=True):
+        assert len(re.findall(r"gqe_decode[.\w]* = .*custom-call", compiled["hlo"])) == 1, job
+        assert compiled["temporaries"] < 2**22, job
