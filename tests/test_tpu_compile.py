@@ -77,21 +77,21 @@ def loop_trips():
 
 
 @functools.cache
-def compiled() -> dict[tuple[str, str], Compiled | CompileError]:
-    """(what, target) → result: all compiles of this file, in one child process."""
+def compiled(what: str) -> dict[str, Compiled | CompileError]:
+    """Target → "loops" (above) or "gqe" (forward and backward), all compiled in one child process."""
     ours = dataclasses.asdict(RIVALS["tpu"][-1])
-    jobs = {}
-    for target in TARGETS:
-        jobs["loops", target] = Job(target, "test_tpu_compile:loops_by_prefetched_rows")
-        options = {"part": "attention", "rival": ours, "setting": {"seq_len": SEQ_LEN}, "target": target}
-        jobs["gqe", target] = Job(target, "gqe_jax.bench.rivals:make", options | {"backward": True})
-    return dict(zip(jobs, compile_all(list(jobs.values())), strict=True))
+    options = {"part": "attention", "rival": ours, "setting": {"seq_len": SEQ_LEN}, "backward": True}
+    jobs = {
+        "loops": [Job(target, "test_tpu_compile:loops_by_prefetched_rows") for target in TARGETS],
+        "gqe": [Job(target, "gqe_jax.bench.rivals:make", options | {"target": target}) for target in TARGETS],
+    }
+    return dict(zip(TARGETS, compile_all(jobs[what]), strict=True))
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_executions_are_counted_exactly(target):
     """The visits read from a compiled program are those that its source says, on every generation's instructions."""
-    result = compiled()["loops", target]
+    result = compiled("loops")[target]
     assert isinstance(result, Compiled), result
     (kernel,) = result.kernels
     assert max(block.visits for block in kernel.tiles) == loop_trips()
@@ -103,7 +103,7 @@ def test_kernels_compile(target):
 
     Temporaries: what the backward pass keeps is a few arrays of the size of the queries, nothing of the size of scores.
     """
-    result = compiled()["gqe", target]
+    result = compiled("gqe")[target]
     assert isinstance(result, Compiled), result
     names = [kernel.name for kernel in result.kernels]
     assert any("gqe_forward" in name for name in names) and any("gqe_backward" in name for name in names), names
@@ -120,7 +120,7 @@ def schedules(result: Compiled) -> dict[str, list[list[int]]]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_schedules_do_not_get_worse(target):
     """Bundles and spills of every tile stay within 5% of what they were: a slower kernel shows without a TPU."""
-    result = compiled()["gqe", target]
+    result = compiled("gqe")[target]
     assert isinstance(result, Compiled), result
     golden = json.loads(GOLDEN.read_text())
     if result.libtpu not in golden:
@@ -138,12 +138,10 @@ def test_schedules_do_not_get_worse(target):
 
 
 if __name__ == "__main__":
-    sys.modules.setdefault("test_tpu_compile", sys.modules["__main__"])
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-    for (what, target), result in compiled().items():
+    for target, result in compiled("gqe").items():
         if isinstance(result, CompileError):
             sys.exit(str(result))
-        if what == "gqe":
-            golden.setdefault(result.libtpu, {})[target] = schedules(result)
+        golden.setdefault(result.libtpu, {})[target] = schedules(result)
     GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
     print(f"wrote {GOLDEN}")

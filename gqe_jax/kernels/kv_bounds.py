@@ -44,9 +44,9 @@ def kv_bounds(
     first, end = first // block_k, -(-end // block_k)
     whole_first, whole_end = -(-whole_first // block_k), whole_end // block_k
     if mask.q_segment_ids is not None:
-        segment_bounds = segment_bounds(mask, q_starts, block_q, num_kv_blocks, block_k)
-        first, whole_first = jnp.maximum(first, segment_bounds[0]), jnp.maximum(whole_first, segment_bounds[1])
-        whole_end, end = jnp.minimum(whole_end, segment_bounds[2]), jnp.minimum(end, segment_bounds[3])
+        by_segment = segment_bounds(mask, q_starts, block_q, num_kv_blocks, block_k)
+        first, whole_first = jnp.maximum(first, by_segment[0]), jnp.maximum(whole_first, by_segment[1])
+        whole_end, end = jnp.minimum(whole_end, by_segment[2]), jnp.minimum(end, by_segment[3])
     first = jnp.clip(first, 0, num_kv_blocks)
     end = jnp.clip(end, first, num_kv_blocks)
     whole_first = jnp.clip(whole_first, first, end)
