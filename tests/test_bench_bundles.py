@@ -62,6 +62,19 @@ def test_costs_of_a_block():
     assert loop.bound == 5
 
 
+@pytest.mark.parametrize(("kind", "place"), [("kRem", 0), ("kQuot", 0), ("kDivAndRem", 0), ("kDivAndRem", 1)])
+def test_division(kind, place):
+    """A division leaves its remainder, its quotient, or the quotient and then the remainder; here of rows[i] by 3."""
+    rows = [7, 5, 2, 9]
+    pops = "".join(f"  ;;  %s{7 + n}{n}_s6 = spop.drf %31" for n in range(place + 1))
+    load = "%s32_s6 = sld [smem:[#allocation3 + %s31_s5]]"
+    division = f"{load.replace('s32', 's33')}  ;;  %31 = sdivrem.u32 %s33_s6, 3 /* {kind} */"
+    dump = DUMP.replace(load, division + pops.replace(f"%s{7 + place}{place}_s6", "%s32_s6"))
+    blocks = count_visits(bundles.parse(dump, "v4"), {0: np.array(rows, np.int32)})
+    trips = [row % 3 if kind == "kRem" or place == 1 else row // 3 for row in rows]
+    assert next(block.visits for block in blocks if block.address == "0xa") == sum(trips)
+
+
 def test_operands_that_decide_branches_are_asked_for():
     with pytest.raises(ValueError, match="the values of operand 0, which decides branches, are not given"):
         count_visits(bundles.parse(DUMP, "v4"), {})

@@ -115,7 +115,7 @@ def parse(text: str, target: str) -> Program:
     heads = list(_BUNDLE.finditer(text))
     ends = [head.start() for head in heads[1:]] + [len(text)]
     bundles = [text[head.end() : end] for head, end in zip(heads, ends, strict=True)]
-    scalar = [_scalar_instructions(bundle) for bundle in bundles]
+    scalar = _numbered_pops([_scalar_instructions(bundle) for bundle in bundles])
     delay = DELAY_SLOTS[target]
 
     branches = {}
@@ -156,6 +156,19 @@ def _block(address: str, bundles: list[str], delay_slots: int, target: str) -> B
         spills=sum(len(_SPILL.findall(bundle)) for bundle in bundles),
         selects=sum(len(_VECTOR_SELECT.findall(bundle)) for bundle in bundles),
     )
+
+
+def _numbered_pops(scalar: list[tuple[Instruction, ...]]) -> list[tuple[Instruction, ...]]:
+    """A division's results are popped one after the other: each pop gets its place as a second operand."""
+    popped: dict[str, int] = {}
+
+    def numbered(x: Instruction) -> Instruction:
+        if x.op != "spop.drf":
+            return x
+        place = popped[x.operands[0]] = popped.get(x.operands[0], -1) + 1
+        return dataclasses.replace(x, operands=(x.operands[0], str(place)))
+
+    return [tuple(map(numbered, bundle)) for bundle in scalar]
 
 
 def _scalar_instructions(bundle: str) -> tuple[Instruction, ...]:

@@ -32,7 +32,7 @@ _ARITHMETIC = {
     "pxor": "bool({0}) != bool({1})",
     "pneg": "not {0}",
     "pmov": "{0}",
-    "spop.drf": "{0}",
+    "spop.drf": "{0}[{1}]",
 }
 _ALLOCATION = re.compile(r"#allocation(\d+)(_spill)?")
 _ALLOCATION_SIZE = 1 << 18  # words; more than there are in a core's scalar memory
@@ -177,10 +177,10 @@ def _statement(x: Instruction) -> str:
         return f"x_{x.name} = r_{x.register}"
     if x.op.startswith("inlined_call_operand"):
         return f"x_{x.name} = {2 * int(x.operands[0]) + 1}"
-    half = {"kRem": "%", "kQuot": "//"}.get(x.operands[-1])
-    if not half and x.op not in _ARITHMETIC and not re.match(r"sst|sld|scmp|scalar_lea|int_to_ptr|dma", x.op):
+    halves = {"kRem": "%", "kQuot": "//", "kDivAndRem": "// %"}.get(x.operands[-1])
+    if not halves and x.op not in _ARITHMETIC and not re.match(r"sst|sld|scmp|scalar_lea|int_to_ptr|dma", x.op):
         raise ValueError(f"a branch depends on {x.op} of {', '.join(x.operands)}: its result is not known here")
-    values = [_value(operand) for operand in x.operands[: -1 if half else None]]
+    values = [_value(operand) for operand in x.operands[: -1 if halves else None]]
     if x.op == "sst":
         return f"{f'if {_value(x.predicate)}: ' if x.predicate else ''}memory[{values[0]}] = {values[1]}"
     if x.op.endswith("_to_smem"):
@@ -195,9 +195,9 @@ def _statement(x: Instruction) -> str:
         expression = " + ".join(values)
     elif x.op.startswith("int_to_ptr"):
         expression = values[0]
-    elif half:
+    elif halves:
         a, b = (_U32.format(value) for value in values)
-        expression = f"{a} {half} {b} if {b} else 0"
+        expression = "(" + "".join(f"{a} {half} {b} if {b} else 0, " for half in halves.split()) + ")"
     elif match := re.fullmatch(r"scmp\.(\w\w)\.([su])32\.totalorder", x.op):
         a, b = values if match[2] == "s" else [_U32.format(value) for value in values]
         expression = f"{a} {_COMPARE[match[1]]} {b}"

@@ -23,6 +23,7 @@ BLOCKS: dict[tuple[str, int, str], tuple[Blocks, Blocks]] = {
     ("v5e", 128, "backward"): ((2048, 2048, 512), (1024, 4096, 512)),
     ("v6e", 128, "forward"): ((2048, 2048, 1024), (2048, 2048, 1024)),
     ("v6e", 128, "backward"): ((2048, 2048, 512), (2048, 2048, 512)),
+    ("tpu7x", 128, "forward"): ((2048, 2048, 1024), (2048, 2048, 1024)),
 }
 """(target, D, pass) → the best for S = 8192 and for S = 65536, with libtpu 0.0.42.1."""
 

@@ -116,7 +116,7 @@ def _kernel(plan, scalar_refs, inputs, o_ref, lse_ref, scratch):
     def _():
         _prologue(plan, g, inputs, scratch)
         if schedule.folded:
-            _diagonal(plan, i * blocks.block_q - j * blocks.block_kv, inputs, scratch)
+            _diagonal(plan, i, j, inputs, scratch)
         else:
             _start_empty(scratch)
 
@@ -207,12 +207,13 @@ def _tile(plan, scalar_refs, b, i, j, inputs, scratch, start, num_keys, *, maske
         _add(plan, scratch, p, rows, scores, values(), first=False)
 
 
-def _diagonal(plan, start, inputs, scratch):
-    """The block of keys at the queries' own positions, from `start` of the block in memory: what each row begins with.
+def _diagonal(plan, i, j, inputs, scratch):
+    """The block of keys at the queries' own positions: what each row begins with.
 
     Part h of the queries sees the parts of the keys before h whole, and part h up to the diagonal.
     """
     block_q, part = plan.blocks.block_q, plan.blocks.diagonal_part
+    start = i * block_q - j * plan.blocks.block_kv
     starts = [pl.multiple_of(start + at, part) for at in range(0, block_q, part)]
     triangle = lane_index((part, part)) <= lax.broadcasted_iota(jnp.int32, (part, part), 0)
 
@@ -229,9 +230,7 @@ def _diagonal(plan, start, inputs, scratch):
     def values(h):
         for n, at in enumerate(starts[: h + 1]):
             v = inputs["v"][0, pl.ds(at, part)]
-            # Rows that a ragged block reads past the array hold anything, NaN included, and 0 · NaN is NaN.
-            rows_left = -(-plan.kv_len // LANES) * LANES - (plan.schedule.num_q_blocks - 1) * block_q - n * part
-            yield v if rows_left >= part else _zero_from(v, rows_left)
+            yield _zero_past_end(plan, v, i * block_q + n * part) if plan.kv_len % block_q else v
 
     parts = [
         (p, h, slice(slot * block_q + h * part, slot * block_q + (h + 1) * part))
@@ -332,11 +331,7 @@ def _same_segment(q_ids, kv_ids, num_keys):
 
 def _zero_past_end(plan, v, kv_start):
     """A ragged block's rows past the array's end hold anything, NaN included, and 0 · NaN is NaN."""
-    return _zero_from(v, plan.kv_len - kv_start)
-
-
-def _zero_from(v, row):
-    return jnp.where(lax.broadcasted_iota(jnp.int32, v.shape, 0) < row, v, jnp.zeros_like(v))
+    return jnp.where(lax.broadcasted_iota(jnp.int32, v.shape, 0) < plan.kv_len - kv_start, v, jnp.zeros_like(v))
 
 
 def _dot(plan, a, b, *, contract):
