@@ -151,6 +151,15 @@ class GQEAttention(Attention):
         y = self.o_proj(o)
         if self.config.variant == "gqe":
             weights = probs / jnp.maximum(probs.sum(axis=(-2, -1), keepdims=True), 1e-9)
-            mixed = jnp.sum(o * weights[..., None], axis=(2, 3))
+            mixed = _weighted_sum(o, weights)
             y += self.o_extra(jnp.stack([mixed.astype(o.dtype), shared], axis=-2))
         return (y, stats) if cache is None else (y, stats, cache)
+
+
+def _weighted_sum(o: jax.Array, weights: jax.Array) -> jax.Array:
+    """Σ over groups and slots of weights [B, S, G, k] · o [B, S, G, k, D], float32 [B, S, D]."""
+    # Slot by slot, as columns of the kernel's output: to reduce over two axes a TPU would transpose it.
+    num_slots = weights.shape[2] * weights.shape[3]
+    slots = jnp.split(o.reshape(*o.shape[:2], -1), num_slots, axis=-1)
+    columns = jnp.split(weights.reshape(*weights.shape[:2], -1), num_slots, axis=-1)
+    return functools.reduce(jnp.add, [slot * weight for slot, weight in zip(slots, columns, strict=True)])

@@ -144,7 +144,10 @@ def compile_all(jobs: Sequence[Job]) -> list[Compiled | CompileError]:
         dump.mkdir()
         results = pathlib.Path(directory, "results.json")
         request = {"jobs": [dataclasses.asdict(job) for job in jobs], "dump": str(dump), "results": str(results)}
-        flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+        flags = (
+            f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
+            f"--xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra"
+        )
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "TPU_SKIP_MDS_QUERY": "1",

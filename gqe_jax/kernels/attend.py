@@ -1,6 +1,7 @@
 """`attend`: one signature for attention with selected query experts, several implementations."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -153,7 +154,11 @@ def _layer_of(name: str, x: jax.Array, layer: jax.Array) -> jax.Array:
 
 def _mean_head(x: jax.Array) -> jax.Array:
     """[B, T, G, D] → [B, T, 1, D], the mean over groups."""
-    return jnp.mean(x, axis=2, keepdims=True, dtype=jnp.float32).astype(x.dtype)
+    # Group by group, as columns of the projection's output: to reduce over an axis a TPU would transpose it.
+    *tokens, num_groups, head_dim = x.shape
+    groups = jnp.split(x.reshape(*tokens, num_groups * head_dim), num_groups, axis=-1)
+    total = functools.reduce(jnp.add, [group.astype(jnp.float32) for group in groups])
+    return (total / num_groups).astype(x.dtype)[..., None, :]
 
 
 def _check_arrays(q, k, v, expert_index):
