@@ -4,7 +4,6 @@ Cycles of kernels come from their instructions (`gqe_jax.bench.tpu_compile`); th
 estimates. A model, not a clock: waiting for memory is not in it.
 """
 
-import concurrent.futures
 import dataclasses
 import math
 import os
@@ -64,10 +63,7 @@ def measure(target: str, seq_lens: tuple[int, ...], head_dim: int) -> Static:
         for rival in RIVALS["tpu"]
     ]
     jobs = [Job(target, "gqe_jax.bench.rivals:make", _options(*key, target)) for key in keys]
-    workers = min(4, os.cpu_count() or 1)
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        shares = list(pool.map(compile_all, [jobs[n::workers] for n in range(workers)]))
-    results = [shares[n % workers][n // workers] for n in range(len(jobs))]
+    results = compile_all(jobs, min(4, os.cpu_count() or 1))
     compiled = {(part, b, rival.name, s.seq_len): x for (part, b, rival, s), x in zip(keys, results, strict=True)}
     cells = tuple(_cell(*key, target, x) for key, x in zip(keys, results, strict=True))
     return Static(target, head_dim, compiled, cells)

@@ -9,6 +9,7 @@ The compilers of different TPU generations read the same environment variables b
 in a child process: `compile_all` describes functions by name.
 """
 
+import concurrent.futures
 import dataclasses
 import importlib
 import json
@@ -130,15 +131,23 @@ def compile_for(target: str, factory: str, **options: Any) -> Compiled:
     return result
 
 
-def compile_all(jobs: Sequence[Job]) -> list[Compiled | CompileError]:
-    """Compiles functions one after the other in one child process; an entry for each, an error as a value.
+def compile_all(jobs: Sequence[Job], processes: int = 1) -> list[Compiled | CompileError]:
+    """Compiles functions in child processes, each taking its share; an entry for each function, an error as a value.
 
     Raises:
-      CompileError: libtpu is missing, or the child process died.
+      CompileError: a target is unknown, or a child process died.
     """
     for job in jobs:
         if job.target not in TOPOLOGIES:
             raise CompileError(f"target {job.target!r} is unknown: choose one of {', '.join(TOPOLOGIES)}")
+    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
+        shares = list(pool.map(_compile_in_child, [jobs[n::processes] for n in range(processes)]))
+    return [shares[n % processes][n // processes] for n in range(len(jobs))]
+
+
+def _compile_in_child(jobs: Sequence[Job]) -> list[Compiled | CompileError]:
+    if not jobs:
+        return []
     with tempfile.TemporaryDirectory(prefix="gqe_bundles_") as directory:
         dump = pathlib.Path(directory, "dump")
         dump.mkdir()
@@ -223,46 +232,93 @@ def _compile(dump: pathlib.Path, target: str, factory: str, options: dict[str, A
 
 
 def _estimates(hlo: str) -> list[tuple[str, int]]:
-    """XLA's own estimate of each operation, where it makes one; a loop's body is counted once."""
-    found = re.findall(r"^ *(?:ROOT )?%?([\w.-]+) = .*\"estimated_cycles\":\"(\d+)\"", hlo, re.MULTILINE)
-    return sorted(((name, int(cycles)) for name, cycles in found if int(cycles)), key=lambda x: -x[1])
+    """XLA's own estimate of each operation, where it makes one, times the trips of the loop it stands in."""
+    trips = {}
+    for body, n in re.findall(r" while\(.*body=%?([\w.-]+).*\"known_trip_count\":\{\"n\":\"(\d+)\"", hlo):
+        trips[body] = int(n)
+    estimates, factor = [], 1
+    for line in hlo.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            factor = trips.get(header.group(1), 1)
+        found = re.match(r" *(?:ROOT )?%?([\w.-]+) = .*\"estimated_cycles\":\"(\d+)\"", line)
+        if found and int(found.group(2)):
+            estimates.append((found.group(1), factor * int(found.group(2))))
+    return sorted(estimates, key=lambda estimate: -estimate[1])
 
 
-def _kernels(dump: pathlib.Path, hlo: str, calls: list[tuple[str, tuple[str, ...], dict]], target: str):
+def _kernels(dump: pathlib.Path, hlo: str, calls: list["_Call"], target: str) -> list[tuple[str, list[dict]]]:
     """(name, blocks) of each Pallas kernel in the program, in its order."""
-    kernels = []
+    programs: dict[str, bundles.Program] = {}
+    traced: dict[str, list[_Call]] = {}
     for name in re.findall(r"^ *(?:ROOT )?%?([\w.-]+) = .*custom_call_target=\"tpu_custom_call\"", hlo, re.MULTILINE):
         files = [*dump.glob(f"*-{name}-*-packed-bundles-post-ra.txt")]
         files = [file for file in files if "schedule-analysis" not in file.name]
         if len(files) != 1:
             raise ValueError(f"libtpu dumped {len(files)} schedules of kernel {name}, not one")
-        program = bundles.parse(files[0].read_text(errors="replace"), target)
+        programs[name] = program = bundles.parse(files[0].read_text(errors="replace"), target)
         shapes = tuple(program.operands[i] for i in sorted(program.operands))
-        base = re.sub(r"\.\d+$", "", name)
-        matching = [call for call in calls if call[0] == base and call[1][: len(shapes)] == shapes] or [
-            call for call in calls if call[0] == base
-        ]
-        if not matching:
-            raise ValueError(f"kernel {name} is none of the traced calls: {[call[:2] for call in calls]}")
-        blocks = scalar_unit.count_visits(program, matching[0][2])
-        if len(matching) > 1:
-            calls.remove(matching[0])
+        same_name = [call for call in calls if call.name == re.sub(r"\.\d+$", "", name)]
+        traced[name] = [call for call in same_name if call.shapes[: len(shapes)] == shapes] or same_name
+
+    kernels = []
+    for name, program in programs.items():
+        alike = [other for other, same in traced.items() if same == traced[name]]
+        runs = [call.scalars for call in traced[name]]
+        if len(alike) == sum(map(len, runs)) != len(runs):  # XLA has unrolled a loop over kernels
+            runs = [[scalars] for run in runs for scalars in run]
+        if len(alike) != len(runs):
+            raise ValueError(f"kernels {alike} are not the {len(runs)} that were traced of {[x.name for x in calls]}")
+        counted = [scalar_unit.count_visits(program, scalars) for scalars in runs[alike.index(name)]]
+        visits = [sum(block.visits for block in same) for same in zip(*counted, strict=True)]
+        blocks = [dataclasses.replace(block, visits=n) for block, n in zip(program.blocks, visits, strict=True)]
         kernels.append((name, [dataclasses.asdict(block) for block in blocks]))
     return kernels
 
 
-def _kernel_calls(jaxpr) -> list[tuple[str, tuple[str, ...], dict[int, np.ndarray]]]:
-    """(name, HLO shapes of the operands, values of those in scalar memory) of each pallas_call, in order.
+@dataclasses.dataclass(eq=False)
+class _Call:
+    """A pallas_call as traced.
+
+    Attributes:
+      name: of the kernel.
+      shapes: of its operands, as HLO writes them.
+      scalars: for each time it runs, the values that it fetches into scalar memory, by operand.
+    """
+
+    name: str
+    shapes: tuple[str, ...]
+    scalars: list[dict[int, np.ndarray]]
+
+
+def _kernel_calls(closed_jaxpr) -> list[_Call]:
+    """The Pallas kernels of a program, in order.
 
     Evaluates what does not depend on the function's arguments and is small; prefetched scalars are both.
     """
     from jax.extend.core import Literal
 
-    calls = []
+    calls: dict[int, _Call] = {}
     short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int32": "s32", "int8": "s8", "uint8": "u8"}
 
     def hlo_shape(aval):
         return f"{short.get(aval.dtype.name, aval.dtype.name)}[{','.join(map(str, aval.shape))}]"
+
+    def record(eqn, inputs):
+        grid = eqn.params["grid_mapping"]
+        scalars = {i: np.asarray(x) for i, x in enumerate(inputs[: grid.num_index_operands]) if x is not None}
+        shapes = tuple(hlo_shape(x.aval) for x in eqn.invars)
+        calls.setdefault(id(eqn), _Call(str(eqn.params["name"]), shapes, [])).scalars.append(scalars)
+
+    def scan(eqn, inputs):
+        params = eqn.params
+        consts, carry = params["num_consts"], params["num_consts"] + params["num_carry"]
+        state = inputs[consts:carry]
+        for t in range(params["length"]):
+            t = params["length"] - 1 - t if params["reverse"] else t
+            xs = [None if x is None else x[t] for x in inputs[carry:]]
+            outputs = evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, [*inputs[:consts], *state, *xs])
+            state = outputs[: params["num_carry"]]
+        return [*state, *[None] * (len(eqn.outvars) - len(state))]
 
     def evaluate(jaxpr, consts, args):
         values = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
@@ -273,23 +329,35 @@ def _kernel_calls(jaxpr) -> list[tuple[str, tuple[str, ...], dict[int, np.ndarra
         for eqn in jaxpr.eqns:
             inputs = [read(x) for x in eqn.invars]
             outputs = [None] * len(eqn.outvars)
-            inner = [x for x in eqn.params.values() if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
+            inner = _inner_jaxprs(eqn)
+            has_kernels = any(_has_kernels(x) for x in inner)
             if eqn.primitive.name == "pallas_call":
-                grid = eqn.params["grid_mapping"]
-                scalars = {i: np.asarray(x) for i, x in enumerate(inputs[: grid.num_index_operands]) if x is not None}
-                name = str(eqn.params["name"] or eqn.params["name_and_src_info"].name)
-                calls.append((name, tuple(hlo_shape(x.aval) for x in eqn.invars), scalars))
-            elif len(inner) == 1 and eqn.primitive.name not in ("scan", "while", "custom_jvp_call"):
-                closed = inner[0]
-                outputs = evaluate(getattr(closed, "jaxpr", closed), getattr(closed, "consts", ()), inputs)
+                record(eqn, inputs)
+            elif eqn.primitive.name == "scan" and has_kernels:
+                outputs = scan(eqn, inputs)
+            elif len(inner) == 1 and eqn.primitive.name not in ("scan", "while"):
+                outputs = evaluate(getattr(inner[0], "jaxpr", inner[0]), getattr(inner[0], "consts", ()), inputs)
+            elif has_kernels:
+                raise ValueError(f"how often {eqn.primitive.name} runs the kernels in it is not known")
             elif all(x is not None for x in inputs) and sum(math.prod(x.aval.shape) for x in eqn.outvars) < 1 << 20:
                 result = eqn.primitive.bind(*inputs, **eqn.params)
                 outputs = result if eqn.primitive.multiple_results else [result]
             values.update(zip(eqn.outvars, outputs, strict=True))
         return [read(x) for x in jaxpr.outvars]
 
-    evaluate(jaxpr.jaxpr, jaxpr.consts, [None] * len(jaxpr.jaxpr.invars))
-    return calls
+    jaxpr = closed_jaxpr.jaxpr
+    evaluate(jaxpr, closed_jaxpr.consts, [None] * len(jaxpr.invars))
+    return list(calls.values())
+
+
+def _inner_jaxprs(eqn) -> list:
+    values = [y for x in eqn.params.values() for y in (x if isinstance(x, tuple | list) else [x])]
+    return [x for x in values if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
+
+
+def _has_kernels(jaxpr) -> bool:
+    eqns = getattr(jaxpr, "jaxpr", jaxpr).eqns
+    return any(eqn.primitive.name == "pallas_call" or any(_has_kernels(x) for x in _inner_jaxprs(eqn)) for eqn in eqns)
 
 
 if __name__ == "__main__":
