@@ -75,6 +75,14 @@ def test_division(kind, place):
     assert next(block.visits for block in blocks if block.address == "0xa") == sum(trips)
 
 
+def test_operands_of_one_element():
+    """An array of one element comes as its value, in no memory: here the trips of every loop."""
+    dump = DUMP.replace("operand.hbm [shape: s32[4]", "operand.<no memory space> [shape: s32[1]")
+    dump = dump.replace("%s32_s6 = sld [smem:[#allocation3 + %s31_s5]]", "%s32_s6 = smov %s9_s0")
+    blocks = count_visits(bundles.parse(dump, "v4"), {0: np.array([6], np.int32)})
+    assert next(block.visits for block in blocks if block.address == "0xa") == 4 * 6
+
+
 def test_operands_that_decide_branches_are_asked_for():
     with pytest.raises(ValueError, match="the values of operand 0, which decides branches, are not given"):
         count_visits(bundles.parse(DUMP, "v4"), {})

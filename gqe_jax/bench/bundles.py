@@ -19,7 +19,7 @@ DELAY_SLOTS = {"v4": 1, "v5e": 4, "v5p": 4, "v6e": 4, "tpu7x": 6}
 
 _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) *([A-Z]{2})? *: ", re.MULTILINE)
 _EMPTY = re.compile(r"[> ]*\{\s*\}")
-_OPERAND = re.compile(r"inlined_call_operand\.\w+ \[shape: (\w+\[[\d,]*\]).*?index: (\d+), kind: (\w+)")
+_OPERAND = re.compile(r"inlined_call_operand\.[\w<> ]+ \[shape: (\w+\[[\d,]*\]).*?index: (\d+), kind: (\w+)")
 _INSTRUCTION = re.compile(r"(?:%([a-z]?\d+)(?:_([a-z]\d+))? = )?([a-z_]+[\w.]*) ?(.*)", re.DOTALL)
 _MATMUL = re.compile(r"= vmatmul[a-z0-9.]*")
 _SPILL = re.compile(r"vst \[vmem:\[#allocation\d+_spill\]")

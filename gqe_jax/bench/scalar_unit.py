@@ -175,6 +175,8 @@ def _ordered(instructions: list[Instruction]) -> list[Instruction]:
 def _statement(x: Instruction) -> str:
     if x.op == "sphi":
         return f"x_{x.name} = r_{x.register}"
+    if x.op == "inlined_call_operand.":  # in no memory: an array of one element is passed as its value
+        return f"x_{x.name} = words[{x.operands[0]}][0]"
     if x.op.startswith("inlined_call_operand"):
         return f"x_{x.name} = {2 * int(x.operands[0]) + 1}"
     halves = {"kRem": "%", "kQuot": "//", "kDivAndRem": "// %"}.get(x.operands[-1])

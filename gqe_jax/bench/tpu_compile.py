@@ -233,17 +233,22 @@ def _compile(dump: pathlib.Path, target: str, factory: str, options: dict[str, A
 
 def _estimates(hlo: str) -> list[tuple[str, int]]:
     """XLA's own estimate of each operation, where it makes one, times the trips of the loop it stands in."""
+    computations = {}
+    for text in hlo.split("\n}"):
+        if header := re.search(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$", text, re.MULTILINE):
+            computations[header.group(1)] = text
     trips = {}
-    for body, n in re.findall(r" while\(.*body=%?([\w.-]+).*\"known_trip_count\":\{\"n\":\"(\d+)\"", hlo):
-        trips[body] = int(n)
-    estimates, factor = [], 1
-    for line in hlo.splitlines():
-        if header := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
-            factor = trips.get(header.group(1), 1)
-        found = re.match(r" *(?:ROOT )?%?([\w.-]+) = .*\"estimated_cycles\":\"(\d+)\"", line)
-        if found and int(found.group(2)):
-            estimates.append((found.group(1), factor * int(found.group(2))))
-    return sorted(estimates, key=lambda estimate: -estimate[1])
+    for condition, body in re.findall(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", hlo):
+        limit = re.findall(r" constant\((\d+)\)", computations[condition])  # loops of JAX count from 0
+        trips[body] = int(limit[0]) if len(limit) == 1 else 1
+    estimates = [
+        (name, int(cycles) * trips.get(computation, 1))
+        for computation, text in computations.items()
+        for name, cycles in re.findall(
+            r"^ *(?:ROOT )?%?([\w.-]+) = .*\"estimated_cycles\":\"(\d+)\"", text, re.MULTILINE
+        )
+    ]
+    return sorted((x for x in estimates if x[1]), key=lambda estimate: -estimate[1])
 
 
 def _kernels(dump: pathlib.Path, hlo: str, calls: list["_Call"], target: str) -> list[tuple[str, list[dict]]]:
