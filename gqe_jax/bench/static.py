@@ -121,7 +121,7 @@ def quantities(static: Static) -> dict[str, float]:
 
     def kernel(backward: bool, seq_len: int, name: str) -> Kernel | None:
         compiled = static.compiled.get(("attention", backward, ours.name, seq_len))
-        kernels = [x for x in getattr(compiled, "kernels", ()) if x.name.startswith(name)]
+        kernels = [x for x in getattr(compiled, "kernels", ()) if name in x.name]
         return max(kernels, key=lambda x: x.total, default=None)  # of the routed heads, not of the shared one
 
     for what, backward, name in (("forward", False, FORWARD_KERNEL), ("backward", True, BACKWARD_KERNEL)):

@@ -66,16 +66,17 @@ class Kernel:
 
     @property
     def tiles(self) -> tuple[bundles.Block, ...]:
-        """The blocks with work for the matrix unit, those with fewest vector selects for their size (masks) first."""
-        tiles = [block for block in self.blocks if block.mxu_cycles and block.visits]
+        """The blocks of most work for the matrix unit, those with fewest vector selects for it (masks) first."""
+        most = max(block.mxu_cycles for block in self.blocks)
+        tiles = [block for block in self.blocks if block.visits and block.mxu_cycles > most / 8]
         return tuple(sorted(tiles, key=lambda block: block.selects / block.mxu_cycles))
 
     @property
     def prologues(self) -> tuple[bundles.Block, ...]:
         """The blocks before the first tile that do not execute in every grid step: what a row of steps starts with."""
-        first = min((i for i, block in enumerate(self.blocks) if block.mxu_cycles), default=0)
-        most = max((block.visits for block in self.blocks[:first]), default=0)
-        return tuple(block for block in self.blocks[1:first] if 1 < block.visits < 0.9 * most)
+        before = self.blocks[: min(self.blocks.index(tile) for tile in self.tiles)] if self.tiles else ()
+        most = max((block.visits for block in before), default=0)
+        return tuple(block for block in before if 1 < block.visits < 0.9 * most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +235,7 @@ def _compile(dump: pathlib.Path, target: str, factory: str, options: dict[str, A
 def _estimates(hlo: str) -> list[tuple[str, int]]:
     """XLA's own estimate of each operation, where it makes one, times the trips of the loop it stands in."""
     computations = {}
-    for text in hlo.split("\n}"):
+    for text in hlo.split("\n}\n"):
         if header := re.search(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$", text, re.MULTILINE):
             computations[header.group(1)] = text
     trips = {}
@@ -262,7 +263,7 @@ def _kernels(dump: pathlib.Path, hlo: str, calls: list["_Call"], target: str) ->
             raise ValueError(f"libtpu dumped {len(files)} schedules of kernel {name}, not one")
         programs[name] = program = bundles.parse(files[0].read_text(errors="replace"), target)
         shapes = tuple(program.operands[i] for i in sorted(program.operands))
-        same_name = [call for call in calls if call.name == re.sub(r"\.\d+$", "", name)]
+        same_name = [call for call in calls if call.name in name]  # jvp_NAME_.1 where it is differentiated
         traced[name] = [call for call in same_name if call.shapes[: len(shapes)] == shapes] or same_name
 
     kernels = []
