@@ -103,7 +103,7 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize("max_examples", [7, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("max_examples", [7, pytest.param(30, marks=pytest.mark.slow)])
 def test_xla_equals_float64_attention_in_every_crossing(max_examples):
     """Values, both gradients' paths and exact zeros: the definition in float64 knows no blocks, so whatever the loop
     bounds, the masked and unmasked branches or the recomputation get wrong shows."""
