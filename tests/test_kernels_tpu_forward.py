@@ -124,7 +124,7 @@ def test_features_cross(options):
     ids=str,
 )
 def test_shapes(shape):
-    """Heads narrower and wider than the lanes, with norm and rotary embedding: their padding must not leak into them."""
+    """Heads narrower and wider than the lanes, with norm and rotary embedding: no padding may leak into them."""
     check(**shape, norm=True, rope=True, blocks=None if shape.get("q_len") else SMALL)
 
 
