@@ -5,7 +5,7 @@
 `laptop` keeps head counts and schedule and shrinks everything else: bytes, four layers, minutes on a CPU.
 """
 
-from gqe_jax.config import defaults
+from gqe_jax.config_dict import defaults
 from gqe_jax.config_files import parse_argument
 
 TOKENS_PER_STEP = 512 * 2048

@@ -6,7 +6,7 @@
   gqe train --config smoke:kind=gqa --run runs/smoke_gqa        its dense twin: all four query heads attend
 """
 
-from gqe_jax.config import defaults
+from gqe_jax.config_dict import defaults
 from gqe_jax.config_files import parse_argument
 
 

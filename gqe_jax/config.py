@@ -1,19 +1,14 @@
-"""What a run is made of: frozen dataclasses that validate themselves, and the way from a ConfigDict to them.
+"""What a run is made of: frozen dataclasses that validate themselves.
 
-A config file (`configs/*.py`) defines `get_config(arg=None)` and returns an `ml_collections.ConfigDict` that starts
-from `defaults()`. `build` turns it into a `RunConfig`; every error names the field, its value, the rule and the remedy.
+Every error names the field, its value, the rule and the remedy. `config_dict` makes them from what a config file gives.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
-from collections.abc import Mapping
 from typing import Any, Literal
-
-import ml_collections
 
 # The names in gqe_jax.kernels.attend, which this module is below.
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "pallas_tpu", "pallas_tpu_decode")
@@ -21,6 +16,13 @@ IMPLEMENTATIONS = ("reference", "xla", "cudnn", "pallas_tpu", "pallas_tpu_decode
 
 class ConfigError(ValueError):
     """Input that cannot be used: the message names the field, the value, the rule and the remedy."""
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """A ' (did you mean ...?)' for an error message, or the known names where none is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 def _require(rule: bool, message: str) -> None:
@@ -339,103 +341,3 @@ class RunConfig:
             f"data.batch_size={self.data.batch_size} is not a multiple of train.accumulate={self.train.accumulate}: "
             f"every microbatch needs the same number of rows; change either",
         )
-
-
-def defaults(**attention: Any) -> ml_collections.ConfigDict:
-    """Every field of `RunConfig` at its default, to start a config file from.
-
-    Args:
-      **attention: fields of `model.attention`, its `kind` first of all ("gqe" unless given).
-    """
-    config = _to_config_dict(RunConfig())
-    config.model.attention = _to_config_dict(_build(AttentionConfig, {"kind": "gqe"} | attention, "model.attention."))
-    return config
-
-
-def _to_config_dict(config: Any) -> ml_collections.ConfigDict:
-    # A field that is None gets a placeholder, so that an override from the command line is read as the field's type.
-    hints = typing.get_type_hints(type(config))
-    result = ml_collections.ConfigDict()
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            result[field.name] = _to_config_dict(value)
-        elif value is None:
-            result[field.name] = ml_collections.config_dict.placeholder(_without_none(hints[field.name]))
-        else:
-            result[field.name] = value
-    return result
-
-
-def _without_none(hint: Any) -> Any:
-    (kind,) = (option for option in typing.get_args(hint) if option is not type(None))
-    return kind
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dictionary of a config dataclass (JSON-serialisable)."""
-    return dataclasses.asdict(config)
-
-
-def build(mapping: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
-    """Checks a ConfigDict (or the dictionary saved in a checkpoint) and makes the `RunConfig` of it.
-
-    Raises:
-      ConfigError: unknown key (with the nearest known one), wrong type, or a rule broken.
-    """
-    return _build(RunConfig, mapping, "")
-
-
-def _lookup_kind(kind: Any) -> type[AttentionConfig]:
-    _require(
-        isinstance(kind, str) and kind in ATTENTION_CONFIGS,
-        f"model.attention.kind={kind!r} is unknown: use one of {', '.join(map(repr, ATTENTION_CONFIGS))}",
-    )
-    return ATTENTION_CONFIGS[kind]
-
-
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """A ' (did you mean ...?)' for an error message, or the known names where none is near."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-
-
-def _build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
-    if cls is AttentionConfig:
-        cls = _lookup_kind(mapping.get("kind"))
-    hints = typing.get_type_hints(cls)
-    known = {field.name for field in dataclasses.fields(cls)}
-    for key in mapping:
-        if key not in known:
-            kind = f" for attention.kind={mapping['kind']!r}" if issubclass(cls, AttentionConfig) else ""
-            raise ConfigError(f"unknown config key {path + key!r}{kind}: {nearest(key, known)}")
-    values = {key: _convert(hints[key], value, path + key) for key, value in mapping.items()}
-    missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
-    _require(not missing, f"config key {path + missing[0]!r} is missing: set it" if missing else "")
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        if not path or str(error).startswith("in config."):
-            raise
-        raise ConfigError(f"in config.{path[:-1]}: {error}") from None
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    optional = isinstance(hint, types.UnionType)
-    if optional and value is None:
-        return None
-    kind = _without_none(hint) if optional else hint
-    if dataclasses.is_dataclass(kind):
-        _require(isinstance(value, Mapping | ml_collections.ConfigDict), f"{path}={value!r} must be a group of keys")
-        return _build(kind, value, path + ".")
-    if typing.get_origin(kind) is Literal:
-        return value  # the dataclass checks it
-    if kind is float and type(value) is int:
-        value = float(value)
-    _require(
-        type(value) is kind,
-        f"{path}={value!r} has type {type(value).__name__}, but must be {kind.__name__}"
-        + (" or None" if optional else "") + ": correct the value",
-    )
-    return value

@@ -12,7 +12,8 @@ from typing import Any
 import ml_collections
 
 import gqe_jax.configs
-from gqe_jax.config import ConfigError, RunConfig, build, nearest
+from gqe_jax.config import ConfigError, RunConfig, nearest
+from gqe_jax.config_dict import build
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -32,8 +33,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
         config = _load_module(path).get_config(argument or None)
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(
-            f"get_config of {path} returned {type(config).__name__}: start from gqe_jax.config.defaults(), and return "
-            f"the ConfigDict"
+            f"get_config of {path} returned {type(config).__name__}: start from gqe_jax.config_dict.defaults(), and "
+            f"return the ConfigDict"
         )
     for assignment in overrides:
         _override(config, assignment)

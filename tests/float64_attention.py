@@ -39,7 +39,8 @@ def attention(
     q_rope=None, q_norm=None, softcap=None, scale=None, do=None, dlse=None,
 ):  # fmt: skip
     """Returns {"o", "lse", "seen"}, and with the cotangents do and dlse also {"dq", "dk", "dv"} (dq of the finished
-    queries: with q_norm or q_rope compare gradients by finite differences instead). lse is −inf where nothing is seen.
+    queries: with q_norm or q_rope compare gradients by finite differences instead) and the size of the terms that
+    cancel in two of them, {"dq_terms", "dk_terms"}. lse is −inf where nothing is seen.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     q = finish_queries(q, q_norm, q_rope)
@@ -75,10 +76,14 @@ def attention(
         result["dq"] = np.einsum("bsgkm,bsgkd->bsgmd", one_hot, d_selected)
         result["dk"] = np.einsum("bsgkt,bsgkd->btgd", ds, selected)
         result["dv"] = np.einsum("bsgkt,bsgkd->btgd", p, do)
+        terms = p * (np.abs(dp) + np.abs((do * o).sum(-1, keepdims=True))) * slope * scale
+        result["dq_terms"] = np.einsum("bsgkt,btgd->bsgkd", terms, np.abs(k))
+        result["dk_terms"] = np.einsum("bsgkt,bsgkd->btgd", terms, np.abs(selected))
     return result
 
 
-def relative_error(actual, expected):
-    """Relative Frobenius error; absolute where the expected array is zero."""
-    norm = np.linalg.norm(expected)
+def relative_error(actual, expected, terms=0.0):
+    """Frobenius error relative to what is expected, or to the terms that cancel in it where those are much larger (a
+    few queries that see a few keys: the rounding is theirs); absolute where both are zero."""
+    norm = max(np.linalg.norm(expected), np.linalg.norm(terms) / 4)
     return np.linalg.norm(np.asarray(actual, np.float64) - expected) / (norm if norm > 0 else 1.0)

@@ -17,10 +17,8 @@ from gqe_jax.config import (
     RopeScaling,
     RouterConfig,
     RunConfig,
-    build,
-    defaults,
-    to_dict,
 )
+from gqe_jax.config_dict import build, defaults, to_dict
 from gqe_jax.config_files import load_config, shipped_configs
 from gqe_jax.train.step import Step
 

@@ -6,7 +6,7 @@ from gqe_jax.config import ConfigError
 from gqe_jax.config_files import load_config, parse_argument, shipped_configs
 
 FILE = '''
-from gqe_jax.config import defaults
+from gqe_jax.config_dict import defaults
 
 def get_config(argument=None):
     config = defaults(num_query_experts=4, num_kv_heads=2)
@@ -85,7 +85,7 @@ def test_wrong_overrides(file, override, message):
         ("def get_config(:\n", r"mine.py, line 1: "),
         ("import no_such_module\n", "mine.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
         ("\nx = 1\n", "mine.py defines no get_config(arg=None): add it, returning a ConfigDict"),
-        ("def get_config(argument=None):\n    pass\n", "returned NoneType: start from gqe_jax.config.defaults()"),
+        ("def get_config(argument=None):\n    pass\n", "returned NoneType: start from gqe_jax.config_dict.defaults()"),
         ("def get_config(argument=None):\n    return 1 / 0\n", "mine.py, line 2: ZeroDivisionError: division by zero"),
         ("def get_config():\n    pass\n", "mine.py: TypeError: get_config() takes 0 positional arguments but"),
         (FILE.replace("config.model.d_model = 32", "config.model.d_modle = 32"), "key 'model.d_modle': did you mean"),

@@ -30,7 +30,7 @@ CONTEXT = 64
 QUICK_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items())
 
 CONFIG = '''
-from gqe_jax.config import defaults
+from gqe_jax.config_dict import defaults
 
 def get_config(argument=None):
     """Argument: "gqa" for dense attention."""

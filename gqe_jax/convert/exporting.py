@@ -12,7 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from gqe_jax.config import to_dict
+from gqe_jax.config_dict import to_dict
 from gqe_jax.convert.folder import new_folder
 from gqe_jax.convert.hf_config import CODE_FILES, choose_class, to_hf, token_ids
 from gqe_jax.convert.hf_tokenizer import tokenizer_files

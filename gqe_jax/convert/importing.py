@@ -15,7 +15,8 @@ import jax
 from flax import nnx
 
 from gqe_jax import flops
-from gqe_jax.config import ConfigError, GQEConfig, RunConfig, build
+from gqe_jax.config import ConfigError, GQEConfig, RunConfig
+from gqe_jax.config_dict import build
 from gqe_jax.config_files import load_config
 from gqe_jax.convert.folder import new_folder
 from gqe_jax.convert.hf_config import from_hf
@@ -222,7 +223,7 @@ def _config_file(source: Path, run: Path, settings: Mapping[str, Any]) -> str:
     return (
         f'"""The model that gqe import read from {source}.\n\n'
         f"  gqe train --config {run / CONFIG_FILE} --run {run} --config.data.path=DIR\n"
-        f'"""\n\nfrom gqe_jax.config import defaults\n\n\ndef get_config(argument=None):\n'
+        f'"""\n\nfrom gqe_jax.config_dict import defaults\n\n\ndef get_config(argument=None):\n'
         f"    config = defaults(\n{attention}    )\n"
         f"    config.name = {settings['name']!r}\n"
         f"    config.model.update(\n{arguments(model, 8)}    )\n"

@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 
 from gqe_jax.attention import RouterBias
-from gqe_jax.config import RunConfig, to_dict
+from gqe_jax.config import RunConfig
+from gqe_jax.config_dict import to_dict
 from gqe_jax.convert.model import TorchTensor
 from gqe_jax.convert.safetensors_io import StoredTensor
 from gqe_jax.data.tokenizer import Tokenizer

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from gqe_jax.config import ConfigError, RunConfig, build
+from gqe_jax.config import ConfigError, RunConfig
+from gqe_jax.config_dict import build
 from gqe_jax.convert.model import abstract_parameters
 from gqe_jax.data.tokenizer import Tokenizer, tokenizer_from_files
 from gqe_jax.train.checkpoint import Checkpoints

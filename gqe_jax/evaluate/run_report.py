@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from gqe_jax.config import ConfigError, ModelConfig, RunConfig, build
+from gqe_jax.config import ConfigError, ModelConfig, RunConfig
+from gqe_jax.config_dict import build
 from gqe_jax.flops import parameter_count
 
 BAR = 40  # characters of all bars of a line

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 
 from gqe_jax import flops
-from gqe_jax.config import ConfigError, GQEConfig, RunConfig, build, to_dict
+from gqe_jax.config import ConfigError, GQEConfig, RunConfig
+from gqe_jax.config_dict import build, to_dict
 from gqe_jax.data.pipeline import train_batches
 from gqe_jax.data.prepared import PreparedData, open_data
 from gqe_jax.data.tokenizer import tokenizer_from_files

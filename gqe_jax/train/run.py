@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gqe_jax.attention import RouterBias
-from gqe_jax.config import ConfigError, RunConfig, build, to_dict
+from gqe_jax.config import ConfigError, RunConfig
+from gqe_jax.config_dict import build, to_dict
 from gqe_jax.data.tokenizer import Tokenizer, tokenizer_from_files
 from gqe_jax.models.transformer import Transformer
 from gqe_jax.parallel.mesh import make_mesh, replicated

@@ -1,0 +1,112 @@
+"""From a ConfigDict or a plain dictionary to a run's dataclasses and back.
+
+A config file (`configs/*.py`) defines `get_config(arg=None)` and returns an `ml_collections.ConfigDict` that starts
+from `defaults()`. `build` turns it into a `RunConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import ml_collections
+
+from gqe_jax.config import ATTENTION_CONFIGS, AttentionConfig, ConfigError, RunConfig, nearest
+
+
+def defaults(**attention: Any) -> ml_collections.ConfigDict:
+    """Every field of `RunConfig` at its default, to start a config file from.
+
+    Args:
+      **attention: fields of `model.attention`, its `kind` first of all ("gqe" unless given).
+    """
+    config = _to_config_dict(RunConfig())
+    config.model.attention = _to_config_dict(_build(AttentionConfig, {"kind": "gqe"} | attention, "model.attention."))
+    return config
+
+
+def _to_config_dict(config: Any) -> ml_collections.ConfigDict:
+    # A field that is None gets a placeholder, so that an override from the command line is read as the field's type.
+    hints = typing.get_type_hints(type(config))
+    result = ml_collections.ConfigDict()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            result[field.name] = _to_config_dict(value)
+        elif value is None:
+            result[field.name] = ml_collections.config_dict.placeholder(_without_none(hints[field.name]))
+        else:
+            result[field.name] = value
+    return result
+
+
+def _without_none(hint: Any) -> Any:
+    (kind,) = (option for option in typing.get_args(hint) if option is not type(None))
+    return kind
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dictionary of a config dataclass (JSON-serialisable)."""
+    return dataclasses.asdict(config)
+
+
+def build(mapping: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
+    """Checks a ConfigDict (or the dictionary saved in a checkpoint) and makes the `RunConfig` of it.
+
+    Raises:
+      ConfigError: unknown key (with the nearest known one), wrong type, or a rule broken.
+    """
+    return _build(RunConfig, mapping, "")
+
+
+def _lookup_kind(kind: Any) -> type[AttentionConfig]:
+    if not isinstance(kind, str) or kind not in ATTENTION_CONFIGS:
+        raise ConfigError(
+            f"model.attention.kind={kind!r} is unknown: use one of {', '.join(map(repr, ATTENTION_CONFIGS))}"
+        )
+    return ATTENTION_CONFIGS[kind]
+
+
+def _build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
+    if cls is AttentionConfig:
+        cls = _lookup_kind(mapping.get("kind"))
+    hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)}
+    for key in mapping:
+        if key not in known:
+            kind = f" for attention.kind={mapping['kind']!r}" if issubclass(cls, AttentionConfig) else ""
+            raise ConfigError(f"unknown config key {path + key!r}{kind}: {nearest(key, known)}")
+    values = {key: _convert(hints[key], value, path + key) for key, value in mapping.items()}
+    missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
+    if missing:
+        raise ConfigError(f"config key {path + missing[0]!r} is missing: set it")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        if not path or str(error).startswith("in config."):
+            raise
+        raise ConfigError(f"in config.{path[:-1]}: {error}") from None
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    optional = isinstance(hint, types.UnionType)
+    if optional and value is None:
+        return None
+    kind = _without_none(hint) if optional else hint
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping | ml_collections.ConfigDict):
+            raise ConfigError(f"{path}={value!r} must be a group of keys")
+        return _build(kind, value, path + ".")
+    if typing.get_origin(kind) is Literal:
+        return value  # the dataclass checks it
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(
+            f"{path}={value!r} has type {type(value).__name__}, but must be {kind.__name__}"
+            f"{' or None' if optional else ''}: correct the value"
+        )
+    return value
