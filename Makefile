@@ -1,6 +1,6 @@
 # make demo    trains a small GQE language model on the text of Python's own standard library, evaluates it, samples from it
-# make test    runs the whole test suite
-# Both set up .venv first, with the versions that constraints.txt names. STEPS=3600 makes the demo longer (about an hour).
+# make test    runs the whole test suite, but for what needs seqio: make test-seqio runs that, in .venv-seqio
+# All set up .venv first, with the versions that constraints.txt names. STEPS=3600 makes the demo longer (about an hour).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast test-seqio lint clean
 
 demo: $(VENV)/.core
 	$(BIN)/gqe train --config smoke:steps=$(STEPS) --run $(RUN)
@@ -33,6 +33,12 @@ test: $(VENV)/.dev
 test-fast: $(VENV)/.test
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
+# seqio brings TensorFlow, 2.4 GB.
+test-seqio:
+	$(MAKE) VENV=$(VENV)-seqio .test-seqio
+.test-seqio: $(VENV)/.seqio
+	$(PYTEST) tests/test_seqio.py $(PYTEST_ARGS)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 
@@ -50,6 +56,10 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/pip
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/pip
 	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.seqio: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) --editable '.[seqio]' pytest
 	@touch $@
 
 $(BIN)/pip:

@@ -12,7 +12,7 @@ from gqe_jax.config import (
     RunConfig,
 )
 from gqe_jax.kernels import attend, merge_partials
-from gqe_jax.models.transformer import Transformer, token_losses
+from gqe_jax.models.transformer import Transformer
 
 __version__ = "0.1.0"
 
@@ -28,7 +28,6 @@ __all__ = [
     "rotary_tables",
     # The language model
     "Transformer",
-    "token_losses",
     # Configuration
     "ModelConfig",
     "GQEConfig",

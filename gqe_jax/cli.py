@@ -106,37 +106,45 @@ checkpoint."""
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> Runner:
-    parser.epilog = """example:
-  gqe eval --run runs/smoke"""
+    from gqe_jax.evaluate import tasks
+
+    parser.epilog = """examples:
+  gqe eval --run runs/smoke
+  gqe eval --run runs/smoke --tasks hellaswag,arc_easy,piqa"""
     _add_run(parser)
     parser.add_argument("--data", metavar="DIR", help="prepared data (default: what the run was trained on)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="ROWS")
+    tasks.add_arguments(parser)
 
     def run(args: argparse.Namespace) -> int:
         import dataclasses
 
+        import jax
+
         from gqe_jax.data.prepared import open_data
-        from gqe_jax.evaluate.heldout import compare_with_compressors, evaluate_model
+        from gqe_jax.evaluate.heldout import compare_with_compressors, evaluate_model, report
         from gqe_jax.parallel.mesh import make_mesh
         from gqe_jax.train.run import load_model
 
-        trained = load_model(args.run, args.step)
-        config = trained.config
-        if args.data is not None:
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=args.data))
-        data = open_data(config.data, config.model)
-        data.manifest.check_tokenizer(trained.tokenizer)
+        tasks.check_arguments(args)
         mesh = make_mesh()
         if args.batch_size < 1 or args.batch_size % mesh.shape["data"]:
             raise ConfigError(
                 f"--batch-size={args.batch_size} is no positive multiple of the {mesh.shape['data']} device(s) that "
                 f"share a batch: set it to one"
             )
-        result = evaluate_model(trained.model, data, mesh, batch_size=args.batch_size)
-        print(
-            f"{args.run}, step {trained.step}: held-out loss {result.loss:.4f} nats/token, perplexity "
-            f"{result.perplexity:.3f} per token, {result.bits_per_byte:.4f} bits/byte ({result.tokens:,} tokens)"
-        )
+        if args.tasks is not None:
+            return tasks.run(args)
+        trained = load_model(args.run, args.step, mesh)
+        config = trained.config
+        if args.data is not None:
+            named = dataclasses.replace(config.data, path=args.data, mixture=None)
+            config = dataclasses.replace(config, data=named)
+        data = open_data(config.data, config.model)
+        data.check_tokenizer(trained.tokenizer)
+        with jax.set_mesh(mesh):
+            result = evaluate_model(trained.model, data, mesh, batch_size=args.batch_size)
+        print(f"{args.run}, step {trained.step}: {report(result)}")
         print(compare_with_compressors(result, data))
         return 0
 
@@ -183,36 +191,40 @@ def _add_import(parser: argparse.ArgumentParser) -> Runner:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> Runner:
-    from gqe_jax.bench import attention
+    from gqe_jax.bench import attention, data
 
     parser.epilog = """examples:
+  gqe bench data
   gqe bench attention
   gqe bench attention --target v6e"""
     what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     attention.add_arguments(what.add_parser("attention", help="attention and whole layers beside their rivals"))
-    return attention.run
+    data.add_arguments(what.add_parser("data", help="preparing text, reading rows, waiting for them"))
+    return lambda args: {"attention": attention, "data": data}[args.what].run(args)
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> Runner:
-    from gqe_jax.evaluate import kernel_report, run_report
+    from gqe_jax.evaluate import data_report, kernel_report, run_report
 
     parser.epilog = """examples:
+  gqe inspect data data/mine
   gqe inspect run --run runs/smoke
   gqe inspect kernels --config gqe_250m:head_dim=128"""
     what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     run_report.add_arguments(what.add_parser("run", help="configuration, loss curve and expert load of a run"))
+    data_report.add_arguments(what.add_parser("data", help="manifest, rows and lengths of prepared data"))
     kernel_report.add_arguments(what.add_parser("kernels", help="which attention kernel each platform takes, and why"))
-    return lambda args: {"run": run_report, "kernels": kernel_report}[args.what].run(args)
+    return lambda args: {"run": run_report, "data": data_report, "kernels": kernel_report}[args.what].run(args)
 
 
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Runner]]] = {
     "train": ("Train a model, or continue a run.", _add_train),
-    "eval": ("Loss of a trained model on held-out text, beside what compressors reach.", _add_eval),
+    "eval": ("Loss of a trained model on held-out text, beside compressors'; or its scores on tasks.", _add_eval),
     "generate": ("Continue a prompt with a trained model.", _add_generate),
     "prepare": ("Turn text into rows of tokens to train on.", _add_prepare),
     "export": ("Write a trained model for PyTorch, without PyTorch.", _add_export),
     "import": ("Make a run from a PyTorch model's folder, without PyTorch.", _add_import),
-    "inspect": ("Look at a run, or at the kernels that a configuration takes.", _add_inspect),
+    "inspect": ("Look at a run, at prepared data, or at the kernels that a configuration takes.", _add_inspect),
     "bench": ("Measure this machine.", _add_bench),
 }
 

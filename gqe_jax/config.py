@@ -120,6 +120,7 @@ class AttentionConfig:
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     window: int | None = None  # a token sees itself and the window - 1 tokens before it
     implementation: str | None = None  # of attend(), one of IMPLEMENTATIONS; None: by platform
+    context_parallel: Literal["auto", "gather", "ring"] = "auto"  # K and V over the mesh's `context`; auto: by memory
 
     @property
     def query_heads(self) -> tuple[str, int]:
@@ -252,14 +253,23 @@ class ModelConfig:
 class DataConfig:
     """Prepared rows to train on (`gqe prepare`)."""
 
-    path: str | None = None  # None: the default corpus, the text of the running Python's standard library
+    path: str | None = None  # a prepared directory (gs:// too); None: the text of Python's own standard library
+    mixture: str | None = None  # several instead: "DIR:WEIGHT,DIR:WEIGHT", weights as shares of the rows
     tokenizer: str = "bytes"  # of the default corpus; a prepared directory brings its own
     batch_size: int = 512  # rows of the global batch
     seed: int = 0  # of the order of rows
+    workers: int = 0  # processes that read rows; 0: threads of this one
+    verify: bool = True  # compare every shard with its hash before the first step
+    skip_damaged: bool = False  # leave damaged shards out, with a warning, rather than stop
 
     def __post_init__(self):
         _require_positive(self, "batch_size")
         _require_seed(self, "data")
+        _require(self.workers >= 0, f"data.workers={self.workers} must not be negative: set it to 0 or more")
+        _require(
+            self.path is None or self.mixture is None,
+            f"data.path={self.path!r} and data.mixture={self.mixture!r} exclude each other: set one of them",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,6 +305,26 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; -1, for one axis at most, means what the others leave."""
+
+    data: int = -1  # copies of the model, each with its rows of the batch
+    fsdp: int = 1  # rows of the batch too; parameters and optimizer state are spread over it and gathered where used
+    expert: int = 1  # KV groups with their query experts; hidden width of the MLP; vocabulary
+    context: int = 1  # the sequence
+
+    def __post_init__(self):
+        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, size in sizes.items():
+            _require(
+                size > 0 or size == -1,
+                f"mesh.{name}={size} must be a number of devices, or -1 for what the other axes leave",
+            )
+        left = [name for name, size in sizes.items() if size == -1]
+        _require(len(left) <= 1, f"mesh.{' and mesh.'.join(left)} are -1: only one axis can take what is left")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length, rhythm and record of a run."""
 
@@ -326,6 +356,7 @@ class RunConfig:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
 
     def __post_init__(self):

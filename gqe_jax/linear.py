@@ -33,22 +33,31 @@ class Linear(nnx.Module):
         precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,
     ):
-        self.in_shape = (in_features,) if isinstance(in_features, int) else tuple(in_features)
-        self.out_shape = (out_features,) if isinstance(out_features, int) else tuple(out_features)
+        in_shape = (in_features,) if isinstance(in_features, int) else tuple(in_features)
+        out_shape = (out_features,) if isinstance(out_features, int) else tuple(out_features)
+        self.num_in_axes = len(in_shape)
         self.dtype = dtype
         self.precision = precision
-        flat = (math.prod(self.in_shape), math.prod(self.out_shape))
-        kernel = kernel_init(rngs.params(), flat, param_dtype)
-        self.kernel = nnx.Param(kernel.reshape(self.in_shape + self.out_shape))
-        self.bias = nnx.Param(jnp.zeros(self.out_shape, param_dtype)) if use_bias else None
+        kernel = kernel_init(rngs.params(), (math.prod(in_shape), math.prod(out_shape)), param_dtype)
+        self.kernel = nnx.Param(kernel.reshape(in_shape + out_shape))
+        self.bias = nnx.Param(jnp.zeros(out_shape, param_dtype)) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., *in_features] → [..., *out_features]."""
-        dtype = self.dtype or jnp.promote_types(x.dtype, self.kernel[...].dtype)
-        tokens = x.shape[: x.ndim - len(self.in_shape)]
+        return self.add_bias(self.product(x))
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """x · W alone. Where a device holds a part of the in_features, so is its product one summand of the whole."""
+        kernel = self.kernel[...]
+        in_shape, out_shape = kernel.shape[: self.num_in_axes], kernel.shape[self.num_in_axes :]
+        dtype = self.dtype or jnp.promote_types(x.dtype, kernel.dtype)
+        tokens = x.shape[: x.ndim - self.num_in_axes]
         # As one matrix: with batch and sequence apart, XLA's CPU backend transposes both operands of the kernel's
         # gradient in memory, and training takes almost twice as long.
-        rows = x.reshape(-1, math.prod(self.in_shape)).astype(dtype)
-        kernel = self.kernel[...].reshape(rows.shape[1], -1).astype(dtype)
-        y = jnp.dot(rows, kernel, precision=self.precision).reshape(*tokens, *self.out_shape)
-        return y if self.bias is None else y + self.bias[...].astype(dtype)
+        rows = x.reshape(-1, math.prod(in_shape)).astype(dtype)
+        kernel = kernel.reshape(rows.shape[1], -1).astype(dtype)
+        return jnp.dot(rows, kernel, precision=self.precision).reshape(*tokens, *out_shape)
+
+    def add_bias(self, y: jax.Array) -> jax.Array:
+        """y + b, or y where there is no b."""
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)

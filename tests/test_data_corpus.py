@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gqe_jax.config import ConfigError
-from gqe_jax.data.corpus import Document, decode_utf8, files_corpus, stdlib_corpus
+from gqe_jax.data.corpus import files_corpus, stdlib_corpus
+from gqe_jax.data.sources import Document, decode_utf8
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -73,7 +74,7 @@ def test_json_lines(tmp_path):
         Document("a.jsonl:5", "\ufffd", replaced=1),
     ]
     other = write(tmp_path / "b.jsonl", json_lines({"body": "x", "text": "y"}))
-    assert [document.text for document in files_corpus([other], field="body").documents()] == ["x"]
+    assert [document.text for document in files_corpus([other], column="body").documents()] == ["x"]
 
 
 @given(st.lists(st.sampled_from([b"a", b"\xff", b"\xc3", b"\xa9", b"\xe2\x82", b"\xef\xbf\xbd", b"\xef", b"\xf0\x9f"])))
@@ -100,7 +101,7 @@ def test_replacements_are_counted(pieces):
     "content, message",
     [
         ('{"text": "a"}\n{"text": "b"\n', r"a.jsonl, line 2: not valid JSON .*repair or remove the line"),
-        ('{"title": "a", "n": 1}\n', r"a.jsonl, line 1: field 'text' is missing \(fields with text: title\).*--field"),
+        ('{"title": "a", "n": 1}\n', r"a.jsonl, line 1: field 'text' is missing \(fields with text: title\).*--column"),
         ('{"text": 5}\n', r"line 1: field 'text' is of type int, not a string \(fields with text: none\)"),
         ('\n["text"]\n', r'line 2: a JSON list stands where an object is expected: write {"text": "..."}'),
     ],
@@ -115,14 +116,14 @@ def test_broken_json_lines(tmp_path, content, message):
 def test_unusable_paths(tmp_path):
     """Every path that gives no text is refused by name, with what to type instead."""
     write(tmp_path / "folder/a.txt", "a")
-    write(tmp_path / "b.txt.gz", b"")
+    write(tmp_path / "b.txt.bz2", b"")
     with pytest.raises(ConfigError, match=r"missing.txt' does not exist: check the path, or give a pattern"):
         files_corpus([tmp_path / "missing.txt"])
-    with pytest.raises(ConfigError, match=r"folder' is a folder: say which files in it, such as --data '.*\*.txt'"):
+    with pytest.raises(ConfigError, match=r"folder' is a folder, and no Hugging Face dataset: .* --data '.*\*.txt'"):
         files_corpus([tmp_path / "folder"])
     with pytest.raises(ConfigError, match=r"\*.md' matches no file: .*quote the pattern"):
         files_corpus([tmp_path / "folder/**/*.md"])
-    with pytest.raises(ConfigError, match=r"b.txt.gz' is packed \(.gz\).*unpack it first"):
+    with pytest.raises(ConfigError, match=r"b.txt.bz2' is packed \(.bz2\).*unpack it first"):
         files_corpus([tmp_path / "*"])
     with pytest.raises(ConfigError, match="data is empty: give at least one path"):
         files_corpus([])

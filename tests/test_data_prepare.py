@@ -19,6 +19,7 @@ import pytest
 from gqe_jax.config import ConfigError
 from gqe_jax.data import prepare as prepare_module
 from gqe_jax.data import prepare_cli
+from gqe_jax.data import units as units_module
 from gqe_jax.data.compressors import compression_baselines
 from gqe_jax.data.corpus import files_corpus, stdlib_corpus
 from gqe_jax.data.manifest import Manifest, heldout_documents, prepared_tokenizer, verify
@@ -90,7 +91,7 @@ def test_same_input_same_bytes(corpus, prepared, tmp_path):
 
 def test_many_shards(corpus, prepared, tmp_path, monkeypatch):
     """How many shards the rows are spread over changes no row; shard names say how many there are."""
-    monkeypatch.setattr(prepare_module, "_SHARD_TOKENS", 32 * 50)
+    monkeypatch.setattr(units_module, "_SHARD_TOKENS", 32 * 50)
     manifest = prepare(corpus, tmp_path / "many", tokenizer=BYTES, seq_len=32, heldout_fraction=0.2)
     count = len(manifest.train.shards)
     assert count == -(-manifest.train.rows // 50) > 3
@@ -264,8 +265,8 @@ def test_damaged_manifests(prepared, tmp_path):
     whole = path.read_text()
     for content, message in (
         (whole[:200], r"manifest.json is cut off or damaged .*prepare it again"),
-        ("[]", r"has format_version=None, and this version of gqe_jax reads 1"),
-        (whole.replace('"format_version": 1', '"format_version": 7'), r"has format_version=7, .*reads 1"),
+        ("[]", r"has format_version=None, and this version of gqe_jax reads 2"),
+        (whole.replace('"format_version": 2', '"format_version": 7'), r"has format_version=7, .*reads 2"),
         (whole.replace('"seq_len"', '"sequence"'), r"manifest.json is incomplete or altered .*sequence"),
         (whole.replace('"shards"', '"shard"'), r"manifest.json is incomplete or altered"),
     ):

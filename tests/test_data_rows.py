@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gqe_jax.data.rows import Row, RowCutter, decode_rows, encode_row, token_dtype
+from gqe_jax.data.packing import RowCutter
+from gqe_jax.data.rows import Row, decode_rows, encode_row, token_dtype
 
 EOS = 1
 
@@ -20,7 +21,7 @@ def cut(documents: list[list[int]], seq_len: int) -> list[Row]:
 
 
 def batch_of(documents: list[list[int]], seq_len: int) -> dict[str, np.ndarray]:
-    return decode_rows([encode_row(row, seq_len, token_dtype(259)) for row in cut(documents, seq_len)], seq_len)
+    return decode_rows([encode_row(row, seq_len, token_dtype(259)) for row in cut(documents, seq_len)], seq_len, EOS)
 
 
 def stream_of(documents: list[list[int]]) -> tuple[list[int], list[tuple[int, int]]]:
@@ -89,7 +90,7 @@ def test_no_documents_no_rows():
 def test_packed_rows_have_the_same_form():
     """Rows packed by another rule (several whole documents, early end) come back as they were put in."""
     row = Row(np.array([EOS, 5, 6, EOS, 7, EOS]), np.array([0, 3]))
-    batch = decode_rows([encode_row(row, 8, token_dtype(100))], 8)
+    batch = decode_rows([encode_row(row, 8, token_dtype(100))], 8, EOS)
     assert batch["targets"][0].tolist() == [5, 6, EOS, 7, EOS, 0, 0, 0]
     assert batch["segment_ids"][0].tolist() == [1, 1, 1, 2, 2, 0, 0, 0]
     assert batch["positions"][0].tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
@@ -100,7 +101,7 @@ def test_largest_id_survives(vocab_size, bytes_per_token):
     """uint16 as long as it holds the last id, uint32 beyond: the largest id is not cut off."""
     assert token_dtype(vocab_size).itemsize == bytes_per_token
     row = Row(np.array([0, vocab_size - 1]), np.array([0]))
-    batch = decode_rows([encode_row(row, 1, token_dtype(vocab_size)), b""], 1)
+    batch = decode_rows([encode_row(row, 1, token_dtype(vocab_size)), b""], 1, EOS)
     assert batch["targets"].tolist() == [[vocab_size - 1], [0]]
     assert batch["mask"].tolist() == [[True], [False]]
 
@@ -109,8 +110,8 @@ def test_foreign_records_are_refused():
     """A record of other data must not be read as tokens."""
     record = encode_row(Row(np.array([1, 2, 3]), np.array([0])), 4, token_dtype(259))
     with pytest.raises(ValueError, match=r"says seq_len=4, tokens=3, .* no row of seq_len=8: the shard belongs"):
-        decode_rows([record], 8)
+        decode_rows([record], 8, EOS)
     with pytest.raises(ValueError, match="no row of seq_len=4"):
-        decode_rows([record[:-1]], 4)
+        decode_rows([record[:-1]], 4, EOS)
     with pytest.raises(ValueError, match="has no header"):
-        decode_rows([b"abc"], 4)
+        decode_rows([b"abc"], 4, EOS)

@@ -10,7 +10,6 @@ from flax import nnx
 from torch_folder import model_config
 
 from gqe_jax.config import GQAConfig, GQEConfig, RouterConfig
-from gqe_jax.models.transformer import token_losses
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -51,7 +50,7 @@ def jax_loss_and_grads(config):
     def loss(params):
         model = nnx.merge(graphdef, params, rest)
         x, stats = model(TOKENS, segment_ids=REAL.astype(np.int32))
-        lm = jnp.sum(token_losses(model, x, targets, 64) * mask) / mask.sum()
+        lm = jnp.sum(model.losses(x, targets, 64) * mask) / mask.sum()
         if stats is None:
             return lm, (lm, 0.0)
         router = config.attention.router

@@ -23,9 +23,9 @@ def route(config, x=X, *, G=2, M=4, k=2, segment_ids=None, rngs=None, bias=None,
     if bias is not None:
         router.bias.set_value(jnp.asarray(bias, jnp.float32))
     positions = jnp.arange(x.shape[1])[None] if positions is None else positions
-    return router(
-        jnp.asarray(x), segment_ids=segment_ids, positions=positions, rngs=rngs, layer_index=layer_index
-    )
+    draws = router.draws(x.shape[:2], x.shape[-1], positions, rngs, layer_index)
+    routing = router(jnp.asarray(x), segment_ids=segment_ids, draws=draws, num_groups=G)
+    return routing.expert_index, routing.selected_probs, routing.statistics()
 
 
 @settings(deadline=None, max_examples=40)
@@ -179,8 +179,7 @@ def test_load_balance_loss_has_its_least_gradient_at_balance():
 
     def loss(state):
         router = nnx.merge(graphdef, state)
-        stats = router(x, segment_ids=None, positions=jnp.arange(3)[None], rngs=None, layer_index=0)[2]
-        return stats.load_balance_loss
+        return router(x, segment_ids=None, draws=None, num_groups=1).statistics().load_balance_loss
 
     gradient = jax.grad(loss)(state)["proj"]["kernel"].get_value()[0, 0]
     np.testing.assert_allclose(gradient, [0.5, -0.5], rtol=1e-6)  # M · f · p(1 - p) = 2 · 1 · 1/4, summed over tokens

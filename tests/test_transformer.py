@@ -11,7 +11,7 @@ import tiny
 from flax import nnx
 
 from gqe_jax.config import GQAConfig, GQEConfig, ModelConfig
-from gqe_jax.models.transformer import Transformer, token_losses
+from gqe_jax.models.transformer import Transformer
 
 GQE = GQEConfig(num_query_experts=4, num_kv_heads=2, head_dim=8, implementation="reference")
 GQA = GQAConfig(num_query_heads=4, num_kv_heads=2, head_dim=8, implementation="reference")
@@ -51,7 +51,7 @@ def test_loss_in_chunks_is_the_loss(chunk, tied):
     @tiny.jit
     @functools.partial(jax.grad, argnums=1, has_aux=True)
     def gradient_and_losses(state, x):
-        losses = token_losses(nnx.merge(graphdef, state), x, TARGETS, chunk)
+        losses = nnx.merge(graphdef, state).losses(x, TARGETS, chunk)
         return jnp.sum(losses * weight), losses
 
     gradient, losses = gradient_and_losses(state, x)
@@ -69,7 +69,7 @@ def test_no_array_of_all_logits_exists():
     x, targets = np.zeros((2, 64, 16), np.float32), np.zeros((2, 64), np.int32)
 
     def hlo(chunk):
-        loss = lambda state, x: token_losses(nnx.merge(graphdef, state), x, targets, chunk).sum()  # noqa: E731
+        loss = lambda state, x: nnx.merge(graphdef, state).losses(x, targets, chunk).sum()  # noqa: E731
         return jax.jit(jax.grad(loss, (0, 1))).lower(state, x).compile().as_text()
 
     assert "f32[2,8,101]" in hlo(8) or "f32[16,101]" in hlo(8)
@@ -87,7 +87,7 @@ def test_remat_changes_no_gradient():
         def loss(state):
             model = nnx.merge(graphdef, state)
             x, stats = model(TOKENS)
-            return token_losses(model, x, TARGETS, 4).mean() + stats.load_balance_loss.sum()
+            return model.losses(x, TARGETS, 4).mean() + stats.load_balance_loss.sum()
 
         return tiny.jit(jax.grad(loss))(state)
 
@@ -146,7 +146,7 @@ def test_packed_documents_do_not_meet(attention):
     def losses(tokens, targets, segment_ids, positions):
         model = nnx.merge(graphdef, state)
         x, _ = model(tokens, segment_ids=segment_ids, positions=positions)
-        return token_losses(model, x, targets, 4)
+        return model.losses(x, targets, 4)
 
     first, second, length = 4, 5, 11
     segment_ids = np.array([[1] * first + [2] * second + [0] * 2])

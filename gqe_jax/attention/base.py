@@ -1,45 +1,23 @@
 """What every kind of attention shares: dense keys and values, rotary tables, QK norm, the cache."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from gqe_jax.attention.cache import KVCache
+from gqe_jax.attention.context import Context
 from gqe_jax.attention.rotary import rotary_tables
+from gqe_jax.attention.router import RouterStats, Routing
 from gqe_jax.config import AttentionConfig
-from gqe_jax.kernels import attend, rms_norm, rotate
+from gqe_jax.kernels import rms_norm, rotate
 from gqe_jax.linear import Linear
+from gqe_jax.parallel.manual import Shard, axis_size, on_mesh, total
+from gqe_jax.parallel.zigzag import zigzag
 
 default_kernel_init = nnx.initializers.normal(0.02)
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What the query heads of one call attend to, and what becomes of the queries on the way.
-
-    Attributes:
-      k, v: finished keys and values, [B, T, G, D], or a stacked cache's [L, B, T, G, D].
-      options: keyword arguments of `attend`: masks, rotary tables and QK norm of the queries, layer of a stacked cache.
-      positions: int32 [B or 1, S].
-    """
-
-    k: jax.Array
-    v: jax.Array
-    options: dict[str, Any]
-    positions: jax.Array
-
-    def attend(
-        self, q: jax.Array, expert_index: jax.Array | None = None, q_shared: jax.Array | None = None
-    ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """Queries [B, S, G, M, D], selected experts int32 [B, S, G, k] → [B, S, G, k, D]; without an index all M.
-
-        With queries of a shared head, [B, S, D], its output [B, S, D] comes as second.
-        """
-        return attend(q, self.k, self.v, expert_index, q_shared=q_shared, **self.options)
 
 
 class Attention(nnx.Module):
@@ -70,39 +48,131 @@ class Attention(nnx.Module):
     def init_cache(self, batch: int, capacity: int, dtype: jax.typing.DTypeLike | None = None) -> KVCache:
         """An empty cache for `batch` sequences of at most `capacity` tokens, in the layer's dtype unless given one."""
         dtype = dtype or self.k_proj.dtype or self.k_proj.kernel[...].dtype
-        return KVCache.empty(batch, capacity, self.config.num_kv_heads, self.config.head_dim, dtype)
+        return KVCache.empty(
+            batch, capacity, self.config.num_kv_heads, self.config.head_dim, dtype, parts=axis_size("expert")
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: KVCache | None = None,
+        rngs: nnx.Rngs | None = None,
+        layer_index: jax.Array | int = 0,
+    ) -> tuple[jax.Array, RouterStats | None] | tuple[jax.Array, RouterStats | None, KVCache]:
+        """Causal self-attention.
+
+        Under `jax.set_mesh` of a mesh of `parallel.make_mesh` it is computed device by device: groups on `expert`,
+        rows on `data` and `fsdp`, tokens on `context` (which must come in the order of `parallel.zigzag`).
+
+        Args:
+          x: [B, S, d].
+          segment_ids: int32 [B, S]; tokens see their own segment only, 0 = padding. With a cache: 1 = token and 0 =
+            padding behind the tokens, which takes no place in the cache.
+          positions: int32 [B or 1, S], for the rotary embedding; None counts from the start (from the cache's length).
+          cache: from `init_cache`; the S tokens continue it.
+          rngs: randomness of training, stream "router": the router's jitter, and the draws of the `random` router.
+          layer_index: of this layer in a stack; without rngs the `random` router draws differently in each.
+
+        Returns:
+          (y [B, S, d], statistics of the routing, or None of dense attention), and the grown cache if one was given.
+
+        Raises:
+          ValueError: shapes that do not fit, or more tokens than the cache holds.
+        """
+        self._check(x, segment_ids, positions, cache)
+        config = self.config
+        if positions is None:
+            start = 0 if cache is None else cache.lengths
+            positions = jnp.reshape(start, (-1, 1)) + jnp.arange(x.shape[1], dtype=jnp.int32)
+            positions = zigzag(positions, axis_size("context"))
+        rope = None
+        if config.rope_theta is not None:
+            rope = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        draws = self._draws(x, positions, rngs, layer_index)
+
+        tokens = ("batch", "sequence")
+        rope_axes = ("batch" if positions.shape[0] == x.shape[0] else None, "sequence", None)
+        cache_axes = None if cache is None else cache.axes
+        y, routing, cache = on_mesh(
+            self,
+            type(self)._forward,
+            (x, segment_ids, rope, draws, cache),
+            ((*tokens, None), tokens, rope_axes, self._draws_axes, cache_axes),
+            (("partial", *tokens, None), self._routing_axes, cache_axes),
+            dtype=self.k_proj.dtype,
+        )
+        y = self.o_proj.add_bias(total(y))
+        stats = None if routing is None else routing.statistics()
+        return (y, stats) if cache is None else (y, stats, cache)
+
+    _draws_axes: ClassVar[Any] = None
+    _routing_axes: ClassVar[Any] = None
+
+    def _draws(
+        self, x: jax.Array, positions: jax.Array, rngs: nnx.Rngs | None, layer_index: jax.Array | int
+    ) -> jax.Array | None:
+        """The randomness of a call, drawn for the tokens of all devices at a time."""
+        del x, positions, rngs, layer_index
+        return None
+
+    def _forward(
+        self,
+        shard: Shard,
+        x: jax.Array,
+        segment_ids: jax.Array | None,
+        rope: tuple[jax.Array, jax.Array] | None,
+        draws: jax.Array | None,
+        cache: KVCache | None,
+    ) -> tuple[jax.Array, Routing | None, KVCache | None]:
+        """What one device adds to y, [1, B, S, d], without the bias; its routing; its part of the grown cache."""
+        raise TypeError(f"{type(self).__name__} states no forward pass: use a kind of attention from ATTENTION")
 
     def _context(
-        self, x: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None, cache: KVCache | None
+        self,
+        shard: Shard,
+        x: jax.Array,
+        segment_ids: jax.Array | None,
+        rope: tuple[jax.Array, jax.Array] | None,
+        cache: KVCache | None,
     ) -> tuple[Context, KVCache | None]:
-        self._check(x, segment_ids, positions)
         config = self.config
-        start = 0 if cache is None else cache.lengths
-        if positions is None:
-            positions = jnp.reshape(start, (-1, 1)) + jnp.arange(x.shape[1], dtype=jnp.int32)
         k, v = self.k_proj(x), self.v_proj(x)
         dtype = v.dtype
-        options = {
-            "window": config.window,
-            "softcap": config.softcap,
-            "implementation": config.implementation,
-        }
+        q_norm = None
         if config.qk_norm:
             k = rms_norm(k, self.k_norm.scale[...], config.qk_norm_eps)
-            options["q_norm"] = (self.q_norm.scale[...], config.qk_norm_eps)
-        if config.rope_theta is not None:
-            tables = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-            k = rotate(k, *tables)
-            options["q_rope"] = tables
-        if cache is None:
-            options |= {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
-        else:
+            q_norm = (self.q_norm.scale[...], config.qk_norm_eps)
+        if rope is not None:
+            k = rotate(k, *rope)
+        cached = {"q_offset": 0, "kv_length": None, "layer": None}
+        if cache is not None:
+            start = cache.lengths
             cache = cache.append(k, v, segment_ids)
             k, v = (x.reshape(*x.shape[:-2], *k.shape[2:]) for x in (cache.k, cache.v))
-            options |= {"q_offset": start, "kv_length": cache.lengths, "layer": cache.layer}
-        return Context(k.astype(dtype), v.astype(dtype), options, positions), cache
+            cached = {"q_offset": start, "kv_length": cache.lengths, "layer": cache.layer}
+        context = Context(
+            shard=shard,
+            k=k.astype(dtype),
+            v=v.astype(dtype),
+            rope=rope,
+            q_norm=q_norm,
+            segment_ids=segment_ids if cache is None else None,
+            method=config.context_parallel,
+            options={"window": config.window, "softcap": config.softcap, "implementation": config.implementation},
+            **cached,
+        )
+        return context, cache
 
-    def _check(self, x: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None) -> None:
+    def _check(
+        self,
+        x: jax.Array,
+        segment_ids: jax.Array | None,
+        positions: jax.Array | None,
+        cache: KVCache | None,
+    ) -> None:
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x has shape {x.shape}, but must be [B, S, d_model={self.d_model}]")
         if segment_ids is not None and segment_ids.shape != x.shape[:2]:
@@ -110,4 +180,21 @@ class Attention(nnx.Module):
         if positions is not None and (positions.shape[0] not in (1, x.shape[0]) or positions.shape[1:] != x.shape[1:2]):
             raise ValueError(
                 f"positions has shape {positions.shape}, but must be [B or 1, S] with B, S = {x.shape[:2]} of x"
+            )
+        groups, expert, context = self.config.num_kv_heads, axis_size("expert"), axis_size("context")
+        if groups % expert:
+            fits = ", ".join(str(size) for size in range(1, groups + 1) if groups % size == 0)
+            raise ValueError(
+                f"num_kv_heads={groups} groups cannot be shared out over the {expert} devices of the mesh's `expert` "
+                f"axis: sizes that work are {fits}"
+            )
+        if context > 1 and cache is not None:
+            raise ValueError(
+                f"a cache is not split along the sequence, as the mesh's `context` axis of {context} devices would "
+                f"have it: generate on a mesh with context=1, and give its devices to `expert` or `data`"
+            )
+        if x.shape[1] % (2 * context) and context > 1:
+            raise ValueError(
+                f"S={x.shape[1]} tokens do not divide into the {2 * context} chunks that the mesh's `context` axis of "
+                f"{context} devices holds: pad the sequence to a multiple of {2 * context}"
             )

@@ -30,11 +30,17 @@ class KVCache:
 
     @classmethod
     def empty(
-        cls, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+        cls,
+        batch: int,
+        capacity: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: jax.typing.DTypeLike,
+        parts: int = 1,
     ) -> "KVCache":
-        """A cache that holds nothing yet."""
+        """A cache that holds nothing yet; its heads can be split over `parts` devices, a divisor of their number."""
         rows = (num_kv_heads, head_dim)
-        if head_dim < LANES and LANES % head_dim == 0 and num_kv_heads * head_dim % LANES == 0:
+        if head_dim < LANES and LANES % head_dim == 0 and num_kv_heads // parts * head_dim % LANES == 0:
             rows = (num_kv_heads * head_dim // LANES, LANES)
         shape = (batch, capacity, *rows)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
@@ -42,6 +48,13 @@ class KVCache:
     def at(self, layer: jax.Array | None) -> "KVCache":
         """The same stacked cache, for the layer of that index; None: for the loop again."""
         return dataclasses.replace(self, layer=layer)
+
+    @property
+    def axes(self) -> "KVCache":
+        """Logical axes of the arrays (`parallel.rules`)."""
+        layers = (None,) * (self.length.ndim - 1)
+        buffer = (*layers, "batch", None, "group", None)
+        return KVCache(buffer, buffer, (*layers, "batch"), None if self.layer is None else ())
 
     @property
     def lengths(self) -> jax.Array:

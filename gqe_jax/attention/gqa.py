@@ -1,13 +1,13 @@
 """Dense attention by head counts: MHA, MQA, GQA, and SQA (fewer query heads than d_model / head_dim)."""
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from gqe_jax.attention.base import Attention, default_kernel_init
-from gqe_jax.attention.cache import KVCache
 from gqe_jax.config import GQAConfig, RopeScaling
 from gqe_jax.linear import Linear
 
@@ -30,6 +30,8 @@ class GQAttention(Attention):
       softcap: scores become softcap · tanh(scores / softcap).
       window: a token sees itself and the window - 1 tokens before it.
       implementation: of `attend`; None picks by platform.
+      context_parallel: over a mesh's `context` axis: "gather" the keys and values of the whole sequence, or pass them
+        round in a "ring"; "auto" decides by memory.
       dtype: of the computation; None is the wider of input and parameters.
       kernel_init, out_kernel_init: of the projections, and of the last one.
 
@@ -53,6 +55,7 @@ class GQAttention(Attention):
         softcap: float | None = None,
         window: int | None = None,
         implementation: str | None = None,
+        context_parallel: Literal["auto", "gather", "ring"] = "auto",
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer = default_kernel_init,
@@ -72,6 +75,7 @@ class GQAttention(Attention):
             softcap=softcap,
             window=window,
             implementation=implementation,
+            context_parallel=context_parallel,
         ).resolve(d_model)
         linear = functools.partial(
             Linear,
@@ -88,18 +92,8 @@ class GQAttention(Attention):
             heads, d_model, use_bias=config.has_out_bias, kernel_init=out_kernel_init or kernel_init
         )
 
-    def __call__(
-        self,
-        x: jax.Array,
-        *,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        cache: KVCache | None = None,
-        rngs: nnx.Rngs | None = None,
-        layer_index: jax.Array | int = 0,
-    ) -> tuple[jax.Array, None] | tuple[jax.Array, None, KVCache]:
-        """Causal self-attention; arguments and results as `GQEAttention`'s, with None in place of its statistics."""
-        del rngs, layer_index  # no randomness in dense attention
-        context, cache = self._context(x, segment_ids, positions, cache)
-        y = self.o_proj(context.attend(self.q_proj(x)))
-        return (y, None) if cache is None else (y, None, cache)
+    def _forward(self, shard, x, segment_ids, rope, draws, cache):
+        del draws  # no randomness in dense attention
+        context, cache = self._context(shard, x, segment_ids, rope, cache)
+        y = self.o_proj.product(context.attend(self.q_proj(x)))
+        return y[None], None, cache

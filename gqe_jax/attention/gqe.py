@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gqe_jax.attention.base import Attention, default_kernel_init
-from gqe_jax.attention.cache import KVCache
-from gqe_jax.attention.router import Router, RouterStats
+from gqe_jax.attention.router import ROUTING_AXES, Router
 from gqe_jax.config import GQEConfig, RopeScaling, RouterConfig
 from gqe_jax.linear import Linear
 
@@ -42,6 +41,8 @@ class GQEAttention(Attention):
       softcap: scores become softcap · tanh(scores / softcap).
       window: a token sees itself and the window - 1 tokens before it.
       implementation: of `attend`; None picks by platform.
+      context_parallel: over a mesh's `context` axis: "gather" the keys and values of the whole sequence, or pass them
+        round in a "ring"; "auto" decides by memory.
       dtype: of the computation; None is the wider of input and parameters. The router computes in float32 always.
       kernel_init, out_kernel_init: of the projections, and of the last one.
 
@@ -67,6 +68,7 @@ class GQEAttention(Attention):
         softcap: float | None = None,
         window: int | None = None,
         implementation: str | None = None,
+        context_parallel: Literal["auto", "gather", "ring"] = "auto",
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer = default_kernel_init,
@@ -88,6 +90,7 @@ class GQEAttention(Attention):
             softcap=softcap,
             window=window,
             implementation=implementation,
+            context_parallel=context_parallel,
         ).resolve(d_model)
         linear = functools.partial(
             Linear,
@@ -108,52 +111,36 @@ class GQEAttention(Attention):
             self.q_shared = linear(d_model, dim)
             self.o_extra = out((2, dim), d_model, use_bias=False)
 
-    def __call__(
-        self,
-        x: jax.Array,
-        *,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        cache: KVCache | None = None,
-        rngs: nnx.Rngs | None = None,
-        layer_index: jax.Array | int = 0,
-    ) -> tuple[jax.Array, RouterStats] | tuple[jax.Array, RouterStats, KVCache]:
-        """Causal self-attention.
+    _routing_axes = ROUTING_AXES
 
-        Args:
-          x: [B, S, d].
-          segment_ids: int32 [B, S]; tokens see their own segment only, 0 = padding. With a cache: 1 = token and 0 =
-            padding behind the tokens, which takes no place in the cache.
-          positions: int32 [B or 1, S], for the rotary embedding; None counts from the start (from the cache's length).
-          cache: from `init_cache`; the S tokens continue it.
-          rngs: randomness of training, stream "router": the router's jitter, and the draws of the `random` router.
-          layer_index: of this layer in a stack; without rngs the `random` router draws differently in each.
+    @property
+    def _draws_axes(self):
+        return self.router.draws_axes
 
-        Returns:
-          (y [B, S, d], statistics of the routing), and the grown cache if one was given.
+    def _draws(self, x, positions, rngs, layer_index):
+        return self.router.draws(x.shape[:2], self.d_model, positions, rngs, layer_index)
 
-        Raises:
-          ValueError: shapes that do not fit, or more tokens than the cache holds.
-        """
-        context, cache = self._context(x, segment_ids, positions, cache)
-        expert_index, probs, stats = self.router(
-            x, segment_ids=segment_ids, positions=context.positions, rngs=rngs, layer_index=layer_index
-        )
+    def _forward(self, shard, x, segment_ids, rope, draws, cache):
+        context, cache = self._context(shard, x, segment_ids, rope, cache)
+        routing = self.router(x, segment_ids=segment_ids, draws=draws, num_groups=context.num_groups)
+        probs = routing.selected_probs
         q = self.q_proj(x)
-        if self.config.variant == "gqe":
-            # In one call: decoding then reads the cache once for all heads.
-            o, shared = context.attend(q, expert_index, self.q_shared(x))
-        else:
-            o = context.attend(q, expert_index)
+        if self.config.variant != "gqe":
+            o = context.attend(q, routing.expert_index)
+            if self.config.variant == "weighted_concat":
+                o = (o * probs[..., None]).astype(o.dtype)
+            return self.o_proj.product(o)[None], routing, cache
 
-        if self.config.variant == "weighted_concat":
-            o = (o * probs[..., None]).astype(o.dtype)
-        y = self.o_proj(o)
-        if self.config.variant == "gqe":
-            weights = probs / jnp.maximum(probs.sum(axis=(-2, -1), keepdims=True), 1e-9)
-            mixed = _weighted_sum(o, weights)
-            y += self.o_extra(jnp.stack([mixed.astype(o.dtype), shared], axis=-2))
-        return (y, stats) if cache is None else (y, stats, cache)
+        if context.is_split:
+            o = context.attend(q, routing.expert_index)
+            shared = context.attend_shared(x, self.q_shared)
+        else:  # in one call: decoding then reads the cache once for all heads
+            o, shared = context.attend(q, routing.expert_index, self.q_shared(x))
+        # ō of this device's groups and s of its tokens: through W_o they join the one sum over devices that y takes.
+        selected = shard.sum(probs.sum(axis=(-2, -1), keepdims=True), "expert")
+        mixed = _weighted_sum(o, probs / jnp.maximum(selected, 1e-9))
+        y = self.o_proj.product(o) + self.o_extra(jnp.stack([mixed.astype(o.dtype), shared], axis=-2))
+        return y[None], routing, cache
 
 
 def _weighted_sum(o: jax.Array, weights: jax.Array) -> jax.Array:

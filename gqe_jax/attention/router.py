@@ -42,6 +42,57 @@ class RouterStats:
         return dataclasses.replace(self, expert_index=None, router_probs=None)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """What the router decides for the tokens of one device, and its sums over their real ones.
+
+    The sums have two axes of size 1 before their own, which become the parts of batch and sequence over a mesh.
+
+    Attributes:
+      expert_index: int32 [B, S, G, k], selected experts by descending probability.
+      selected_probs: float32 [B, S, G, k], their probabilities.
+      router_probs: float32 [B, S, G, M].
+      tokens: float32 [1, 1], how many real tokens there are.
+      chosen, prob: float32 [1, 1, G, M], selections and probabilities of each expert.
+      entropy, squared_log_z: float32 [1, 1, G].
+    """
+
+    expert_index: jax.Array
+    selected_probs: jax.Array
+    router_probs: jax.Array
+    tokens: jax.Array
+    chosen: jax.Array
+    prob: jax.Array
+    entropy: jax.Array
+    squared_log_z: jax.Array
+
+    def statistics(self) -> RouterStats:
+        """The means over the tokens of all devices."""
+        count = jnp.maximum(self.tokens.sum(), 1.0)
+        load, mean_prob, entropy, squared_log_z = (
+            x.sum(axis=(0, 1)) / count for x in (self.chosen, self.prob, self.entropy, self.squared_log_z)
+        )
+        return RouterStats(
+            expert_index=self.expert_index,
+            router_probs=self.router_probs,
+            load=load,
+            mean_prob=mean_prob,
+            entropy=entropy.mean(),
+            load_balance_loss=load.shape[1] * (jax.lax.stop_gradient(load) * mean_prob).sum(-1).mean(),
+            z_loss=squared_log_z.mean(),
+        )
+
+
+ROUTING_AXES = Routing(
+    *(("batch", "sequence", "group", None),) * 3,
+    ("batch", "sequence"),
+    *(("batch", "sequence", "group", None),) * 2,
+    *(("batch", "sequence", "group"),) * 2,
+)
+"""Logical axes of a `Routing`'s arrays."""
+
+
 def top_k_experts(scores: jax.Array, k: int) -> jax.Array:
     """Indices of the k largest of the last axis, by descending score; equal scores resolve to the lower index.
 
@@ -84,39 +135,59 @@ class Router(nnx.Module):
             )
         self.bias = RouterBias(jnp.zeros(self.shape, jnp.float32)) if config.bias_update_rate else None
 
-    def __call__(
+    def draws(
         self,
-        x: jax.Array,
-        *,
-        segment_ids: jax.Array | None,
+        tokens: tuple[int, int],
+        d_model: int,
         positions: jax.Array,
         rngs: nnx.Rngs | None,
         layer_index: jax.Array | int,
-    ) -> tuple[jax.Array, jax.Array, RouterStats]:
-        """Routes each token.
+    ) -> jax.Array | None:
+        """The randomness of a call, float32; it does not depend on how the call is then split over devices.
 
         Args:
-          x: [B, S, d].
-          segment_ids: int32 [B, S], 0 = padding, which is left out of all statistics.
+          tokens: (B, S).
+          d_model: d.
           positions: int32 [B or 1, S]; the `random` router without rngs draws by seed, layer and position.
           rngs: randomness of training (stream "router"): jitter, and the draws of the `random` router.
           layer_index: of the layer in a stack.
 
         Returns:
-          expert_index int32 [B, S, G, k], its probabilities float32 [B, S, G, k], and the statistics.
+          Of the `random` router [B, S, G, M], whose order is the choice; of one with jitter the factors [B, S, d] on
+          its input, if rngs are given; else None.
+        """
+        if self.config.kind == "random":
+            return self._random_scores(tokens, positions, rngs, layer_index)
+        if rngs is not None and self.config.jitter:
+            epsilon = self.config.jitter
+            return jax.random.uniform(rngs.router(), (*tokens, d_model), minval=1 - epsilon, maxval=1 + epsilon)
+        return None
+
+    @property
+    def draws_axes(self) -> tuple[str | None, ...]:
+        """Logical axes of `draws`."""
+        return ("batch", "sequence", "group", None) if self.config.kind == "random" else ("batch", "sequence", None)
+
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array | None, draws: jax.Array | None, num_groups: int
+    ) -> Routing:
+        """Routes each token.
+
+        Args:
+          x: [B, S, d].
+          segment_ids: int32 [B, S], 0 = padding, which is left out of all sums.
+          draws: of this call.
+          num_groups: how many groups this device holds.
         """
         x = x.astype(jnp.float32)
         if self.config.kind == "learned":
-            if rngs is not None and self.config.jitter:
-                epsilon = self.config.jitter
-                x = x * jax.random.uniform(rngs.router(), x.shape, minval=1 - epsilon, maxval=1 + epsilon)
-            logits = self.proj(x)
+            logits = self.proj(x if draws is None else x * draws)
         else:
-            logits = jnp.zeros(x.shape[:-1] + self.shape)
+            logits = jnp.zeros((*x.shape[:-1], num_groups, self.shape[1]))
         probs = jax.nn.softmax(logits)
 
         if self.config.kind == "random":
-            selection = self._random_scores(x.shape[:2], positions, rngs, layer_index)
+            selection = draws
         else:
             selection = probs if self.bias is None else probs + self.bias[...]
         index = top_k_experts(jax.lax.stop_gradient(selection), self.top_k)
@@ -126,7 +197,24 @@ class Router(nnx.Module):
             index = top_k_experts(among, self.top_k)
             chosen = jax.nn.one_hot(index, self.shape[1], dtype=jnp.float32)
         selected_probs = jnp.sum(chosen * probs[..., None, :], axis=-1)  # no matmul: a TPU would round p to bfloat16
-        return index, selected_probs, self._statistics(index, chosen, logits, probs, segment_ids)
+
+        real = jnp.ones(probs.shape[:2]) if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
+
+        def total(per_token: jax.Array) -> jax.Array:
+            summed = jnp.einsum("bs...,bs->...", per_token, real, precision=jax.lax.Precision.HIGHEST)
+            return summed[None, None]
+
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        return Routing(
+            expert_index=index,
+            selected_probs=selected_probs,
+            router_probs=probs,
+            tokens=real.sum()[None, None],
+            chosen=total(chosen.sum(axis=-2)),
+            prob=total(probs),
+            entropy=total(-(probs * (logits - log_z[..., None])).sum(-1)),
+            squared_log_z=total(jnp.square(log_z)),
+        )
 
     def _random_scores(self, tokens, positions, rngs, layer_index) -> jax.Array:
         """[B, S, G, M], whose order is the draw."""
@@ -139,27 +227,6 @@ class Router(nnx.Module):
         layer = _mix(_mix(jnp.uint32(self.config.seed)) + jnp.uint32(layer_index))
         bits = _mix(_mix(layer + token) + column)
         return jnp.broadcast_to((bits >> 8).astype(jnp.float32), tokens + self.shape)
-
-    def _statistics(self, index, chosen, logits, probs, segment_ids) -> RouterStats:
-        real = jnp.ones(probs.shape[:2]) if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
-        count = jnp.maximum(real.sum(), 1.0)
-
-        def mean(per_token, equation):
-            return jnp.einsum(equation, per_token, real, precision=jax.lax.Precision.HIGHEST) / count
-
-        load = mean(chosen.sum(axis=-2), "bsgm,bs->gm")
-        mean_prob = mean(probs, "bsgm,bs->gm")
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        log_probs = logits - log_z[..., None]
-        return RouterStats(
-            expert_index=index,
-            router_probs=probs,
-            load=load,
-            mean_prob=mean_prob,
-            entropy=mean(-(probs * log_probs).sum(-1), "bsg,bs->g").mean(),
-            load_balance_loss=self.shape[1] * (jax.lax.stop_gradient(load) * mean_prob).sum(-1).mean(),
-            z_loss=mean(jnp.square(log_z), "bsg,bs->g").mean(),
-        )
 
 
 def _mix(bits: jax.Array) -> jax.Array:

@@ -1,9 +1,9 @@
 """A tokenizer as the files that Hugging Face's AutoTokenizer reads, and back.
 
 All three kinds become a `tokenizer.json`, which needs neither code of ours nor the sentencepiece package. The original
-of a byte or SentencePiece tokenizer lies beside it, so that an import restores the very tokenizer. Where the file is
-made here, `tokenizer(text)` puts an eos in front, as training does with every document; an existing `tokenizer.json`
-stays as it is. What differs from our own encoder: special tokens spelled out in a text are read as special tokens.
+of a byte or SentencePiece tokenizer lies beside it, so that an import restores the very tokenizer. `tokenizer(text)`
+puts an eos in front, as training does with every document; a tokenizer.json that came with a bos of its own keeps that.
+What differs from our own encoder: special tokens spelled out in a text are read as special tokens.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gqe_jax.config import ConfigError
 from gqe_jax.data.tokenizer import (
     ByteTokenizer,
+    HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
     tokenizer_from_files,
 )
+
+if TYPE_CHECKING:
+    import tokenizers
 
 DEFINITION = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -45,6 +49,8 @@ def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
         definition, config = _sentencepiece_definition(files["sentencepiece.model"], tokenizer)
     else:
         definition, config = None, json.loads(files[CONFIG])
+        # Read by transformers, which then puts this token, and no other, around a text; the file itself stays as it is.
+        config |= {"bos_token": _definition_of(tokenizer).id_to_token(start_token(tokenizer)), "add_bos_token": True}
     if definition is not None:
         files[DEFINITION] = _json(definition)
     config |= {
@@ -54,6 +60,22 @@ def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
         "clean_up_tokenization_spaces": False,
     }
     return files | {CONFIG: _json(config)}
+
+
+def start_token(tokenizer: Tokenizer) -> int:
+    """The token that an exported tokenizer puts before a text: eos, or what a tokenizer.json has for it (a bos)."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        definition = _definition_of(tokenizer)
+        with_specials, text = (definition.encode("a", add_special_tokens=add).ids for add in (True, False))
+        if with_specials[0] != text[0]:
+            return with_specials[0]
+    return tokenizer.eos_id
+
+
+def _definition_of(tokenizer: HuggingFaceTokenizer) -> tokenizers.Tokenizer:
+    import tokenizers  # an extra
+
+    return tokenizers.Tokenizer.from_str(tokenizer.files()[DEFINITION].decode())
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:

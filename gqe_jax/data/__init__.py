@@ -1,10 +1,12 @@
 """Data: tokenizers, offline preparation of rows, and the batches that training and evaluation read."""
 
 from gqe_jax.data.compressors import compression_baselines
-from gqe_jax.data.corpus import Corpus, Document, files_corpus, stdlib_corpus
+from gqe_jax.data.corpus import Corpus, files_corpus, stdlib_corpus
 from gqe_jax.data.manifest import Manifest, heldout_documents, prepared_tokenizer, verify
 from gqe_jax.data.pipeline import Batches, PreparedRows, heldout_batches, train_batches
 from gqe_jax.data.prepare import default_corpus_dir
+from gqe_jax.data.prepared import PreparedData, PreparedSet, open_data
+from gqe_jax.data.sources import Document
 from gqe_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files, train_sentencepiece
 
 __all__ = [  # noqa: RUF022 (grouped by subject)
@@ -20,8 +22,11 @@ __all__ = [  # noqa: RUF022 (grouped by subject)
     "stdlib_corpus",
     # Prepared data sets
     "Manifest",
+    "PreparedData",
+    "PreparedSet",
     "default_corpus_dir",
     "heldout_documents",
+    "open_data",
     "prepared_tokenizer",
     "verify",
     # Batches

@@ -9,17 +9,20 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from gqe_jax.config import ConfigError
-from gqe_jax.data.corpus import Document
+from gqe_jax.data.corpus import Corpus
+from gqe_jax.data.sources import Document
 from gqe_jax.data.tokenizer import Tokenizer, tokenizer_from_files
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 HELDOUT_FILE = "heldout.jsonl"
 SOURCES_FILE = "sources.jsonl"
@@ -48,13 +51,27 @@ class FileRecord:
 
 @dataclasses.dataclass(frozen=True)
 class SplitInfo:
-    """One split. tokens: targets, that is all documents' tokens and one eos for each. bytes: of the text, as UTF-8."""
+    """One split.
+
+    Attributes:
+      documents: how many have text here.
+      bytes: of the text, as UTF-8.
+      words: of the text, separated by ASCII white space.
+      tokens: targets, that is all documents' tokens and one eos for each.
+      rows: of all shards.
+    """
 
     documents: int
     bytes: int
+    words: int
     tokens: int
     rows: int
     shards: tuple[FileRecord, ...]
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> SplitInfo:
+        """From `dataclasses.asdict` of one. Raises KeyError or TypeError if it is not."""
+        return cls(**content | {"shards": tuple(FileRecord(**shard) for shard in content["shards"])})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +82,9 @@ class Manifest:
       source: one line on where the text came from.
       source_files, source_bytes: how many files were read, and their size.
       split_rule: how documents were divided, "document" (whole, by a hash of the name) or "tail" (the end of each).
+      packing: of documents into rows, "concat" or "best-fit".
       replaced: U+FFFD put in place of invalid UTF-8. empty_documents: documents without text, left out.
+      deduplicated, duplicates: whether repeated documents were left out, and how many.
       tokenizer, tokenizer_digest, vocab_size, eos_id, pad_id: as in `Tokenizer`.
       files: all files but the shards.
     """
@@ -76,8 +95,11 @@ class Manifest:
     source_bytes: int
     heldout_fraction: float
     split_rule: str
+    packing: str
     replaced: int
     empty_documents: int
+    deduplicated: bool
+    duplicates: int
     tokenizer: str
     tokenizer_digest: str
     vocab_size: int
@@ -114,16 +136,19 @@ class Manifest:
                 "or use the version of gqe_jax that wrote it"
             )
         try:
-            for split in SPLITS:
-                shards = tuple(FileRecord(**shard) for shard in content[split].pop("shards"))
-                content[split] = SplitInfo(**content[split], shards=shards)
-            return cls(**content | {"files": tuple(FileRecord(**file) for file in content["files"])})
+            splits = {split: SplitInfo.of(content[split]) for split in SPLITS}
+            return cls(**content | splits | {"files": tuple(FileRecord(**file) for file in content["files"])})
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is incomplete or altered ({error}): {_AGAIN}") from error
 
     def split(self, name: str) -> SplitInfo:
         """The split "train" or "heldout"."""
         return {"train": self.train, "heldout": self.heldout}[name]
+
+    def padding(self, name: str) -> float:
+        """Share of the split's positions that hold no token."""
+        split = self.split(name)
+        return 1 - split.tokens / (split.rows * self.seq_len) if split.rows else 0.0
 
     def check_vocab_size(self, vocab_size: int) -> None:
         """Raises ConfigError if the data has token ids that a model with this vocabulary does not know."""
@@ -171,19 +196,36 @@ def heldout_documents(directory: str | Path) -> Iterator[Document]:
             yield Document(**json.loads(line))
 
 
-def check_sizes(directory: str | Path, files: tuple[FileRecord, ...]) -> None:
-    """Compares file sizes with the manifest's. Raises ConfigError that names every file that differs."""
-    directory = Path(directory)
-    problems = []
-    for file in files:
+def changed_sources(directory: Path, corpus: Corpus) -> list[str]:
+    """Names of the corpus's files that differ from those the data set was made of: changed, new or gone."""
+    with (directory / SOURCES_FILE).open() as file:
+        before = {record["name"]: (record["sha256"], record["bytes"]) for record in map(json.loads, file)}
+    now = {file.name: file.content_digest for file in corpus.files}
+    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+
+
+def damaged_files(directory: Path, files: Sequence[FileRecord], *, hashes: bool) -> dict[str, str]:
+    """What is wrong with each file that is not as the manifest says, by name: its size, and if asked its sha256."""
+
+    def problem(file: FileRecord) -> str | None:
         path = directory / file.name
         if not path.is_file():
-            problems.append(f"{file.name} is missing")
-        elif (size := path.stat().st_size) != file.bytes:
+            return f"{file.name} is missing"
+        if (size := path.stat().st_size) != file.bytes:
             what = "truncated" if size < file.bytes else "altered"
-            problems.append(f"{file.name} is {what} ({size} bytes, {file.bytes} expected)")
-    if problems:
-        raise ConfigError(f"prepared data {str(directory)!r} is damaged: {'; '.join(problems)}. To repair: {_AGAIN}")
+            return f"{file.name} is {what} ({size} bytes, {file.bytes} expected)"
+        if hashes and FileRecord.of(directory, file.name).sha256 != file.sha256:
+            return f"sha256 differs from the manifest's in {file.name}"
+        return None
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        problems = zip(files, pool.map(problem, files), strict=True)
+        return {file.name: problem for file, problem in problems if problem}
+
+
+def check_sizes(directory: str | Path, files: Sequence[FileRecord]) -> None:
+    """Compares file sizes with the manifest's. Raises ConfigError that names every file that differs."""
+    _refuse_damaged(Path(directory), files, hashes=False)
 
 
 def verify(directory: str | Path) -> Manifest:
@@ -191,14 +233,13 @@ def verify(directory: str | Path) -> Manifest:
 
     Raises ConfigError that names every file that is missing, truncated or altered.
     """
-    directory = Path(directory)
     manifest = Manifest.load(directory)
-    files = manifest.files + manifest.train.shards + manifest.heldout.shards
-    check_sizes(directory, files)
-    altered = [file.name for file in files if FileRecord.of(directory, file.name).sha256 != file.sha256]
-    if altered:
-        raise ConfigError(
-            f"prepared data {str(directory)!r} is damaged: sha256 differs from the manifest's in {', '.join(altered)}. "
-            f"To repair: {_AGAIN}"
-        )
+    _refuse_damaged(Path(directory), manifest.files + manifest.train.shards + manifest.heldout.shards, hashes=True)
     return manifest
+
+
+def _refuse_damaged(directory: Path, files: Sequence[FileRecord], *, hashes: bool) -> None:
+    if problems := damaged_files(directory, files, hashes=hashes):
+        raise ConfigError(
+            f"prepared data {str(directory)!r} is damaged: {'; '.join(problems.values())}. To repair: {_AGAIN}"
+        )

@@ -1,18 +1,18 @@
-"""Fixed-length rows of tokens: cutting documents into them, and their binary form.
+"""Fixed-length rows of tokens in their binary form, and batches made of them.
 
-All documents form one stream, `eos doc eos doc ... doc eos`. Row r holds the S + 1 tokens from position r·S on, so rows
-overlap by one token: its first S tokens are inputs, its last S are targets, and every token of every document, and the
-eos that ends it, is the target of exactly one position. A document's segment begins with the eos before it.
+A row has S input positions and S targets, in segments: documents or parts of them. Every token of every document, and
+the eos that ends it, is the target of exactly one position; a document's segment begins with an eos as input. A part of
+a document that does not begin it starts with the last target of the part before.
 
 A row's record, little-endian: uint32 seq_len, uint32 number of tokens, uint32 number of segments, uint32 bytes per
-token (2 or 4); uint32 start of every segment; the tokens. Padding is not stored. Segment starts are explicit, so rows
-packed in any other way have the same form.
+token (2 or 4); uint32 start of every segment; the tokens: all inputs, and the last target. The target of an input is
+the token after it, or eos where a segment ends before the row's last. Padding is not stored.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,43 +28,6 @@ class Row:
     segment_starts: np.ndarray
 
 
-class RowCutter:
-    """Concatenates tokenised documents and cuts the stream into rows; only the last of all may be short.
-
-    A document that goes on in the next row is a segment of its own there. Holds less than a row between calls.
-    """
-
-    def __init__(self, seq_len: int, eos_id: int):
-        self._seq_len = seq_len
-        self._eos = np.array([eos_id], np.int32)
-        # What is not cut yet; its first token was the last target of the row before.
-        self._stream = np.empty(0, np.int32)
-        self._starts = np.empty(0, np.int64)
-
-    def add(self, document: np.ndarray) -> Iterator[Row]:
-        """The rows that are full once this document (integers [n]) has been appended."""
-        starts = np.append(self._starts, len(self._stream))
-        stream = np.concatenate([self._stream, self._eos, document], dtype=np.int32)
-        end = (len(stream) - 1) // self._seq_len * self._seq_len
-        self._stream, self._starts = stream[end:], starts[starts >= end] - end
-        return (_row(stream, starts, begin, self._seq_len) for begin in range(0, end, self._seq_len))
-
-    def finish(self) -> Iterator[Row]:
-        """The row that is left, ended by eos; none if there was no document. Nothing can be added after it."""
-        stream, starts = self._stream, self._starts
-        if len(stream):
-            stream = np.concatenate([stream, self._eos])
-        return (_row(stream, starts, begin, self._seq_len) for begin in range(0, len(stream) - 1, self._seq_len))
-
-
-def _row(stream: np.ndarray, starts: np.ndarray, begin: int, seq_len: int) -> Row:
-    first, last = np.searchsorted(starts, [begin, begin + seq_len])
-    inside = starts[first:last] - begin
-    if not len(inside) or inside[0] != 0:
-        inside = np.concatenate([[0], inside])
-    return Row(stream[begin : begin + seq_len + 1], inside)
-
-
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest of uint16 and uint32 that holds every id."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
@@ -76,7 +39,7 @@ def encode_row(row: Row, seq_len: int, dtype: np.dtype) -> bytes:
     return header.tobytes() + row.segment_starts.astype(_HEADER).tobytes() + row.tokens.astype(dtype).tobytes()
 
 
-def decode_rows(records: Sequence[bytes], seq_len: int) -> dict[str, np.ndarray]:
+def decode_rows(records: Sequence[bytes], seq_len: int, eos_id: int) -> dict[str, np.ndarray]:
     """A batch from the records of rows; an empty record gives a row of padding.
 
     Returns, each [B, S]: `tokens` and `targets` int32 (0 where padded), `segment_ids` int32 (1, 2, ... from the left; 0
@@ -94,6 +57,7 @@ def decode_rows(records: Sequence[bytes], seq_len: int) -> dict[str, np.ndarray]
         real = len(row.tokens) - 1
         tokens[b, :real] = row.tokens[:-1]
         targets[b, :real] = row.tokens[1:]
+        targets[b, row.segment_starts[1:] - 1] = eos_id
         opens[b, row.segment_starts] = 1
         mask[b, :real] = True
     column = np.arange(seq_len, dtype=np.int32)
@@ -125,5 +89,5 @@ def _decode_row(record: bytes, seq_len: int) -> Row:
             f"segments={num_segments}, bytes per token={itemsize}, which is no row of seq_len={seq_len}: the shard "
             "belongs to other data"
         )
-    starts = np.frombuffer(record, _HEADER, num_segments, starts_offset)
+    starts = np.frombuffer(record, _HEADER, num_segments, starts_offset).astype(np.int64)
     return Row(np.frombuffer(record, f"<u{itemsize}", num_tokens, tokens_offset), starts)

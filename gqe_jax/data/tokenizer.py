@@ -52,6 +52,10 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str) -> np.ndarray:
         """int32 [n], with no special token added; special tokens' names within the text stay text."""
 
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """`encode` of each text, with so many threads where the library has them."""
+        return [self.encode(text) for text in texts]
+
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids: special tokens and ids of no token are left out, invalid UTF-8 becomes U+FFFD."""
@@ -68,6 +72,9 @@ class Tokenizer(abc.ABC):
             digest.update(f"{name}\0{len(content)}\0".encode())
             digest.update(content)
         return digest.hexdigest()
+
+    def __reduce__(self):  # for worker processes
+        return tokenizer_from_files, (self.files(),)
 
     def stream(self) -> TokenStream | ByteStream:
         """A decoder for ids that arrive one at a time: the pieces it returns concatenate to `decode` of all ids."""
@@ -191,7 +198,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._processor.encode(text), np.int32)
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        ids = self._processor.encode(list(texts), num_threads=threads, return_type="numpy")
+        return [np.asarray(row, np.int32) for row in ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
@@ -244,7 +255,12 @@ class HuggingFaceTokenizer(Tokenizer):
             self._unsettled = frozenset(special.union(vocabulary[name] for name in names if name in vocabulary))
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        # The library takes its number of threads from the environment (RAYON_NUM_THREADS).
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids if 0 <= i < self.vocab_size])

@@ -1,6 +1,6 @@
 """Attention kernels: `attend`, one signature with several implementations, and what is done to queries before it."""
 
-from gqe_jax.kernels.attend import IMPLEMENTATIONS, attend
+from gqe_jax.kernels.attend import IMPLEMENTATIONS, attend, mean_head
 from gqe_jax.kernels.choose import Call, Choice, choose, target_platform
 from gqe_jax.kernels.partials import EMPTY_LSE, merge_partials
 from gqe_jax.kernels.queries import prepare_queries, rms_norm, rotate, select_experts
@@ -12,6 +12,7 @@ __all__ = [
     "Choice",
     "attend",
     "choose",
+    "mean_head",
     "merge_partials",
     "prepare_queries",
     "rms_norm",

@@ -137,7 +137,7 @@ def attend(
         if q_shared is not None:
             name = chosen(dataclasses.replace(call, num_groups=1, num_experts=1, num_slots=1, return_lse=False))
             q_shared = q_shared[:, :, None, None, :]
-            o_shared, _ = IMPLEMENTATIONS[name](q_shared, _mean_head(k), _mean_head(v), None, mask, **options)
+            o_shared, _ = IMPLEMENTATIONS[name](q_shared, mean_head(k), mean_head(v), None, mask, **options)
             shared = [o_shared[:, :, 0, 0]]
     outputs = (o, *shared, lse) if return_lse else (o, *shared)
     return outputs if len(outputs) > 1 else o
@@ -152,7 +152,7 @@ def _layer_of(name: str, x: jax.Array, layer: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
 
 
-def _mean_head(x: jax.Array) -> jax.Array:
+def mean_head(x: jax.Array) -> jax.Array:
     """[B, T, G, D] → [B, T, 1, D], the mean over groups."""
     # Group by group, as columns of the projection's output: to reduce over an axis a TPU would transpose it.
     *tokens, num_groups, head_dim = x.shape

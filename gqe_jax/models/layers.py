@@ -8,6 +8,7 @@ from flax import nnx
 
 from gqe_jax.config import ModelConfig
 from gqe_jax.linear import Linear
+from gqe_jax.parallel.manual import Shard, on_mesh, total
 
 
 class SwiGLU(nnx.Module):
@@ -27,7 +28,13 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, S, d] → [B, S, d]."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        tokens = ("batch", "sequence", None)
+        dtype = self.gate_proj.dtype
+        return total(on_mesh(self, SwiGLU._forward, (x,), (tokens,), ("partial", *tokens), dtype=dtype))
+
+    def _forward(self, shard: Shard, x: jax.Array) -> jax.Array:
+        """What one device adds: of its part of the hidden width."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))[None]
 
 
 class Vocabulary(nnx.Module):
@@ -43,9 +50,71 @@ class Vocabulary(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, S] → [B, S, d]."""
-        return self.embedding[...][tokens].astype(self.dtype)
+        axes = ("batch", "sequence")
+        out_axes = ("partial", *axes, None)
+        return total(on_mesh(self, Vocabulary._embed, (tokens,), (axes,), out_axes, dtype=self.dtype))
+
+    def _embed(self, shard: Shard, tokens: jax.Array) -> jax.Array:
+        """What one device adds: the rows of the tokens in its part of the vocabulary."""
+        table = self.embedding[...]
+        if shard.size("expert") == 1:
+            return table[tokens].astype(self.dtype)[None]
+        tokens = tokens - shard.index("expert") * table.shape[0]
+        own = (tokens >= 0) & (tokens < table.shape[0])
+        return jnp.where(own[..., None], table[jnp.where(own, tokens, 0)], 0).astype(self.dtype)[None]
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., d] → float32 [..., V]."""
         table = self.lm_head if hasattr(self, "lm_head") else self.embedding
         return jnp.einsum("...d,vd->...v", x, table[...].astype(self.dtype), preferred_element_type=jnp.float32)
+
+    def losses(self, x: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
+        """Cross-entropy of each token in nats, with the logits of `chunk` tokens of each row in memory at one time.
+
+        Args:
+          x: [B, S, d], final hidden states.
+          targets: int32 [B, S].
+          chunk: most tokens of a row at one time on a device; its part of the row is cut into equal chunks, the last of
+            them filled up.
+
+        Returns:
+          float32 [B, S].
+        """
+        axes = ("batch", "sequence")
+        largest, exps, chosen = on_mesh(
+            self,
+            functools.partial(Vocabulary._losses, chunk=chunk),
+            (x, targets),
+            ((*axes, None), axes),
+            (("partial", *axes),) * 3,
+            dtype=self.dtype,
+        )
+        log_z = jax.nn.logsumexp(largest + jnp.log(exps), axis=0)  # over the parts of the vocabulary
+        return log_z - total(chosen)
+
+    def _losses(self, shard: Shard, x: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Array, ...]:
+        """Of one device's part of the vocabulary: largest logit, Σ exp(logit − largest), the target's logit or 0."""
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def losses(x, targets):
+            logits = self.logits(x)
+            own = jnp.ones(targets.shape, bool)
+            if shard.size("expert") > 1:
+                targets = targets - shard.index("expert") * logits.shape[-1]
+                own = (targets >= 0) & (targets < logits.shape[-1])
+            chosen = jnp.take_along_axis(logits, jnp.where(own, targets, 0)[..., None], axis=-1)[..., 0]
+            largest = jax.lax.stop_gradient(logits.max(axis=-1))
+            return largest, jnp.exp(logits - largest[..., None]).sum(axis=-1), jnp.where(own, chosen, 0)
+
+        batch, length = targets.shape
+        count = -(-length // chunk)
+        chunk = -(-length // count)
+
+        def split(a):
+            padded = jnp.pad(a, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (a.ndim - 2))
+            return jnp.moveaxis(padded.reshape(batch, count, chunk, *a.shape[2:]), 1, 0)
+
+        def join(a):
+            return jnp.moveaxis(a, 0, 1).reshape(batch, count * chunk)[None, :, :length]
+
+        return jax.tree.map(join, jax.lax.map(lambda pair: losses(*pair), (split(x), split(targets))))

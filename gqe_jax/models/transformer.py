@@ -1,6 +1,5 @@
 """The decoder-only language model: embedding, blocks scanned over depth, final norm, logits."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,11 @@ from gqe_jax.attention import KVCache, RouterStats
 from gqe_jax.config import ModelConfig
 from gqe_jax.models.block import Block
 from gqe_jax.models.layers import Vocabulary
+from gqe_jax.parallel.manual import GATHERED, axis_size
 
 # What a block keeps for its backward pass; the rest is computed again.
 REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -89,7 +90,7 @@ class Transformer(nnx.Module):
             )
             return (x, None if cache is None else cache.at(None)), stats
 
-        if self.config.remat != "none":
+        if self.config.remat != "none" or axis_size("fsdp") > 1:
             # Within a scan nothing can be merged with the forward pass anyway: no barrier against it is needed.
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         layers = jnp.arange(self.config.num_layers)
@@ -101,37 +102,11 @@ class Transformer(nnx.Module):
         """Hidden states [..., d] → float32 [..., V]."""
         return self.vocabulary.logits(x)
 
+    def losses(self, x: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
+        """Cross-entropy in nats, float32 [B, S], of targets int32 [B, S]; see `Vocabulary.losses`."""
+        return self.vocabulary.losses(x, targets, chunk)
+
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for generation, every leaf with a leading axis of num_layers, in the model's dtype."""
         one = self.layers.attention.init_cache(batch, capacity)
         return jax.tree.map(lambda x: jnp.repeat(x[None], self.config.num_layers, axis=0), one)
-
-
-def token_losses(model: Transformer, x: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
-    """Cross-entropy of each token in nats, with the logits of `chunk` tokens of each row in memory at one time.
-
-    Args:
-      x: [B, S, d], final hidden states.
-      targets: int32 [B, S].
-      chunk: most tokens of a row at one time; the row is cut into equal chunks, the last of them filled up.
-
-    Returns:
-      float32 [B, S].
-    """
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def losses(x, targets):
-        logits = model.logits(x)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-    batch, length = targets.shape
-    count = -(-length // chunk)
-    chunk = -(-length // count)
-
-    def split(a):
-        padded = jnp.pad(a, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (a.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, count, chunk, *a.shape[2:]), 1, 0)
-
-    chunks = jax.lax.map(lambda pair: losses(*pair), (split(x), split(targets)))
-    return jnp.moveaxis(chunks, 0, 1).reshape(batch, count * chunk)[:, :length]

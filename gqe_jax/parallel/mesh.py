@@ -1,36 +1,112 @@
-"""The device mesh: its axes, and where a batch and the training state live on it."""
+"""The device mesh: its axes, what a configuration must satisfy to be split over it, and where a batch lives on it."""
+
+import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
 
-from gqe_jax.config import ConfigError
+from gqe_jax.config import ConfigError, MeshConfig, ModelConfig
+from gqe_jax.parallel.rules import AXES, spec_of
+from gqe_jax.parallel.zigzag import zigzag
 
-AXES = ("data", "fsdp", "expert", "context")
 
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh ("data", "fsdp", "expert", "context") of all devices, or of those given.
 
-def make_mesh() -> jax.sharding.Mesh:
-    """All devices along `data`: each holds the whole model and takes its share of the batch.
+    Every axis always exists, of size 1 where unused. Neighbours on the inner axes, which communicate in every layer,
+    are neighbours in the machine. Several slices (groups of devices that only the data centre's network joins) lie
+    along `data`, its outermost part.
 
-    Every axis always exists, of size 1 where unused.
+    Raises:
+      ConfigError: sizes whose product is not the number of devices.
     """
-    return jax.make_mesh((jax.device_count(), 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes.values())
+    if math.prod(shape) != len(devices):
+        asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        raise ConfigError(
+            f"{asked} need {'a multiple of ' if -1 in sizes.values() else ''}{fixed} devices, but there are "
+            f"{len(devices)}: make the product of the sizes {len(devices)}, or set one of them to -1 (what is left)"
+        )
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % slices:
+        raise ConfigError(
+            f"mesh.data={shape[0]} is no multiple of the {slices} slices, which lie along it: give the other axes "
+            f"fewer devices"
+        )
+    if slices > 1:
+        within = (shape[0] // slices, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
+def describe(mesh: Mesh) -> str:
+    """Devices and the axes that have more than one of them, for the log."""
+    split = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}" + (f" ({split})" if split else "")
 
 
-def check_batch(mesh: jax.sharding.Mesh, batch_size: int) -> None:
-    """Raises ConfigError unless `batch_size` rows divide evenly over the devices."""
-    if batch_size % mesh.shape["data"]:
+def check_model(mesh: Mesh, model: ModelConfig) -> None:
+    """Raises ConfigError, listing all that does not divide, unless the parameters can be split over `mesh`."""
+    groups, expert, fsdp = model.attention.num_kv_heads, mesh.shape["expert"], mesh.shape["fsdp"]
+    problems = []
+    if groups % expert:
+        fits = ", ".join(str(size) for size in range(1, groups + 1) if groups % size == 0)
+        problems.append(
+            f"mesh.expert={expert} does not divide model.attention.num_kv_heads={groups}, whose groups it shares out: "
+            f"set it to one of {fits}"
+        )
+    for name, size in (("d_ff", model.d_ff), ("vocab_size", model.vocab_size)):
+        if size % expert:
+            unused = " (the ids beyond the tokenizer's stay unused)" if name == "vocab_size" else ""
+            problems.append(
+                f"mesh.expert={expert} does not divide model.{name}={size}: the next that fits is "
+                f"{-(-size // expert) * expert}{unused}"
+            )
+    if model.d_model % fsdp:
+        problems.append(
+            f"mesh.fsdp={fsdp} does not divide model.d_model={model.d_model}: choose a divisor of {model.d_model}"
+        )
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def check_batch(mesh: Mesh, batch_size: int, length: int) -> None:
+    """Raises ConfigError unless `batch_size` rows of `length` tokens divide evenly over the devices."""
+    rows, pieces = mesh.shape["data"] * mesh.shape["fsdp"], 2 * mesh.shape["context"]
+    if batch_size % rows:
         raise ConfigError(
             f"data.batch_size={batch_size} (divided by train.accumulate where that is set) is not a multiple of the "
-            f"{mesh.shape['data']} devices that share a batch: change data.batch_size"
+            f"{rows} devices that share a batch (mesh.data={mesh.shape['data']} × mesh.fsdp={mesh.shape['fsdp']}): "
+            f"change data.batch_size, or give more devices to mesh.expert or mesh.context"
+        )
+    if mesh.shape["context"] > 1 and length % pieces:
+        raise ConfigError(
+            f"rows of {length} tokens do not divide into the 2 × mesh.context={pieces} pieces that the devices hold: "
+            f"prepare rows of a multiple of {pieces} tokens, or lower mesh.context"
         )
 
 
-def shard_batch(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows [b, S] of each array → the global arrays [B, S], their rows spread over the devices."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays [B, S] of a batch."""
+    return NamedSharding(mesh, spec_of(("batch", "sequence")))
+
+
+def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows [b, S] of each array → the global arrays [B, S], spread over the devices.
+
+    Where `context` splits the sequence, the tokens of a row are in zigzag order (`zigzag`) from here on.
+    """
+    sharding = batch_sharding(mesh)
+    pieces = mesh.shape["context"]
+    return {
+        name: jax.make_array_from_process_local_data(sharding, np.asarray(zigzag(rows, pieces)))
+        for name, rows in batch.items()
+    }

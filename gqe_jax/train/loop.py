@@ -19,7 +19,7 @@ from gqe_jax.data.prepared import PreparedData, open_data
 from gqe_jax.data.tokenizer import tokenizer_from_files
 from gqe_jax.evaluate import kernel_report
 from gqe_jax.evaluate.heldout import HeldOut, evaluate
-from gqe_jax.parallel.mesh import check_batch, make_mesh, replicated, shard_batch
+from gqe_jax.parallel.mesh import check_batch, check_model, describe, make_mesh, shard_batch
 from gqe_jax.train import run as runs
 from gqe_jax.train.checkpoint import CheckpointDamaged, Checkpoints
 from gqe_jax.train.metrics import MetricWriter, Stopwatch, balance, progress_line, router_warnings
@@ -60,29 +60,26 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
     steps = config.train.steps
 
     # ---------------------------------------------------------------- mesh
-    mesh = make_mesh()
-    check_batch(mesh, config.data.batch_size // config.train.accumulate)
-    _say(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es)")
+    mesh = make_mesh(config.mesh)
+    check_model(mesh, config.model)
+    _say(f"devices: {describe(mesh)}, {jax.process_count()} process(es)")
 
     # ---------------------------------------------------------------- data
     data = open_data(config.data, config.model)
-    split = data.manifest.train
-    _say(
-        f"data: {data.directory} ({split.documents:,} documents, {split.bytes:,} bytes, {split.rows:,} rows of "
-        f"{data.manifest.seq_len} tokens, tokenizer {data.manifest.tokenizer})"
-    )
+    check_batch(mesh, config.data.batch_size // config.train.accumulate, data.seq_len)
+    _say(f"data: {data.describe()}")
 
     # ---------------------------------------------------------------- model
-    step = Step(config)
+    step = Step(config, mesh)
     parameters = flops.parameter_count(config.model)["total"]
-    gigaflops = flops.flops_per_step(config.model, config.data.batch_size, data.manifest.seq_len) / 1e9
+    gigaflops = flops.flops_per_step(config.model, config.data.batch_size, data.seq_len) / 1e9
     _say(
         f"model: {config.name}, {parameters:,} parameters, attention {config.model.attention.kind}, {gigaflops:,.1f} "
-        f"GFLOP a step of {config.data.batch_size * data.manifest.seq_len:,} tokens"
+        f"GFLOP a step of {config.data.batch_size * data.seq_len:,} tokens"
     )
 
     rows = config.data.batch_size // config.train.accumulate
-    _say(f"kernels: {kernel_report.training_line(config.model, batch=rows, q_len=data.manifest.seq_len)}")
+    _say(f"kernels: {kernel_report.training_line(config.model, batch=rows, q_len=data.seq_len)}")
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(runs.write_failures_named(directory))
@@ -93,7 +90,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
         checkpoints = stack.enter_context(
             Checkpoints(directory / runs.CHECKPOINTS, keep=config.train.keep, every=config.train.checkpoint_every)
         )
-        state = _restore(checkpoints, directory, step, data, replicated(mesh), previous_checkpoint)
+        state = _restore(checkpoints, directory, step, data, previous_checkpoint)
         start = 0 if state is None else int(state.step)
         if start > steps:
             raise ConfigError(
@@ -110,7 +107,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
         )
         runs.write_config(directory, config)
         if state is None:
-            state = jax.jit(step.init, out_shardings=replicated(mesh))()
+            state = step.initial_state()
 
         def evaluate_state(limit: int | None) -> HeldOut:
             compiled = functools.partial(step.evaluate, state.params, state.router_bias)
@@ -126,12 +123,13 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
 
         # ------------------------------------------------------------ step
         rows = train_batches(
-            data.directory,
+            data,
             batch_size=config.data.batch_size,
             seed=config.data.seed,
             start_step=start,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            workers=config.data.workers,
         )
         batches = (shard_batch(mesh, batch) for batch in stack.enter_context(rows))
         batch = next(batches)
@@ -178,7 +176,7 @@ class Log:
     def __init__(self, config: RunConfig, writer: MetricWriter, data: PreparedData, *, start: int):
         self.config = config
         self.writer = writer
-        self.seq_len = data.manifest.seq_len
+        self.seq_len = data.seq_len
         self.bits_per_nat = data.tokens_per_byte("train") / math.log(2)
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.stopwatch = Stopwatch()
@@ -269,7 +267,6 @@ def _restore(
     directory: Path,
     step: Step,
     data: PreparedData,
-    sharding: jax.sharding.Sharding,
     previous_checkpoint: bool,
 ) -> TrainState | None:
     newest = checkpoints.latest()
@@ -279,20 +276,19 @@ def _restore(
         checkpoints.verify(newest, items=("config", "tokenizer", "data"))
         saved = build(checkpoints.read_config(newest))
         runs.check_same_model(directory, saved, step.config)
-        data.manifest.check_tokenizer(tokenizer_from_files(checkpoints.read_tokenizer(newest)))
+        data.check_tokenizer(tokenizer_from_files(checkpoints.read_tokenizer(newest)))
         read_so_far = checkpoints.read_data(newest)
-        abstract = jax.eval_shape(lambda: runs.checkpoint_items(step.init()))
-        items = checkpoints.restore(newest, **runs.abstract_arrays(abstract, sharding))
+        items = checkpoints.restore(newest, **runs.abstract_items(step))
     except CheckpointDamaged as damage:
         if not previous_checkpoint:
             raise
         _say(f"{damage}\nas --previous-checkpoint asks, it is kept aside as {checkpoints.set_aside(newest)}")
-        return _restore(checkpoints, directory, step, data, sharding, previous_checkpoint)
+        return _restore(checkpoints, directory, step, data, previous_checkpoint)
     _say(f"resuming {directory} from step {newest}")
     for line in runs.differences(saved, step.config):
         _say(f"changed since: {line}")
     if read_so_far["prepared"] != data.digest:
-        _say(f"changed since: the prepared data; the run goes on with the rows of {data.directory}")
+        _say(f"changed since: the prepared data; the run goes on with the rows of {data.name}")
     return runs.state_from_items(items)
 
 

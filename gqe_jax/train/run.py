@@ -16,13 +16,18 @@ from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build, to_dict
 from gqe_jax.data.tokenizer import Tokenizer, tokenizer_from_files
 from gqe_jax.models.transformer import Transformer
-from gqe_jax.parallel.mesh import make_mesh, replicated
+from gqe_jax.parallel.mesh import check_model, make_mesh
+from gqe_jax.parallel.rules import state_shardings
 from gqe_jax.train.checkpoint import CheckpointFailed, Checkpoints
-from gqe_jax.train.step import TrainState
+from gqe_jax.train.step import Step, TrainState
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
-FREE_TO_CHANGE = {"model.remat", "model.attention.implementation"}  # how the model is computed, not what it is
+FREE_TO_CHANGE = {  # how the model is computed, not what it is
+    "model.remat",
+    "model.attention.implementation",
+    "model.attention.context_parallel",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +40,15 @@ class TrainedModel:
     model: Transformer
 
 
-def load_model(directory: str | Path, step: int | None = None) -> TrainedModel:
+def load_model(
+    directory: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None
+) -> TrainedModel:
     """Reads parameters, configuration and tokenizer of a run's newest checkpoint, or of the one of `step`.
+
+    Args:
+      directory: of the run.
+      step: None: the newest.
+      mesh: over which the parameters are spread, as `parallel.rules` says; None: one device holds them.
 
     Raises:
       ConfigError: no such run or step.
@@ -63,14 +75,23 @@ def load_model(directory: str | Path, step: int | None = None) -> TrainedModel:
                 "router_bias": nnx.to_pure_dict(router_bias),
             },
         }
-        restored = checkpoints.restore(step, **abstract_arrays(abstract, replicated(make_mesh())))
+        if mesh is None:
+            mesh = make_mesh(devices=jax.local_devices()[:1])
+        check_model(mesh, config.model)
+        shardings = state_shardings(mesh, abstract)
+        restored = checkpoints.restore(step, **jax.tree.map(_placed, abstract, shardings))
     model = nnx.merge(graphdef, restored["params"], restored["train"]["router_bias"])
     return TrainedModel(step, config, tokenizer, model)
 
 
-def abstract_arrays(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """The shapes and dtypes of `tree`, placed as `sharding` says."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def abstract_items(step: Step) -> dict[str, Any]:
+    """Shapes, dtypes and places of a checkpoint's items, for a run that goes on from them on `step`'s mesh."""
+    items = jax.eval_shape(checkpoint_items, step.abstract_state)
+    return jax.tree.map(_placed, items, state_shardings(step.mesh, items))
+
+
+def _placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def checkpoint_items(state: TrainState) -> dict[str, Any]:

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from gqe_jax.attention import RouterBias
 from gqe_jax.config import GQEConfig, RunConfig
 from gqe_jax.evaluate.heldout import batch_loss
-from gqe_jax.models.transformer import Transformer, token_losses
+from gqe_jax.models.transformer import Transformer
+from gqe_jax.parallel.rules import state_shardings
 from gqe_jax.train.optimizer import clip_state, learning_rate, make_optimizer
 
 Batch = dict[str, jax.Array]
@@ -39,15 +41,24 @@ class TrainState:
 
 
 class Step:
-    """The compiled functions of a run. The model's structure is fixed here; its arrays come and go as arguments."""
+    """The compiled functions of a run. The model's structure is fixed here; its arrays come and go as arguments.
 
-    def __init__(self, config: RunConfig):
+    Args:
+      config: of the run.
+      mesh: over which the state is split as `parallel.rules` says; None: it is on one device.
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh | None = None):
         self.config = config
+        self.mesh = mesh
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.learning_rate = learning_rate(config.optimizer, config.train.steps)
         model = nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0)))
         self.graphdef = nnx.split(model, nnx.Param, RouterBias)[0]
-        self.train = jax.jit(self._train, donate_argnums=0)
+        self.abstract_state = jax.eval_shape(self.init)
+        self.shardings = None if mesh is None else state_shardings(mesh, self.abstract_state)
+        self.initial_state = jax.jit(self.init, out_shardings=self.shardings)
+        self.train = jax.jit(self._train, donate_argnums=0, out_shardings=(self.shardings, None))
         self.evaluate = jax.jit(self._evaluate)
 
     def init(self) -> TrainState:
@@ -80,7 +91,7 @@ class Step:
                 (_, metrics), new = gradient(state.params, state.router_bias, *part, tokens)
                 return jax.tree.map(jnp.add, grads, new), metrics
 
-            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+            zeros = self._like_params(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params))
             grads, metrics = jax.lax.scan(accumulate, zeros, (_split(batch, parts), keys))
             loss = metrics.pop("loss").sum(axis=0)  # each part is already a share of the whole batch's mean
             metrics = {"loss": loss} | jax.tree.map(lambda m: m.mean(axis=0), metrics)
@@ -101,13 +112,17 @@ class Step:
             router_bias=self._balance(state.router_bias, metrics),
         ), metrics
 
+    def _like_params(self, tree: Any) -> Any:
+        """Split over the mesh as the parameters are."""
+        return tree if self.shardings is None else jax.lax.with_sharding_constraint(tree, self.shardings.params)
+
     def _loss(self, params, router_bias, batch: Batch, key: jax.Array, tokens: jax.Array):
         """The share of `batch` in the step's loss: LM loss per token of the whole batch, router losses per part."""
         model = self.model(params, router_bias)
         x, stats = model(
             batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"], key=key
         )
-        losses = token_losses(model, x, batch["targets"], self.config.train.loss_chunk)
+        losses = model.losses(x, batch["targets"], self.config.train.loss_chunk)
         loss = total = jnp.sum(losses * batch["mask"]) / tokens
         metrics = {"loss": loss}
         if stats is not None:

@@ -1,0 +1,149 @@
+"""What the query heads of one call attend to, on one device of a mesh or on the only one."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gqe_jax.attention.context_parallel import Queries, attend_over_context, chunk_offsets
+from gqe_jax.kernels import attend, mean_head
+from gqe_jax.parallel.manual import Shard
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """Keys, values and masks of a call, and what becomes of its queries on the way.
+
+    Attributes:
+      shard: this device's part: some of the groups, some of the sequence.
+      k, v: finished keys and values, [B, T, G, D], or a stacked cache's [L, B, T, G, D].
+      rope: cos and sin of the queries, [B or 1, S, D/2] each, or None.
+      q_norm: scale and epsilon of the queries' RMS norm, or None.
+      segment_ids: int32 [B, S], of queries and keys, or None.
+      q_offset: position of the first query, scalar or [B].
+      kv_length, layer: of a cache; see `attend`.
+      method: of context parallelism.
+      options: `attend`'s window, softcap and implementation.
+    """
+
+    shard: Shard
+    k: jax.Array
+    v: jax.Array
+    rope: tuple[jax.Array, jax.Array] | None
+    q_norm: tuple[jax.Array, float] | None
+    segment_ids: jax.Array | None
+    q_offset: jax.Array | int
+    kv_length: jax.Array | None
+    layer: jax.Array | None
+    method: str
+    options: dict[str, Any]
+
+    @property
+    def num_groups(self) -> int:
+        """KV heads of this device."""
+        return self.k.shape[-2]
+
+    @property
+    def is_split(self) -> bool:
+        """Whether other devices hold other groups or other tokens."""
+        return self.shard.size("expert") > 1 or self.shard.size("context") > 1
+
+    def attend(
+        self, q: jax.Array, expert_index: jax.Array | None = None, q_shared: jax.Array | None = None
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Queries [B, S, G, M, D], selected experts int32 [B, S, G, k] → [B, S, G, k, D]; without an index all M.
+
+        With queries of the shared head, [B, S, D], its output comes as second: for a device that holds all groups and
+        tokens. Else that is the task of `attend_shared`.
+        """
+        if self.shard.size("context") > 1:
+            chunks = [self._queries(q, expert_index, *chunk) for chunk in self._chunks(q.shape[1])]
+            return jnp.concatenate(self._attend(chunks, self.k, self.v), axis=1)
+        return attend(
+            q, self.k, self.v, expert_index, q_shared=q_shared, q_offset=self.q_offset, kv_length=self.kv_length,
+            layer=self.layer, q_segment_ids=self.segment_ids, kv_segment_ids=self.segment_ids, q_rope=self.rope,
+            q_norm=self.q_norm, **self.options,
+        )  # fmt: skip
+
+    def attend_shared(self, x: jax.Array, project: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """The shared head's output [B, S, D] for this device's share of the tokens, 0 for that of the others.
+
+        The n devices on `expert` share out each chunk of the sequence in zigzag, an early and a late piece to each, so
+        that all see equally many keys. Fewer than 2n tokens (decoding) are not worth it: each device computes all, and
+        the first one's result counts.
+
+        Args:
+          x: [B, S, d].
+          project: x → queries [B, S, D].
+        """
+        n, place = self.shard.size("expert"), self.shard.index("expert")
+        k, v = self._shared_head(self.k), self._shared_head(self.v)
+        results = []
+        for rows, offset, late in self._chunks(x.shape[1]):
+            length = rows.stop - rows.start
+            whole = n == 1 or length < 2 * n
+            piece = length if whole else -(-length // (2 * n))
+            padded = length if whole else 2 * n * piece
+            places = [0] if whole else [place * piece, (2 * n - 1 - place) * piece]
+
+            def cut(array, start, rows=rows, piece=piece, padded=padded):
+                array = array[:, rows]
+                tail = padded - array.shape[1]
+                array = jnp.pad(array, [(0, 0), (0, tail)] + [(0, 0)] * (array.ndim - 2)) if tail else array
+                return jax.lax.dynamic_slice_in_dim(array, start, piece, axis=1)
+
+            chunks = [
+                Queries(
+                    q=project(cut(x, start))[:, :, None, None, :],
+                    expert_index=None,
+                    rope=jax.tree.map(lambda table, start=start, cut=cut: cut(table, start), self.rope),
+                    segment_ids=None if self.segment_ids is None else cut(self.segment_ids, start),
+                    offset=offset + start,
+                    late=late,
+                )
+                for start in places
+            ]
+            result = jnp.zeros((x.shape[0], padded, v.shape[-1]), v.dtype)
+            for start, o in zip(places, self._attend(chunks, k, v), strict=True):
+                result = jax.lax.dynamic_update_slice_in_dim(result, o[:, :, 0, 0], start, axis=1)
+            results.append(jnp.where(place == 0, result, 0) if whole and n > 1 else result[:, :length])
+        return jnp.concatenate(results, axis=1)
+
+    def _shared_head(self, x: jax.Array) -> jax.Array:
+        """Mean over the groups of all devices, [B, T, 1, D]."""
+        x = x if self.layer is None else jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False)
+        return self.shard.sum(mean_head(x) / self.shard.size("expert"), "expert")
+
+    def _chunks(self, length: int) -> list[tuple[slice, jax.Array | int, bool]]:
+        """(rows, position of the first, whether late) of the pieces of the sequence that this device holds."""
+        if self.shard.size("context") == 1:
+            return [(slice(0, length), self.q_offset, False)]
+        half = length // 2
+        early, late = chunk_offsets(self.shard, half)
+        return [(slice(0, half), early, False), (slice(half, length), late, True)]
+
+    def _queries(self, q, expert_index, rows, offset, late) -> Queries:
+        return Queries(
+            q=q[:, rows],
+            expert_index=None if expert_index is None else expert_index[:, rows],
+            rope=jax.tree.map(lambda table: table[:, rows], self.rope),
+            segment_ids=None if self.segment_ids is None else self.segment_ids[:, rows],
+            offset=offset,
+            late=late,
+        )
+
+    def _attend(self, chunks: list[Queries], k: jax.Array, v: jax.Array) -> list[jax.Array]:
+        if self.shard.size("context") > 1:
+            return attend_over_context(
+                self.shard, chunks, k, v, self.segment_ids, self.q_norm, self.method, **self.options
+            )
+        return [
+            attend(
+                chunk.q, k, v, chunk.expert_index, q_offset=chunk.offset, kv_length=self.kv_length,
+                q_segment_ids=chunk.segment_ids, kv_segment_ids=self.segment_ids, q_rope=chunk.rope,
+                q_norm=self.q_norm, **self.options,
+            )
+            for chunk in chunks
+        ]  # fmt: skip

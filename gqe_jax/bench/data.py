@@ -1,0 +1,123 @@
+"""`gqe bench data`: how fast text becomes rows, rows become batches, and whether a training step has to wait."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from gqe_jax.config import ConfigError, DataConfig, ModelConfig
+from gqe_jax.data.corpus import Corpus, files_corpus, stdlib_corpus
+from gqe_jax.data.pipeline import TrainingStream, train_batches
+from gqe_jax.data.prepare import prepare
+from gqe_jax.data.prepared import PreparedData, open_data
+from gqe_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, train_sentencepiece
+
+_SEQ_LEN, _BATCH_SIZE, _STEP_SECONDS = 2048, 16, 0.05
+_FILES_PER_WORKER = 2
+_MODEL = ModelConfig(context=_SEQ_LEN, vocab_size=2**20)  # data of any tokenizer
+
+
+def write_corpus(folder: Path, megabytes: float, files: int) -> Corpus:
+    """So much text of Python's standard library, repeated as need be, in `files` files of JSON lines of equal size."""
+    texts = [json.dumps({"text": document.text}) + "\n" for document in stdlib_corpus().documents()]
+    size, each, lines = megabytes * 1e6 / files, 0, _endless(texts)
+    for number in range(files):
+        with (folder / f"{number:03d}.jsonl").open("w") as file:
+            each = 0
+            while each < size:
+                each += file.write(next(lines))
+    return files_corpus([folder / "*.jsonl"])
+
+
+def _endless(texts: list[str]) -> Iterator[str]:
+    while True:
+        yield from texts
+
+
+def tokenising(corpus: Corpus, folder: Path, tokenizer: str, workers: int) -> tuple[float, float, PreparedData]:
+    """(MB/s of text through the whole preparation, MB/s of the library's own batch encoder, what was prepared).
+
+    Both with `workers` cores; the second is of the same documents, all in memory, and infinite where the tokenizer has
+    no library.
+    """
+    made = load_tokenizer(tokenizer)
+    began = time.perf_counter()
+    manifest = prepare(corpus, folder, tokenizer=made, seq_len=_SEQ_LEN, workers=workers)
+    seconds = time.perf_counter() - began
+    megabytes = (manifest.train.bytes + manifest.heldout.bytes) / 1e6
+    own = float("inf")
+    if not isinstance(made, ByteTokenizer):
+        texts = [document.text for file in corpus.files[:2] for document in file.documents(corpus.column)]
+        began = time.perf_counter()
+        if isinstance(made, SentencePieceTokenizer):
+            import sentencepiece
+
+            processor = sentencepiece.SentencePieceProcessor(model_proto=made.files()["sentencepiece.model"])
+            began = time.perf_counter()
+            processor.encode(texts, num_threads=workers)
+        else:
+            made.encode_batch(texts, workers)
+        own = sum(len(text.encode()) for text in texts) / 1e6 / (time.perf_counter() - began)
+    return megabytes / seconds, own, open_data(DataConfig(path=str(folder)), _MODEL)
+
+
+def reading(data: PreparedData, batches: int) -> float:
+    """Tokens per second of one core that batches of shuffled packed rows are made of, 16 × 2048 at a time."""
+    stream = TrainingStream(data, seed=0)
+    stream.read(range(_BATCH_SIZE))
+    began = time.process_time()
+    for step in range(batches):
+        stream.read(range(step * _BATCH_SIZE, (step + 1) * _BATCH_SIZE))
+    return batches * _BATCH_SIZE * _SEQ_LEN / (time.process_time() - began)
+
+
+def waiting(data: PreparedData, steps: int) -> float:
+    """Share of the time that a loop waits for its next batch, beside a step of 50 ms that needs no core of the host."""
+    waited = 0.0
+    with train_batches(data, batch_size=_BATCH_SIZE, seed=0) as batches:
+        next(batches)
+        began = time.perf_counter()
+        for _ in range(steps):
+            time.sleep(_STEP_SECONDS)
+            asked = time.perf_counter()
+            next(batches)
+            waited += time.perf_counter() - asked
+        return waited / (time.perf_counter() - began)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `gqe bench data`."""
+    parser.add_argument("--megabytes", type=float, default=200, metavar="MB", help="text to prepare (default: 200)")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="beside bytes (default: a SentencePiece model of 8000 pieces, trained here)"
+    )
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the figures beside what they should be. Raises ConfigError for flags out of range."""
+    if args.megabytes <= 0 or args.workers < 1:
+        raise ConfigError(f"--megabytes={args.megabytes:g} and --workers={args.workers} must be positive")
+    print(f"{args.megabytes:g} MB of text, {args.workers} process(es), rows of {_SEQ_LEN} tokens")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "text").mkdir()
+        corpus = write_corpus(folder / "text", args.megabytes, _FILES_PER_WORKER * args.workers)
+        rate, _, data = tokenising(corpus, folder / "bytes", "bytes", args.workers)
+        print(f"prepare with bytes          {rate:8.1f} MB/s      (at least 20 on two cores)", flush=True)
+        tokenizer = args.tokenizer
+        if tokenizer is None:
+            tokenizer = str(folder / "sentencepiece.model")
+            train_sentencepiece((d.text for d, _ in zip(corpus.documents(), range(200), strict=False)), 8000, tokenizer)
+        rate, own, _ = tokenising(corpus, folder / "pieces", tokenizer, args.workers)
+        print(f"prepare with {Path(tokenizer).name:15}{rate:8.1f} MB/s      the library alone: {own:.1f} MB/s")
+        print(f"                            {rate / own:8.2f} of it    (at least 0.8)", flush=True)
+        print(f"reading packed rows         {reading(data, 200) / 1e6:8.1f} M tokens/s of one core (at least 10)")
+        share = waiting(data, 100)
+        print(f"waiting for data            {share:8.3%} of the time, with steps of 50 ms of 16 rows (below 1%)")
+    return 0

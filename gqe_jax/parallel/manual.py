@@ -1,0 +1,130 @@
+"""Modules computed device by device: their parameters gathered, their tokens and heads the device's own.
+
+A module states its forward pass as a function of what one device holds. `on_mesh` runs that inside `jax.shard_map`, so
+that every collective is one which the code names and a Pallas kernel never meets the partitioner; without a mesh it
+calls the function as it is.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType
+
+from gqe_jax.parallel.rules import AXES, RULES, parameter_axes, spec_of
+
+Axes = tuple[str | None, ...]
+
+GATHERED = "gathered"
+"""Name of parameters gathered over `fsdp`, for remat policies: what is kept of them is one more copy of the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One device's part in a computation over a mesh.
+
+    Attributes:
+      sizes: of the mesh's axes; all 1 where there is no mesh.
+    """
+
+    sizes: tuple[tuple[str, int], ...] = tuple((axis, 1) for axis in AXES)
+
+    def size(self, axis: str) -> int:
+        return dict(self.sizes)[axis]
+
+    def index(self, axis: str) -> jax.Array | int:
+        """This device's place along an axis; traced where there are several."""
+        return jax.lax.axis_index(axis) if self.size(axis) > 1 else 0
+
+    def sum(self, x: jax.Array, axis: str) -> jax.Array:
+        """x summed over an axis; every device has the result."""
+        return jax.lax.psum(x, axis) if self.size(axis) > 1 else x
+
+    def gather(self, x: jax.Array, axis: str, dim: int) -> jax.Array:
+        """The parts along an axis, side by side in the dimension `dim`."""
+        return jax.lax.all_gather(x, axis, axis=dim, tiled=True) if self.size(axis) > 1 else x
+
+
+def current_shard() -> Shard | None:
+    """How `jax.set_mesh` splits a computation; None: not at all, or the caller's own axes or `jax.shard_map` do."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size == 1 or set(mesh.axis_names) != set(AXES) or AxisType.Manual in mesh.axis_types:
+        return None
+    return Shard(tuple(mesh.shape.items()))
+
+
+def axis_size(axis: str) -> int:
+    """Size of an axis of the mesh that splits the computation; 1 where there is none."""
+    shard = current_shard()
+    return 1 if shard is None else shard.size(axis)
+
+
+def on_mesh(
+    module: nnx.Module,
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    axes: Sequence[Any],
+    out_axes: Any,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> Any:
+    """`function(module, shard, *inputs)`, computed by each device on its part.
+
+    Args:
+      module: whose parameters are split as `rules.PARAMETERS` says. What is split over `fsdp` reaches `function` whole.
+      function: of the device's module, its `Shard`, and its parts of `inputs`.
+      inputs: trees of arrays; None stays None.
+      axes: for each input its logical axes, or a tree of them.
+      out_axes: logical axes of the results, the same way. "partial" is an axis of size 1 to the function, and to the
+        caller one of as many summands as `expert` has devices: `total` adds them.
+      dtype: float parameters of two axes or more are gathered in it; None: in their own.
+    """
+    shard = current_shard()
+    if shard is None:
+        return function(module, Shard(), *inputs)
+    graphdef, state = nnx.split(module)
+    leaves, treedef = jax.tree.flatten_with_path(state)
+    names = [parameter_axes(path, leaf.ndim) for path, leaf in leaves]
+
+    def compute(leaves, *inputs):
+        whole = [_gather(leaf, axes, shard, dtype) for leaf, axes in zip(leaves, names, strict=True)]
+        return function(nnx.merge(graphdef, jax.tree.unflatten(treedef, whole)), shard, *inputs)
+
+    specs = [_specs(tree, spec) for tree, spec in zip(inputs, axes, strict=True)]
+    return jax.shard_map(
+        compute,
+        in_specs=([spec_of(axes) for axes in names], *specs),
+        out_specs=jax.tree.map(spec_of, out_axes, is_leaf=_is_axes),
+        check_vma=False,  # results are split or summands of "partial": none is claimed to be equal on several devices
+    )([leaf for _, leaf in leaves], *inputs)
+
+
+def total(partial: jax.Array) -> jax.Array:
+    """[n, ...] → [...], the sum of the summands, in their dtype; over a mesh this is one reduction."""
+    zero = jnp.zeros((), partial.dtype)
+    return jax.lax.reduce(partial, zero, jax.lax.add, (0,))  # jnp.sum would send bfloat16 as float32
+
+
+def _gather(leaf: jax.Array, axes: Axes, shard: Shard, dtype: jax.typing.DTypeLike | None) -> jax.Array:
+    over = [dim for dim, axis in enumerate(axes) if RULES[axis] == "fsdp"]
+    if not over or shard.size("fsdp") == 1:
+        return leaf
+    if dtype is not None and leaf.ndim > 1:
+        leaf = leaf.astype(dtype)
+    return checkpoint_name(shard.gather(leaf, "fsdp", over[0]), GATHERED)
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, tuple) and all(axis is None or isinstance(axis, str) for axis in x)
+
+
+def _specs(tree: Any, axes: Any) -> Any:
+    """PartitionSpecs in the structure of `tree`, whose None are left as they are."""
+    if tree is None:
+        return None
+    if _is_axes(axes):
+        return jax.tree.map(lambda leaf: spec_of(axes), tree)
+    return jax.tree.map(_specs, tree, axes, is_leaf=lambda x: x is None or isinstance(x, jax.Array))

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Starts one command on all workers at once, detached: it goes on when this shell ends. watch.sh shows its log.
+#
+#   launch.sh [common flags] -- COMMAND ...
+#   launch.sh -- gqe train --distributed --config gqe_250m --run gs://BUCKET/RUN --config.data.path=gs://BUCKET/DATA
+#
+# Runs with the XLA flags of FLAG_SET. Where the same command is alive, nothing is started; another command that is alive
+# is an error (stop.sh first).
+
+# shellcheck source=tpu_scripts/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+parse "$@"
+[ ${#COMMAND[@]} -gt 0 ] || die "no command: launch.sh -- gqe train --distributed --config ... --run gs://BUCKET/RUN"
+command=("${COMMAND[@]}") COMMAND=()
+no_more
+need PROJECT ZONE TYPE
+read_type
+
+if [ "${command[0]}" = gqe ] && [ "$HOSTS" -gt 1 ]; then
+  case " ${command[*]} " in
+    *" --distributed "* | *" --coordinator"*) ;;
+    *) die "$TYPE has $HOSTS hosts, and without --distributed each would train alone: add it to the gqe command" ;;
+  esac
+  case " ${command[*]} " in
+    *" train "*" --run gs://"* | *" train "*" --run=gs://"*) ;;
+    *" train "*) die "--run must be a directory that all $HOSTS hosts share: gs://BUCKET/RUN" ;;
+  esac
+fi
+need_active
+
+remote="bash gqe_jax/tpu_scripts/worker/start.sh $FLAG_SET"
+for word in "${command[@]}"; do remote+=" $(printf '%q' "$word")"; done
+on_workers "$remote"
+say "next: tpu_scripts/watch.sh (logs), tpu_scripts/supervise.sh -- ... (restarts after preemption)"
