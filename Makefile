@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 
-.PHONY: demo test test-fast test-seqio lint clean
+.PHONY: demo test test-fast test-seqio .test-seqio lint clean
 
 demo: $(VENV)/.core
 	$(BIN)/gqe train --config smoke:steps=$(STEPS) --run $(RUN)
@@ -43,7 +43,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-seqio
 
 # What each environment has beyond the core is an extra of pyproject.toml.
 $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/pip

@@ -114,6 +114,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> Runner:
     _add_run(parser)
     parser.add_argument("--data", metavar="DIR", help="prepared data (default: what the run was trained on)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="ROWS")
+    _add_mesh(parser, "data=-1")
     tasks.add_arguments(parser)
 
     def run(args: argparse.Namespace) -> int:
@@ -123,15 +124,16 @@ def _add_eval(parser: argparse.ArgumentParser) -> Runner:
 
         from gqe_jax.data.prepared import open_data
         from gqe_jax.evaluate.heldout import compare_with_compressors, evaluate_model, report
-        from gqe_jax.parallel.mesh import make_mesh
+        from gqe_jax.parallel.mesh import make_mesh, parse_mesh
         from gqe_jax.train.run import load_model
 
         tasks.check_arguments(args)
-        mesh = make_mesh()
-        if args.batch_size < 1 or args.batch_size % mesh.shape["data"]:
+        mesh = make_mesh(parse_mesh(args.mesh))
+        sharing = mesh.shape["data"] * mesh.shape["fsdp"]
+        if args.batch_size < 1 or args.batch_size % sharing:
             raise ConfigError(
-                f"--batch-size={args.batch_size} is no positive multiple of the {mesh.shape['data']} device(s) that "
-                f"share a batch: set it to one"
+                f"--batch-size={args.batch_size} is no positive multiple of the {sharing} device(s) that share a "
+                f"batch: set it to one"
             )
         if args.tasks is not None:
             return tasks.run(args)
@@ -157,13 +159,22 @@ def _add_generate(parser: argparse.ArgumentParser) -> Runner:
     parser.epilog = """example:
   gqe generate --run runs/smoke --prompt 'def main(' --max-new-tokens 200"""
     _add_run(parser)
+    _add_mesh(parser, "expert=1")
     generate.add_arguments(parser)
 
     def run(args: argparse.Namespace) -> int:
+        import jax
+
+        from gqe_jax.parallel.mesh import make_mesh, parse_mesh
         from gqe_jax.train.run import load_model
 
-        trained = load_model(args.run, args.step)
-        return generate.run_generation(trained.model, trained.tokenizer, args)
+        config = parse_mesh(args.mesh)
+        if config.data * config.fsdp * config.context != 1:
+            raise ConfigError(f"--mesh={args.mesh}: one prompt can be spread over `expert` only: leave out other axes")
+        mesh = make_mesh(config, jax.local_devices()[: config.expert if config.expert > 0 else None])
+        with jax.set_mesh(mesh):
+            trained = load_model(args.run, args.step, mesh)
+            return generate.run_generation(trained.model, trained.tokenizer, args)
 
     return run
 
@@ -235,6 +246,15 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FILE[:ARG]",
         help="configuration: a Python file with get_config(arg), or the name of one that comes with gqe_jax (smoke)",
+    )
+
+
+def _add_mesh(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--mesh",
+        default=default,
+        metavar="AXIS=N,...",
+        help="how many devices along data, fsdp and expert; -1: what is left (default: %(default)s)",
     )
 
 

@@ -1,5 +1,8 @@
 """Batches: a pure function of (seed, step), the same for any number of processes, every row once per epoch."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -157,3 +160,28 @@ def test_closing(data):
     batches.close()
     with pytest.raises(ValueError, match="closed"):
         next(batches)
+
+
+def test_many_shards_stay_open(tmp_path):
+    """Every shard is an open file: the limit grows with their number, and beyond what is allowed the error says so."""
+    script = (
+        "import pathlib, resource, sys\n"
+        "from gqe_jax.data import units\n"
+        "from gqe_jax.data.corpus import files_corpus\n"
+        "from gqe_jax.data.pipeline import PreparedRows\n"
+        "from gqe_jax.data.prepare import prepare\n"
+        "from gqe_jax.data.tokenizer import ByteTokenizer\n"
+        "units._SHARD_TOKENS = 16\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "(folder / 'a.txt').write_text('x' * 16 * 300)\n"
+        "prepare(files_corpus([folder / 'a.txt']), folder / 'out', tokenizer=ByteTokenizer(), seq_len=16)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (200, int(sys.argv[2])))\n"
+        "try: print(len(PreparedRows(folder / 'out', 'train').read(range(285))['tokens']))\n"
+        "except OSError as error: print(error)\n"
+    )
+    for limit, expected in ((600, "285"), (200, "Too many open files")):
+        folder = tmp_path / str(limit)
+        folder.mkdir()
+        command = [sys.executable, "-c", script, str(folder), str(limit)]
+        done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+        assert expected in done.stdout, done.stderr

@@ -103,7 +103,7 @@ def test_bench_prints_every_figure(capsys, tmp_path, monkeypatch):
     assert main(["bench", "data", "--megabytes", "2", "--workers", "1", "--tokenizer", str(pieces)]) == 0
     out = capsys.readouterr().out
     assert len(re.findall(r"prepare with \S+ +\d+\.\d MB/s", out)) == 2
-    assert re.search(r"reading packed rows +\d+\.\d M tokens/s", out) and re.search(r"waiting for data +\d\.\d+%", out)
+    assert re.search(r"reading packed rows +\d+\.\d M tokens/s", out) and re.search(r"waiting for data +\d+\.\d+%", out)
     assert main(["bench", "data", "--megabytes", "-1"]) == 2
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch_folder  # noqa: F401 (keeps transformers off the network: before transformers)
 
 from gqe_jax.config import ConfigError
-from gqe_jax.convert.hf_tokenizer import read_tokenizer, tokenizer_files
+from gqe_jax.convert.hf_tokenizer import read_tokenizer, start_token, tokenizer_files
 from gqe_jax.data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -24,6 +24,7 @@ DOCUMENTS = [inspect.getsource(module)[:5000] for module in (argparse, inspect, 
 TRAINING = [line for document in DOCUMENTS for line in document.splitlines() if line] + ["voilà, né à Zürich"] * 9
 ODD = ["", " ", "two  spaces ", "\ttab\n\n\nnew", "é ü 漢字 🙂 x", "<0x41>", "a\u0301 ﬁ ½", " lead", "x" * 300]
 TEXTS = DOCUMENTS + TRAINING + ODD
+NAMES = ["a</s> b", "<unk><pad>", "</s>"]  # of special tokens: here they are text, and so they are where we define them
 
 
 def sentencepiece_model(**options):
@@ -75,13 +76,53 @@ def test_transformers_gives_the_same_ids(tmp_path, kind, model_type):
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.pad_id)
-    for text in TEXTS:
+    for text in TEXTS + (NAMES if kind != "huggingface" else []):
         ids = ours.encode(text).tolist()
         assert theirs(text, add_special_tokens=False).input_ids == ids, text
         unknown = theirs.unk_token_id in ids  # SentencePiece writes ⁇ for it
         assert unknown or theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), text
         assert theirs(text).input_ids == [ours.eos_id, *ids]
     assert set(theirs(text)) == {"input_ids", "attention_mask"}  # what `generate` takes
+
+
+def with_template(single):
+    """A byte-level tokenizer.json from elsewhere that puts tokens around a text: <s> is its bos, </s> its eos."""
+    definition = json.loads(tokenizer_files(ByteTokenizer(), 64)["tokenizer.json"])
+    definition["added_tokens"].append(definition["added_tokens"][0] | {"id": 259, "content": "<s>"})
+    definition["model"]["vocab"]["<s>"] = 259
+    if single is None:
+        definition["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+    else:
+        tokens = {name: {"id": name, "ids": [id], "tokens": [name]} for name, id in (("<s>", 259), ("</s>", 1))}
+        definition["post_processor"] |= {"single": single, "pair": single, "special_tokens": tokens}
+    return HuggingFaceTokenizer(json.dumps(definition).encode(), b'{"eos_token": "</s>"}')
+
+
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+BOS, EOS = ({"SpecialToken": {"id": name, "type_id": 0}} for name in ("<s>", "</s>"))
+TEMPLATES = {
+    "none": (None, 1),
+    "bos": ([BOS, TEXT], 259),
+    "bos and eos": ([BOS, TEXT, EOS], 259),
+    "eos": ([TEXT, EOS], 1),
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_text_begins_with_one_token(tmp_path, template):
+    """With its own bos where a tokenizer.json has one, else with eos as in training; and nothing stands behind it."""
+    transformers = pytest.importorskip("transformers")
+    single, start = TEMPLATES[template]
+    ours = with_template(single)
+    assert start_token(ours) == start
+    for name, content in tokenizer_files(ours, 64).items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gqe"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = ours.encode("a b").tolist()
+    assert theirs("a b").input_ids == [start, *ids] and theirs("a b", add_special_tokens=False).input_ids == ids
+    assert theirs.bos_token_id == start
+    assert read_tokenizer(tmp_path).digest == ours.digest
 
 
 @pytest.mark.parametrize("kind", KINDS)

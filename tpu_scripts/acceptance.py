@@ -9,11 +9,13 @@ was measured, and why it matters. `--rehearse N` does all of it on this machine'
 """
 
 import argparse
+import atexit
 import dataclasses
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import statistics
@@ -76,6 +78,8 @@ class Hosts:
     def __init__(self, rehearse: int | None, devices: int):
         self.rehearse = rehearse
         self.devices = devices
+        self.cache = tempfile.mkdtemp(prefix="gqe_acceptance_cache_")
+        atexit.register(shutil.rmtree, self.cache)
 
     def run(self, command: Sequence[str], *, alone: bool = False, stop_at: int | None = None) -> Ended:
         """Runs `python COMMAND` on all hosts, or on one alone, and waits for its end.
@@ -92,6 +96,10 @@ class Hosts:
             environment, joined = os.environ | {"PYTHONUNBUFFERED": "1"}, []
             if self.rehearse is not None:
                 environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": _cpu_flags(self.devices // processes)}
+                environment |= {
+                    "JAX_COMPILATION_CACHE_DIR": self.cache,
+                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                }
                 if processes > 1:
                     joined = [f"--coordinator=localhost:{port}", f"--process-id={index}"]
                     joined.append(f"--num-processes={processes}")

@@ -155,7 +155,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True)
     parser.add_argument("--config", required=True)
+    parser.add_argument("--distributed", action="store_true")
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num-processes", type=int)
+    parser.add_argument("--process-id", type=int)
     args, rest = parser.parse_known_args()
+    if (
+        args.distributed or args.coordinator
+    ):  # before anything asks JAX for devices; --distributed: all from the platform
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id, initialization_timeout=1800)
     config = load_config(args.config, [arg.removeprefix("--config.") for arg in rest if arg.startswith("--config.")])
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, batch_size=max(config.data.batch_size, jax.device_count()))

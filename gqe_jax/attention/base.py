@@ -188,6 +188,12 @@ class Attention(nnx.Module):
                 f"num_kv_heads={groups} groups cannot be shared out over the {expert} devices of the mesh's `expert` "
                 f"axis: sizes that work are {fits}"
             )
+        rows = axis_size("data") * axis_size("fsdp")
+        if x.shape[0] % rows:
+            raise ValueError(
+                f"B={x.shape[0]} rows cannot be shared out over the {rows} devices on `data` and `fsdp` of the mesh: "
+                f"make B a multiple of {rows}, or give the devices to `expert`"
+            )
         if context > 1 and cache is not None:
             raise ValueError(
                 f"a cache is not split along the sequence, as the mesh's `context` axis of {context} devices would "

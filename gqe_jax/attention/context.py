@@ -1,6 +1,7 @@
 """What the query heads of one call attend to, on one device of a mesh or on the only one."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gqe_jax.attention.context_parallel import Queries, attend_over_context, chunk_offsets
-from gqe_jax.kernels import attend, mean_head
+from gqe_jax.kernels import Mask, attend, mean_head, prepare_queries, visible
 from gqe_jax.parallel.manual import Shard
 
 
@@ -68,25 +69,26 @@ class Context:
         )  # fmt: skip
 
     def attend_shared(self, x: jax.Array, project: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """The shared head's output [B, S, D] for this device's share of the tokens, 0 for that of the others.
+        """What this device adds to the shared head's output [B, S, D]; the sum over `expert` is the whole.
 
         The n devices on `expert` share out each chunk of the sequence in zigzag, an early and a late piece to each, so
-        that all see equally many keys. Fewer than 2n tokens (decoding) are not worth it: each device computes all, and
-        the first one's result counts.
+        that all see equally many keys; each adds the rows of its pieces. Fewer than 2n tokens (decoding) cannot be
+        shared out: then each adds what the values of its groups do.
 
         Args:
           x: [B, S, d].
           project: x → queries [B, S, D].
         """
         n, place = self.shard.size("expert"), self.shard.index("expert")
+        if x.shape[1] < 2 * n and n > 1 and self.shard.size("context") == 1:
+            return self._attend_shared_few(project(x))
         k, v = self._shared_head(self.k), self._shared_head(self.v)
         results = []
         for rows, offset, late in self._chunks(x.shape[1]):
             length = rows.stop - rows.start
-            whole = n == 1 or length < 2 * n
-            piece = length if whole else -(-length // (2 * n))
-            padded = length if whole else 2 * n * piece
-            places = [0] if whole else [place * piece, (2 * n - 1 - place) * piece]
+            piece = length if n == 1 else -(-length // (2 * n))
+            padded = length if n == 1 else 2 * n * piece
+            places = [0] if n == 1 else [place * piece, (2 * n - 1 - place) * piece]
 
             def cut(array, start, rows=rows, piece=piece, padded=padded):
                 array = array[:, rows]
@@ -108,13 +110,40 @@ class Context:
             result = jnp.zeros((x.shape[0], padded, v.shape[-1]), v.dtype)
             for start, o in zip(places, self._attend(chunks, k, v), strict=True):
                 result = jax.lax.dynamic_update_slice_in_dim(result, o[:, :, 0, 0], start, axis=1)
-            results.append(jnp.where(place == 0, result, 0) if whole and n > 1 else result[:, :length])
+            results.append(result[:, :length])
         return jnp.concatenate(results, axis=1)
+
+    def _attend_shared_few(self, q: jax.Array) -> jax.Array:
+        """Queries [B, S, D] of a few tokens → this device's summand of their output.
+
+        A score against the mean key is the mean of the groups' scores: [B, S, T] numbers are summed over `expert`,
+        and not the keys and values.
+        """
+        q = prepare_queries(q[:, :, None, None, :], None, self.q_norm, self.rope)[:, :, 0, 0]
+        k, v = (mean_head(self._own_layer(x))[:, :, 0] / self.shard.size("expert") for x in (self.k, self.v))
+        scores = jnp.einsum("bsd,btd->bst", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+        scores = self.shard.sum(scores, "expert")
+        if self.options["softcap"] is not None:
+            scores = self.options["softcap"] * jnp.tanh(scores / self.options["softcap"])
+        batch, kv_len = k.shape[:2]
+        mask = Mask(
+            q_offset=jnp.broadcast_to(jnp.asarray(self.q_offset), (batch,)),
+            kv_offset=jnp.zeros(batch, jnp.int32),
+            kv_length=self.kv_length,
+            q_segment_ids=self.segment_ids,
+            kv_segment_ids=self.segment_ids,
+            window=self.options["window"],
+        )
+        weights = jax.nn.softmax(scores, where=visible(mask, q.shape[1], kv_len))  # 0 for a row that sees nothing
+        return jnp.einsum("bst,btd->bsd", weights.astype(v.dtype), v)
 
     def _shared_head(self, x: jax.Array) -> jax.Array:
         """Mean over the groups of all devices, [B, T, 1, D]."""
-        x = x if self.layer is None else jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False)
-        return self.shard.sum(mean_head(x) / self.shard.size("expert"), "expert")
+        return self.shard.sum(mean_head(self._own_layer(x)) / self.shard.size("expert"), "expert")
+
+    def _own_layer(self, x: jax.Array) -> jax.Array:
+        """k or v without the axis of layers of a stacked cache."""
+        return x if self.layer is None else jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False)
 
     def _chunks(self, length: int) -> list[tuple[slice, jax.Array | int, bool]]:
         """(rows, position of the first, whether late) of the pieces of the sequence that this device holds."""

@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="beside bytes (default: a SentencePiece model of 8000 pieces, trained here)"
     )
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: cores)")
 
 
 def run(args: argparse.Namespace) -> int:

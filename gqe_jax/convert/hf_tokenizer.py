@@ -1,9 +1,9 @@
 """A tokenizer as the files that Hugging Face's AutoTokenizer reads, and back.
 
-All three kinds become a `tokenizer.json`, which needs neither code of ours nor the sentencepiece package. The original
-of a byte or SentencePiece tokenizer lies beside it, so that an import restores the very tokenizer. `tokenizer(text)`
-puts an eos in front, as training does with every document; a tokenizer.json that came with a bos of its own keeps that.
-What differs from our own encoder: special tokens spelled out in a text are read as special tokens.
+All three kinds become a `tokenizer.json`, which needs neither code of ours nor the sentencepiece package. There
+`tokenizer(text)` puts an eos in front, as training does with every document, and a name like `</s>` within the text
+stays text. A tokenizer.json that came from elsewhere keeps a bos of its own, and such names are special tokens in it.
+The original, where it is another file, lies beside, so that an import restores the very tokenizer.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 
 DEFINITION = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
+ORIGINAL = "original_tokenizer.json"  # beside a tokenizer.json that was changed
 OWN_FILES = ("bytes.json", "sentencepiece.model")  # as `Tokenizer.files` names them
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
 SPACE = "▁"  # SentencePiece's sign for a space
+NAMES_ARE_TEXT = {"split_special_tokens": True}  # within a document, which so cannot forge the end of one
 
 
 def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
@@ -49,8 +51,11 @@ def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
         definition, config = _sentencepiece_definition(files["sentencepiece.model"], tokenizer)
     else:
         definition, config = None, json.loads(files[CONFIG])
-        # Read by transformers, which then puts this token, and no other, around a text; the file itself stays as it is.
-        config |= {"bos_token": _definition_of(tokenizer).id_to_token(start_token(tokenizer)), "add_bos_token": True}
+        library, start = _library_tokenizer(tokenizer), start_token(tokenizer)
+        config["bos_token"] = library.id_to_token(start)
+        if library.encode("a").ids != [start, *tokenizer.encode("a")]:
+            definition = json.loads(files[DEFINITION]) | {"post_processor": _beginning(config["bos_token"], start)}
+            files[ORIGINAL] = files[DEFINITION]
     if definition is not None:
         files[DEFINITION] = _json(definition)
     config |= {
@@ -65,14 +70,13 @@ def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
 def start_token(tokenizer: Tokenizer) -> int:
     """The token that an exported tokenizer puts before a text: eos, or what a tokenizer.json has for it (a bos)."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        definition = _definition_of(tokenizer)
-        with_specials, text = (definition.encode("a", add_special_tokens=add).ids for add in (True, False))
-        if with_specials[0] != text[0]:
-            return with_specials[0]
+        first = _library_tokenizer(tokenizer).encode("a").ids[0]
+        if first != tokenizer.encode("a")[0]:
+            return first
     return tokenizer.eos_id
 
 
-def _definition_of(tokenizer: HuggingFaceTokenizer) -> tokenizers.Tokenizer:
+def _library_tokenizer(tokenizer: HuggingFaceTokenizer) -> tokenizers.Tokenizer:
     import tokenizers  # an extra
 
     return tokenizers.Tokenizer.from_str(tokenizer.files()[DEFINITION].decode())
@@ -87,6 +91,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     own = {name: (folder / name).read_bytes() for name in OWN_FILES if (folder / name).is_file()}
     if own:
         return tokenizer_from_files(own)
+    if (folder / ORIGINAL).is_file():
+        files = {DEFINITION: folder / ORIGINAL, CONFIG: folder / CONFIG}
+        return tokenizer_from_files({name: path.read_bytes() for name, path in files.items()})
     if (folder / DEFINITION).is_file():
         return load_tokenizer(folder / DEFINITION)
     for name in SENTENCEPIECE_FILES:
@@ -121,7 +128,8 @@ def _bytes_definition(tokenizer: ByteTokenizer) -> tuple[dict[str, Any], dict[st
         "merges": [],
     }
     definition = _definition(specials, "</s>", model, None, byte_level, byte_level)
-    return definition, {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    names = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return definition, names | NAMES_ARE_TEXT
 
 
 def _byte_letters() -> list[str]:
@@ -199,7 +207,7 @@ def _sentencepiece_definition(
         None,
         {"type": "Sequence", "decoders": undo},
     )
-    config = {"bos_token": eos, "eos_token": eos, "pad_token": pad}
+    config = {"bos_token": eos, "eos_token": eos, "pad_token": pad} | NAMES_ARE_TEXT
     return result, config | ({} if unknown is None else {"unk_token": names[unknown]})
 
 
@@ -286,8 +294,6 @@ def _definition(
 ) -> dict[str, Any]:
     """A tokenizer.json; `first` is the special token that is put in front of a text."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    begin = {"SpecialToken": {"id": first, "type_id": 0}}
-    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B")]
     return {
         "version": "1.0",
         "truncation": None,
@@ -295,14 +301,21 @@ def _definition(
         "added_tokens": [{"id": i, "content": name} | flags for name, i in specials.items()],
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [begin, texts[0]],
-            "pair": [begin, texts[0], begin, texts[1]],
-            "special_tokens": {first: {"id": first, "ids": [specials[first]], "tokens": [first]}},
-        },
+        "post_processor": _beginning(first, specials[first]),
         "decoder": decoder,
         "model": model,
+    }
+
+
+def _beginning(name: str, id: int) -> dict[str, Any]:
+    """A post-processor that puts one token before a text, and before each of two."""
+    begin = {"SpecialToken": {"id": name, "type_id": 0}}
+    texts = [{"Sequence": {"id": which, "type_id": 0}} for which in ("A", "B")]
+    return {
+        "type": "TemplateProcessing",
+        "single": [begin, texts[0]],
+        "pair": [begin, texts[0], begin, texts[1]],
+        "special_tokens": {name: {"id": name, "ids": [id], "tokens": [name]}},
     }
 
 

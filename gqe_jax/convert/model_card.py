@@ -27,16 +27,14 @@ tags:
 ## Use
 
 ```python
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "{folder}"  # where this file is
 tokenizer = AutoTokenizer.from_pretrained(folder{remote})
 model = AutoModelForCausalLM.from_pretrained(folder{remote}, dtype="auto")
 
-prompt = "The "
-ids = [tokenizer.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]  # a document begins behind an eos
-output = model.generate(torch.tensor([ids]), max_new_tokens=50, do_sample=True, top_p=0.95)
+prompt = tokenizer("The ", return_tensors="pt")  # with the token in front that every document begins with
+output = model.generate(**prompt, max_new_tokens=50, do_sample=True, top_p=0.95)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 

@@ -111,9 +111,10 @@ def _matches(pattern: str) -> list[Path]:
             )
         return [path if remote else path.absolute()]
     if remote:
-        literal = next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
-        base = epath.Path(pattern.split("/" + path.parts[literal])[0])
-        found = base.glob("/".join(path.parts[literal:]))
+        if "**" in pattern:
+            raise ConfigError(f"data={pattern!r}: '**' is not searched in a bucket: name the folders, '*' for files")
+        first = next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
+        found = path.parents[len(path.parts) - first - 1].glob("/".join(path.parts[first:]))
     else:
         found = [Path(match).absolute() for match in glob.glob(str(path), recursive=True)]
     files = [match for match in found if match.is_file()]

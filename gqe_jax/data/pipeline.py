@@ -10,6 +10,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import resource
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -52,10 +53,15 @@ class PreparedRows:
         self._ends = list(itertools.accumulate(shard.rows for shard in shards))
         self._open()
         for path, reader, shard in zip(self._paths, self._readers, shards, strict=True):
+            if not reader.ok():
+                path.open("rb").close()  # raises what is wrong, where it is not the shard
             if not reader.ok() or reader.num_records() != shard.rows:
                 raise _damaged(path, f"its index does not give the {shard.rows} rows of the manifest")
 
     def _open(self) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 < soft + len(self._paths) <= hard:  # each shard stays open
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft + len(self._paths), hard))
         self._readers = [ArrayRecordReader(str(path), "readahead_buffer_size:0") for path in self._paths]
 
     def __getstate__(self) -> dict[str, Any]:

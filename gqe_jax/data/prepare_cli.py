@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out documents whose text came before; reads the sources twice",
     )
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: all cores)"
+        "--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)"
     )
 
 

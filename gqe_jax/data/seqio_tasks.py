@@ -1,11 +1,12 @@
 """seqio tasks that come with gqe_jax. Each gives text, so the tokenizer is chosen with `gqe prepare --tokenizer`.
 
-  fineweb_edu   HuggingFaceFW/fineweb-edu, the sample of 10 billion tokens
-  c4            allenai/c4, English; its validation split is held out
-  local_text    files of your own, GQE_LOCAL_TEXT='path/**/*.txt'; else the text of Python's own standard library
+  fineweb_edu        HuggingFaceFW/fineweb-edu, the sample of 100 billion tokens
+  fineweb_edu_10bt   the sample of 10 billion
+  c4                 allenai/c4, English; its validation split is held out
+  local_text         files of your own, GQE_LOCAL_TEXT='path/**/*.txt'; else the text of Python's own standard library
 
-The first two are downloaded from the Hugging Face Hub file by file, or read from the folder that GQE_HUB_COPY names,
-with the paths that the files have there: `<folder>/HuggingFaceFW/fineweb-edu/sample/10BT/...`.
+Those of the Hugging Face Hub are downloaded file by file, or read from the folder that GQE_HUB_COPY names, with the
+paths that the files have there: `<folder>/HuggingFaceFW/fineweb-edu/sample/100BT/...`.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def text_task(name: str, source: seqio.DataSource) -> None:
     seqio.TaskRegistry.add(name, source, preprocessors=[rename], output_features={"targets": feature})
 
 
-text_task("fineweb_edu", HubFiles("HuggingFaceFW/fineweb-edu", {"train": "sample/10BT/*.parquet"}))
+text_task("fineweb_edu", HubFiles("HuggingFaceFW/fineweb-edu", {"train": "sample/100BT/*.parquet"}))
+text_task("fineweb_edu_10bt", HubFiles("HuggingFaceFW/fineweb-edu", {"train": "sample/10BT/*.parquet"}))
 text_task(
     "c4",
     HubFiles("allenai/c4", {"train": "en/c4-train.*.json.gz", "validation": "en/c4-validation.*.json.gz"}),

@@ -27,9 +27,9 @@ from gqe_jax.data.tokenizer import Tokenizer
 
 RESULT_FILE = "unit.json"
 
-_UNIT_BYTES = 2**25  # least size of a unit's files together; of a larger corpus, 1/512
-_MOST_UNITS = 512
-_SHARD_TOKENS = 2**26
+_UNIT_BYTES = 2**25  # least size of a unit's files together; of a larger corpus, 1/256
+_MOST_UNITS = 256
+_SHARD_TOKENS = 2**28
 _BATCH_CHARACTERS = 2**21  # tokenised in one call
 _PART_CHARACTERS = 2**22  # of a document, tokenised on its own: a tokenizer takes up to 100 bytes per character
 

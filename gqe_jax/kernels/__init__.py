@@ -2,14 +2,17 @@
 
 from gqe_jax.kernels.attend import IMPLEMENTATIONS, attend, mean_head
 from gqe_jax.kernels.choose import Call, Choice, choose, target_platform
+from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.partials import EMPTY_LSE, merge_partials
 from gqe_jax.kernels.queries import prepare_queries, rms_norm, rotate, select_experts
+from gqe_jax.kernels.reference import visible
 
 __all__ = [
     "EMPTY_LSE",
     "IMPLEMENTATIONS",
     "Call",
     "Choice",
+    "Mask",
     "attend",
     "choose",
     "mean_head",
@@ -19,4 +22,5 @@ __all__ = [
     "rotate",
     "select_experts",
     "target_platform",
+    "visible",
 ]

@@ -10,14 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
-from gqe_jax.parallel.rules import AXES, RULES, parameter_axes, spec_of
-
-Axes = tuple[str | None, ...]
+from gqe_jax.parallel.rules import AXES, EXACT, parameter_axes, parameter_name, spec_of
 
 GATHERED = "gathered"
 """Name of parameters gathered over `fsdp`, for remat policies: what is kept of them is one more copy of the model."""
@@ -80,39 +77,39 @@ def on_mesh(
       axes: for each input its logical axes, or a tree of them.
       out_axes: logical axes of the results, the same way. "partial" is an axis of size 1 to the function, and to the
         caller one of as many summands as `expert` has devices: `total` adds them.
-      dtype: float parameters of two axes or more are gathered in it; None: in their own.
+      dtype: parameters are gathered in it, those of `rules.EXACT` apart; None: in their own.
     """
     shard = current_shard()
     if shard is None:
         return function(module, Shard(), *inputs)
     graphdef, state = nnx.split(module)
-    leaves, treedef = jax.tree.flatten_with_path(state)
-    names = [parameter_axes(path, leaf.ndim) for path, leaf in leaves]
+    paths, treedef = jax.tree.flatten_with_path(state)
+    names, leaves = [parameter_name(path) for path, _ in paths], [leaf for _, leaf in paths]
+    kept = [spec_of(parameter_axes(name, leaf.ndim)) for name, leaf in zip(names, leaves, strict=True)]
 
     def compute(leaves, *inputs):
-        whole = [_gather(leaf, axes, shard, dtype) for leaf, axes in zip(leaves, names, strict=True)]
+        whole = [_gather(leaf, name, shard, dtype) for leaf, name in zip(leaves, names, strict=True)]
         return function(nnx.merge(graphdef, jax.tree.unflatten(treedef, whole)), shard, *inputs)
 
     specs = [_specs(tree, spec) for tree, spec in zip(inputs, axes, strict=True)]
     return jax.shard_map(
         compute,
-        in_specs=([spec_of(axes) for axes in names], *specs),
+        in_specs=(kept, *specs),
         out_specs=jax.tree.map(spec_of, out_axes, is_leaf=_is_axes),
         check_vma=False,  # results are split or summands of "partial": none is claimed to be equal on several devices
-    )([leaf for _, leaf in leaves], *inputs)
+    )(leaves, *inputs)
 
 
 def total(partial: jax.Array) -> jax.Array:
     """[n, ...] → [...], the sum of the summands, in their dtype; over a mesh this is one reduction."""
-    zero = jnp.zeros((), partial.dtype)
-    return jax.lax.reduce(partial, zero, jax.lax.add, (0,))  # jnp.sum would send bfloat16 as float32
+    return jax.lax.reduce_sum(partial, axes=(0,))  # jnp.sum would send bfloat16 as float32
 
 
-def _gather(leaf: jax.Array, axes: Axes, shard: Shard, dtype: jax.typing.DTypeLike | None) -> jax.Array:
-    over = [dim for dim, axis in enumerate(axes) if RULES[axis] == "fsdp"]
+def _gather(leaf: jax.Array, name: str, shard: Shard, dtype: jax.typing.DTypeLike | None) -> jax.Array:
+    over = [dim for dim, axis in enumerate(parameter_axes(name, leaf.ndim)) if axis == "embed"]
     if not over or shard.size("fsdp") == 1:
         return leaf
-    if dtype is not None and leaf.ndim > 1:
+    if dtype is not None and name not in EXACT:
         leaf = leaf.astype(dtype)
     return checkpoint_name(shard.gather(leaf, "fsdp", over[0]), GATHERED)
 

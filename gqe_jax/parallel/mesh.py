@@ -9,6 +9,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from gqe_jax.config import ConfigError, MeshConfig, ModelConfig
+from gqe_jax.config_files import parse_argument
 from gqe_jax.parallel.rules import AXES, spec_of
 from gqe_jax.parallel.zigzag import zigzag
 
@@ -45,6 +46,15 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """ "fsdp=2,expert=4" → the configuration of a mesh, axes not named being 1.
+
+    Raises:
+      ConfigError: no such axis, or no number.
+    """
+    return MeshConfig(**parse_argument(text, **dict.fromkeys(AXES, 1)))
 
 
 def describe(mesh: Mesh) -> str:

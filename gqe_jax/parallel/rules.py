@@ -48,25 +48,33 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
 }
 """End of a parameter's path → its logical axes; blocks that are stacked have an axis of layers before them."""
 
+EXACT = frozenset({"router/proj/kernel"})
+"""Parameters gathered in their own dtype: the choice of experts hangs on them."""
+
 
 def spec_of(axes: Sequence[str | None]) -> PartitionSpec:
     """Logical axes of an array → its PartitionSpec."""
     return PartitionSpec(*(RULES[axis] for axis in axes))
 
 
-def parameter_axes(path: Sequence[Any], ndim: int) -> tuple[str | None, ...]:
-    """Logical axes of the parameter at the tree path `path`; an axis of layers before them is not split.
+def parameter_name(path: Sequence[Any]) -> str:
+    """The end of the tree path `path` that `PARAMETERS` knows.
 
     Raises:
-      KeyError: a parameter that the table does not know.
+      KeyError: it knows none.
     """
     names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
     names = [name for name in names if name not in ("value", "raw_value")]
     for length in (3, 2, 1):
-        axes = PARAMETERS.get("/".join(names[-length:]))
-        if axes is not None:
-            return (None,) * (ndim - len(axes)) + axes
+        if (name := "/".join(names[-length:])) in PARAMETERS:
+            return name
     raise KeyError(f"no sharding rule for the parameter {'/'.join(names)}: add it to gqe_jax.parallel.rules.PARAMETERS")
+
+
+def parameter_axes(name: str, ndim: int) -> tuple[str | None, ...]:
+    """Logical axes of a parameter; an axis of layers before them is not split."""
+    axes = PARAMETERS[name]
+    return (None,) * (ndim - len(axes)) + axes
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
@@ -76,7 +84,13 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
     """
 
     def sharding(path, leaf):
-        split = leaf.ndim and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return NamedSharding(mesh, spec_of(parameter_axes(path, leaf.ndim)) if split else PartitionSpec())
+        if not leaf.ndim or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return replicated(mesh)
+        return NamedSharding(mesh, spec_of(parameter_axes(parameter_name(path), leaf.ndim)))
 
     return jax.tree.map_with_path(sharding, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole."""
+    return NamedSharding(mesh, PartitionSpec())

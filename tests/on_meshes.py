@@ -1,0 +1,191 @@
+"""What `test_parallel` computes in a child process with eight CPU devices: their number is fixed when JAX starts."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gqe_jax.attention import GQEAttention
+from gqe_jax.config import (
+    DataConfig,
+    GQAConfig,
+    GQEConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RouterConfig,
+    RunConfig,
+    TrainConfig,
+)
+from gqe_jax.models.transformer import Transformer
+from gqe_jax.parallel.mesh import check_batch, check_model, make_mesh, shard_batch
+from gqe_jax.train.step import Step
+
+B, S, V, STEPS = 8, 32, 64, 5
+HEADS = {"num_kv_heads": 8, "head_dim": 8}
+GQE = {"num_query_experts": 16, **HEADS}
+ALL = {"qk_norm": True, "bias": True, "softcap": 20.0, "top_k": 2}
+NOISY = RouterConfig(init_std=0.5, jitter=0.1, bias_update_rate=0.01, z_loss_weight=0.01)
+PLAIN = GQEConfig(**GQE, router=RouterConfig(init_std=0.5))
+
+# name → attention, mesh (data, fsdp, expert, context), microbatches
+CASES = {
+    "data": (PLAIN, (8, 1, 1, 1), 1),
+    "fsdp": (PLAIN, (1, 8, 1, 1), 1),
+    "expert": (PLAIN, (1, 1, 8, 1), 1),
+    "context": (PLAIN, (1, 1, 1, 8), 1),
+    "data, fsdp, expert": (PLAIN, (2, 2, 2, 1), 1),
+    "fsdp, expert, context": (PLAIN, (1, 2, 2, 2), 1),
+    "ring": (GQEConfig(**GQE, **ALL, context_parallel="ring", router=NOISY), (1, 1, 2, 4), 1),
+    "gather": (GQEConfig(**GQE, **ALL, context_parallel="gather", router=NOISY), (1, 1, 2, 4), 1),
+    "window over a ring": (GQEConfig(**GQE, window=5, rope_theta=None, context_parallel="ring"), (2, 1, 1, 4), 1),
+    "random router": (GQEConfig(**GQE, router=RouterConfig(kind="random")), (1, 2, 4, 1), 1),
+    "weighted slots": (GQEConfig(**GQE, variant="weighted_concat"), (2, 1, 4, 1), 1),
+    "dense": (GQAConfig(num_query_heads=16, **HEADS, bias=True), (1, 2, 2, 2), 1),
+    "microbatches": (PLAIN, (2, 2, 2, 1), 2),
+}
+
+
+def run_config(attention, accumulate):
+    model = ModelConfig(
+        vocab_size=V, d_model=32, num_layers=2, d_ff=64, context=S, dtype="float32", attention=attention
+    )
+    optimizer = OptimizerConfig(warmup_steps=1, decay_steps=0, learning_rate=1e-2)
+    train = TrainConfig(steps=10, loss_chunk=8, accumulate=accumulate)
+    return RunConfig(model=model, data=DataConfig(batch_size=B), optimizer=optimizer, train=train)
+
+
+def make_batch(rng):
+    """Packed rows: two or three documents each, some with padding behind them."""
+    segments = np.sort(rng.integers(0, 3, (B, S)), axis=1)[:, ::-1].astype(np.int32).copy()
+    positions = np.stack([np.concatenate([np.arange((row == i).sum()) for i in (2, 1, 0)]) for row in segments])
+    tokens, targets = rng.integers(0, V, (2, B, S)).astype(np.int32)
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "segment_ids": segments,
+        "positions": positions.astype(np.int32),
+        "mask": segments != 0,
+    }
+
+
+def train(config, mesh):
+    check_model(mesh, config.model)
+    check_batch(mesh, B // config.train.accumulate, S)
+    rng = np.random.default_rng(0)
+    with jax.set_mesh(mesh):
+        step = Step(config, mesh)
+        state = step.initial_state()
+        before = jax.device_get(state.params)
+        batches = [shard_batch(mesh, make_batch(rng)) for _ in range(STEPS)]
+
+        def loss(params, batch):
+            return step._loss(params, state.router_bias, batch, jax.random.key(0), batch["mask"].sum())[0]
+
+        value, gradient = jax.device_get(jax.jit(jax.value_and_grad(loss))(state.params, batches[0]))
+        losses = []
+        for batch in batches:
+            state, metrics = step.train(state, batch)
+            losses.append(float(metrics["loss"]))
+        return {
+            "loss": value, "gradient": gradient, "losses": losses, "before": before,
+            "after": jax.device_get(state.params),
+        }  # fmt: skip
+
+
+def near_ties(config):
+    """Tokens of the first batch, over layers and groups, whose k-th and next probability are closer than 1e-6."""
+    attention = config.model.attention
+    if not isinstance(attention, GQEConfig) or attention.router.kind != "learned":
+        return 0
+    step, batch, count = Step(config), make_batch(np.random.default_rng(0)), 0
+    state = step.initial_state()
+    model = step.model(state.params, state.router_bias)
+    segments, positions = jnp.asarray(batch["segment_ids"]), jnp.asarray(batch["positions"])
+    x = model.vocabulary.embed(jnp.asarray(batch["tokens"]))
+    graph, layers = nnx.split(model.layers)
+    for index in range(config.model.num_layers):
+        block = nnx.merge(graph, jax.tree.map(lambda leaf, index=index: leaf[index], layers))
+        stats = block.attention(block.attention_norm(x), segment_ids=segments, positions=positions)[1]
+        probs = np.sort(stats.router_probs, axis=-1)[..., ::-1]
+        if attention.top_k < attention.experts_per_group:
+            count += int((probs[..., attention.top_k - 1] - probs[..., attention.top_k] < 1e-6).sum())
+        x, _, _ = block(x, segment_ids=segments, positions=positions, cache=None, rngs=None, layer_index=index)
+    return count
+
+
+def parameters(model):
+    return nnx.to_pure_dict(nnx.state(Transformer(model, rngs=nnx.Rngs(0)), nnx.Param))
+
+
+def generation():
+    """Largest difference of logits, 4 devices on `expert` against one: a prompt of 9 tokens, then 3 one by one."""
+    model_config = run_config(dataclasses.replace(PLAIN, window=7, softcap=5.0, qk_norm=True), 1).model
+    tokens = np.random.default_rng(0).integers(0, V, (2, 12)).astype(np.int32)
+    logits = []
+    for sizes, devices in ((MeshConfig(), 1), (MeshConfig(expert=4), 4)):
+        mesh = make_mesh(sizes, jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            graph, state = nnx.split(Transformer(model_config, rngs=nnx.Rngs(0)))
+
+            @jax.jit
+            def advance(state, tokens, cache, graph=graph):
+                model = nnx.merge(graph, state)
+                cache = model.init_cache(2, 16) if cache is None else cache
+                x, _, cache = model(tokens, cache=cache)
+                return model.logits(x), cache
+
+            found, cache = advance(state, tokens[:, :9], None)
+            parts = [found]
+            for at in range(9, 12):
+                found, cache = advance(state, tokens[:, at : at + 1], cache)
+                parts.append(found)
+            logits.append(np.concatenate(parts, axis=1))
+    return float(np.abs(logits[0] - logits[1]).max())
+
+
+def layer_errors():
+    """What a layer says of calls that its mesh cannot compute."""
+    errors = []
+    for sizes, groups, shape in (
+        ({"expert": 8}, 2, (1, 8, 16)),
+        ({"data": 8}, 8, (3, 8, 16)),
+        ({"context": 8}, 8, (1, 12, 16)),
+        ({"context": 8}, 8, (1, 16, 16)),
+    ):
+        layer = GQEAttention(16, 2 * groups, groups, 1, 8, rngs=nnx.Rngs(0))
+        cache = layer.init_cache(1, 16) if shape[1] == 16 else None
+        with jax.set_mesh(make_mesh(MeshConfig(**({"data": 1} | sizes)))):
+            try:
+                layer(jnp.zeros(shape), cache=cache)
+            except ValueError as error:
+                errors.append(str(error))
+    print(json.dumps(errors))
+
+
+def distance(a, b):
+    return np.sqrt(sum(np.sum(np.square(x - y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)))
+
+
+def main():
+    """Trains a small model on each mesh and on one device; prints the relative differences of each case."""
+    results, alone = {}, {}
+    one = make_mesh(devices=jax.devices()[:1])
+    for name, (attention, shape, accumulate) in CASES.items():
+        config = run_config(attention, accumulate)
+        if config not in alone:
+            alone[config] = train(config, one)
+        mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "expert", "context"), shape, strict=True))))
+        ours, theirs = train(config, mesh), alone[config]
+        leaves = zip(jax.tree.leaves(ours["gradient"]), jax.tree.leaves(theirs["gradient"]), strict=True)
+        results[name] = {
+            "loss": float(abs(ours["loss"] / theirs["loss"] - 1)),
+            "gradient": max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in leaves),
+            "losses": float(np.max(np.abs(np.subtract(ours["losses"], theirs["losses"])))),
+            "near_ties": near_ties(config),
+            "moved": float(distance(ours["after"], theirs["after"]) / distance(theirs["after"], theirs["before"])),
+        }
+    print(json.dumps(results | {"generation": generation()}))

@@ -1,0 +1,197 @@
+"""A model spread over devices: the same numbers as on one, no more communication than named, the work shared evenly."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import on_meshes
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from gqe_jax.config import ConfigError, GQAConfig, GQEConfig, MeshConfig, ModelConfig
+from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels.tpu.blocks import forward_blocks
+from gqe_jax.kernels.tpu.schedule import make_schedule, row_bounds
+from gqe_jax.parallel.mesh import check_batch, check_model, make_mesh, parse_mesh
+from gqe_jax.parallel.rules import parameter_axes, parameter_name, spec_of
+from gqe_jax.parallel.zigzag import natural, zigzag
+
+
+def run_on_eight_devices(function):
+    """What a function of `on_meshes` prints as JSON, in a child process with eight CPU devices."""
+    path = [str(pathlib.Path(on_meshes.__file__).parent), *filter(None, sys.path)]
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join(path),
+    }
+    command = [sys.executable, "-c", f"import on_meshes; on_meshes.{function}()"]
+    child = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, check=False)
+    assert child.returncode == 0, child.stderr[-4000:]
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def differences():
+    """How training on each mesh of `on_meshes` differs from one device."""
+    return run_on_eight_devices("main")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", on_meshes.CASES)
+def test_every_mesh_gives_the_numbers_of_one_device(differences, case):
+    """Devices only share out the work, whatever the axis: loss, every parameter's gradient, and five training steps
+    with dropped-in noise (drawn for all devices at a time) agree to rounding. No token of the first batch has a tie
+    close enough for rounding to decide it."""
+    result = differences[case]
+    assert result["near_ties"] == 0
+    assert result["loss"] <= 1e-5 and result["gradient"] <= 1e-5
+    assert result["losses"] <= 1e-5 and result["moved"] <= 1e-3
+
+
+@pytest.mark.slow
+def test_generation_over_expert(differences):
+    """The cache is split by groups, and the shared head's scores are summed over devices: the same logits, prefilled
+    and decoded token by token."""
+    assert differences["generation"] <= 1e-5
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_zigzag_gives_every_device_the_same_causal_work(n):
+    """Positions i see i + 1 keys; and `natural` undoes it."""
+    positions = np.arange(4 * n)[None]
+    dealt = zigzag(positions, n)
+    work = (dealt + 1).reshape(n, -1).sum(axis=1)
+    assert len(set(work.tolist())) == 1
+    np.testing.assert_array_equal(natural(dealt, n), positions)
+    np.testing.assert_array_equal(natural(jnp.asarray(dealt), n), positions)
+
+
+def test_zigzag_needs_two_chunks_for_each_device():
+    with pytest.raises(ValueError, match="an axis of 12 tokens cannot be cut into 8 equal chunks, two for each device"):
+        zigzag(np.zeros((1, 12)), 4)
+
+
+def executed_pairs(q_len, kv_len, offset, num_slots):
+    """(query, key) pairs whose scores the TPU kernel computes per slot, for a causal mask: whole units of keys for
+    every block of queries, and on the diagonal of a plain causal call its parts."""
+    blocks = forward_blocks("v5p", 128, 2, num_slots, q_len, kv_len)
+    mask = Mask(
+        q_offset=jnp.full(1, offset, jnp.int32), kv_offset=jnp.zeros(1, jnp.int32), aligned=q_len == kv_len
+    )
+    schedule = make_schedule(mask, q_len, kv_len, blocks.block_q, blocks.block_kv, blocks.unit)
+    if schedule.folded:
+        parts = blocks.block_q // blocks.diagonal_part
+        below = sum(i * blocks.block_q**2 for i in range(schedule.num_q_blocks))
+        return below + schedule.num_q_blocks * parts * (parts + 1) // 2 * blocks.diagonal_part**2
+    first, _, _, end = np.asarray(row_bounds(mask, schedule))
+    return int(((end - first) * blocks.unit * blocks.block_q).sum())
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("length", [8192, 32768])
+def test_attention_is_shared_out_evenly(devices, length):
+    """gqe_8b: N = 32, G = 8, k = 2. The busiest device computes (k·G + 1) / n of a dense model's N heads, within 3%:
+    routed slots lie with their groups, the shared head's queries in zigzag."""
+    groups, slots, heads = 8, 2, 32
+    routed = groups // devices * slots * executed_pairs(length, length, 0, slots)
+    piece = length // (2 * devices)
+    if devices == 1:
+        shared = [executed_pairs(length, length, 0, 1)]
+    else:
+        shared = [
+            sum(executed_pairs(piece, length, chunk * piece, 1) for chunk in (place, 2 * devices - 1 - place))
+            for place in range(devices)
+        ]
+    dense = heads * executed_pairs(length, length, 0, 4)
+    assert routed + max(shared) <= 1.03 * (slots * groups + 1) / heads / devices * dense
+
+
+def test_parameters_have_one_place():
+    """Every parameter of both kinds of model, with all options on, has a rule; groups, hidden width and vocabulary lie
+    on `expert`, and every matrix is spread over `fsdp`."""
+    options = {"num_kv_heads": 2, "head_dim": 8, "bias": True, "qk_norm": True}
+    for attention in (GQEConfig(num_query_experts=4, **options), GQAConfig(num_query_heads=4, **options)):
+        model = ModelConfig(d_model=16, num_layers=2, d_ff=32, attention=attention, tie_embeddings=False)
+        tree = jax.eval_shape(lambda model=model: on_meshes.parameters(model))
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            name = parameter_name(path)
+            axes = parameter_axes(name, leaf.ndim)
+            assert len(axes) == leaf.ndim
+            matrix = leaf.ndim - ("layers" in str(path[0])) > 1 and not name.endswith("bias")
+            assert ("embed" in axes) == matrix, name
+    assert spec_of((None, "embed", "group", None)) == P(None, "fsdp", "expert", None)
+    with pytest.raises(KeyError, match="no sharding rule for the parameter layers/gate/kernel: add it to"):
+        parameter_name([jax.tree_util.DictKey(name) for name in ("layers", "gate", "kernel")])
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (MeshConfig(data=1, expert=3), "need 3 devices, but there are 1: make the product of the sizes 1, or set one"),
+        (MeshConfig(expert=2), r"mesh.data=-1, .* need a multiple of 2 devices, but there are 1"),
+    ],
+)
+def test_a_mesh_that_is_not_the_devices(config, message):
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(config, jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"data": 0}, "mesh.data=0 must be a number of devices, or -1"),
+        ({"expert": -1}, "mesh.data and mesh.expert are -1: only one axis can take what is left"),
+    ],
+)
+def test_sizes_that_no_mesh_has(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        MeshConfig(**sizes)
+
+
+def test_a_mesh_from_the_command_line():
+    assert parse_mesh("fsdp=2,expert=4") == MeshConfig(data=1, fsdp=2, expert=4)
+    with pytest.raises(ConfigError, match="unknown config key 'experts': did you mean 'expert'"):
+        parse_mesh("experts=4")
+
+
+def abstract_mesh(**sizes):
+    """Sizes stand for devices that this machine has not got; only they are read."""
+    shape = {"data": 1, "fsdp": 1, "expert": 1, "context": 1} | sizes
+    return jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
+
+
+def test_a_model_that_does_not_divide():
+    """All problems at once, each with the sizes that work."""
+    attention = GQEConfig(num_query_experts=12, num_kv_heads=6, head_dim=8)
+    model = ModelConfig(vocab_size=259, d_model=30, d_ff=64, attention=attention)
+    with pytest.raises(ConfigError) as error:
+        check_model(abstract_mesh(expert=4, fsdp=4), model)
+    for text in (
+        "mesh.expert=4 does not divide model.attention.num_kv_heads=6, whose groups it shares out: set it to one of 1, "
+        "2, 3, 6",
+        "mesh.expert=4 does not divide model.vocab_size=259: the next that fits is 260",
+        "mesh.fsdp=4 does not divide model.d_model=30: choose a divisor of 30",
+    ):
+        assert text in str(error.value)
+
+
+def test_a_batch_that_does_not_divide():
+    with pytest.raises(ConfigError, match=r"data.batch_size=6 .* is not a multiple of the 4 devices that share"):
+        check_batch(abstract_mesh(data=2, fsdp=2), 6, 32)
+    with pytest.raises(ConfigError, match=r"rows of 36 tokens do not divide into the 2 × mesh.context=8 pieces"):
+        check_batch(abstract_mesh(context=4), 1, 36)
+
+
+def test_a_layer_names_what_a_mesh_cannot_do():
+    """The layer on its own, under a mesh: groups, chunks, caches."""
+    groups, rows, chunks, cache = run_on_eight_devices("layer_errors")
+    assert "num_kv_heads=2 groups cannot be shared out over the 8 devices" in groups and "work are 1, 2" in groups
+    assert "B=3 rows cannot be shared out over the 8 devices on `data` and `fsdp`" in rows
+    assert "S=12 tokens do not divide into the 16 chunks" in chunks
+    assert "a cache is not split along the sequence" in cache
