@@ -10,7 +10,8 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
-PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+# One process for each core, each with whole files: compiling, the most of it, takes one core.
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 .PHONY: demo test test-fast test-seqio .test-seqio lint clean
 
@@ -37,7 +38,7 @@ test-fast: $(VENV)/.test
 test-seqio:
 	$(MAKE) VENV=$(VENV)-seqio .test-seqio
 .test-seqio: $(VENV)/.seqio
-	$(PYTEST) tests/test_seqio.py $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_seqio.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

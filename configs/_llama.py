@@ -53,9 +53,7 @@ def llama_config(name, argument, *, heads, top_k, context, tokens_per_step, toke
     model.vocab_size = 128_256
     model.dtype = "bfloat16"
     model.remat = "attention"
-    optimizer.clip = "zclip"
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
+    config.mesh.fsdp = 16  # a ring of one dimension (v5e, v6e) or two (v5p): the rest is `data`; see docs/scaling.md
     train.eval_every = 1000
     train.eval_batches = 8
     train.checkpoint_every = 500

@@ -4,10 +4,12 @@ Exit codes: 0 done; 1 the run failed (disk, numbers); 2 input that cannot be use
 """
 
 import argparse
+import functools
 import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from gqe_jax.config import ConfigError, nearest
@@ -59,12 +61,20 @@ def _run_verb(verb: str, argv: list[str]) -> int:
     except BrokenPipeError:  # who read our output has gone: `gqe ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again as it ends
         return 128 + signal.SIGPIPE
-    except (ConfigError, FloatingPointError, OSError) as error:
-        print(f"gqe {verb}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        print(f"gqe {verb}: interrupted", file=sys.stderr)
+    except (ConfigError, FloatingPointError, OSError, KeyboardInterrupt) as error:
+        return _report(f"gqe {verb}", error)
+
+
+def _report(who: str, error: BaseException) -> int:
+    """Prints what went wrong; returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print(f"{who}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    if isinstance(error, (ConfigError, FloatingPointError, OSError)):
+        print(f"{who}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    traceback.print_exception(error)
+    return 1
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -79,7 +89,7 @@ def _add_train(parser: argparse.ArgumentParser) -> Runner:
   gqe train --config smoke:steps=200 --run runs/short --config.train.log_every=10
 
 --config.a.b=VALUE overrides any field of the configuration. A run that exists is continued from its newest
-checkpoint."""
+checkpoint. On several machines, start the same command on each, with --distributed or --coordinator."""
     _add_config(parser)
     parser.add_argument("--run", required=True, metavar="DIR", help="directory of the run: metrics and checkpoints")
     parser.add_argument(
@@ -87,17 +97,37 @@ checkpoint."""
         action="store_true",
         help="if the newest checkpoint is damaged, set it aside and continue from the one before",
     )
+    several = parser.add_argument_group("several processes, each started with the same command")
+    several.add_argument(
+        "--distributed", action="store_true", help="which they are, the platform says: Cloud TPU, GKE, Slurm, Open MPI"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="or by hand: where process 0 is reached")
+    several.add_argument("--num-processes", type=int, metavar="N", help="with --coordinator: how many")
+    several.add_argument("--process-id", type=int, metavar="I", help="with --coordinator: this one, from 0")
+    several.add_argument(
+        "--start-timeout", type=float, default=300.0, metavar="SECONDS", help="for all to have started (default: 300)"
+    )
 
     def run(args: argparse.Namespace) -> int:
+        from gqe_jax.config_dict import to_dict
         from gqe_jax.config_files import load_config
+        from gqe_jax.parallel.place import place_from
+        from gqe_jax.parallel.processes import joined
         from gqe_jax.train.loop import Interrupted, train
 
         config = load_config(args.config, args.overrides)
-        try:
-            train(config, args.run, previous_checkpoint=args.previous_checkpoint)
-        except Interrupted as stop:
-            print(f"gqe train: {stop}; the same command continues it", file=sys.stderr)
-            return 128 + stop.signal_number
+        place = place_from(args)
+        who = "gqe train" if place is None else f"gqe train, process {place.process_id} of {place.num_processes}"
+        with joined(
+            place, to_dict(config), args.run, timeout=args.start_timeout, report=functools.partial(_report, who)
+        ):
+            try:
+                train(config, args.run, previous_checkpoint=args.previous_checkpoint)
+            except Interrupted as stop:
+                print(f"{who}: {stop}; the same command continues it", file=sys.stderr)
+                return 128 + stop.signal_number
+        if place is not None and place.process_id != 0:
+            return 0
         print(f"\ncheckpoints: {args.run}/checkpoints   metrics: {args.run}/metrics.jsonl")
         print("next: " + "   |   ".join(f"gqe {verb} --run {args.run}" for verb in ("eval", "generate", "inspect run")))
         return 0
@@ -201,6 +231,17 @@ def _add_import(parser: argparse.ArgumentParser) -> Runner:
     return importing.run
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> Runner:
+    from gqe_jax.plan import verb
+
+    parser.epilog = """examples:
+  gqe plan --config gqe_250m --topology v5e:4x4
+  gqe plan --config gqe_8b --topology v5p:4x4x4 --search
+  gqe plan --config gqe_8b --topology v6e:16x16 --mode decode --config.mesh.fsdp=1 --config.mesh.expert=8"""
+    verb.add_arguments(parser)
+    return verb.run
+
+
 def _add_bench(parser: argparse.ArgumentParser) -> Runner:
     from gqe_jax.bench import attention, data
 
@@ -235,6 +276,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Runner]]] = {
     "prepare": ("Turn text into rows of tokens to train on.", _add_prepare),
     "export": ("Write a trained model for PyTorch, without PyTorch.", _add_export),
     "import": ("Make a run from a PyTorch model's folder, without PyTorch.", _add_import),
+    "plan": ("See whether a configuration fits a slice of TPUs, and how fast it could be, without a TPU.", _add_plan),
     "inspect": ("Look at a run, at prepared data, or at the kernels that a configuration takes.", _add_inspect),
     "bench": ("Measure this machine.", _add_bench),
 }

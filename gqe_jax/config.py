@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from typing import Any, Literal
 
@@ -309,7 +310,7 @@ class MeshConfig:
     """Devices along each axis of the mesh; -1, for one axis at most, means what the others leave."""
 
     data: int = -1  # copies of the model, each with its rows of the batch
-    fsdp: int = 1  # rows of the batch too; parameters and optimizer state are spread over it and gathered where used
+    fsdp: int = 1  # rows of the batch too; over it and `context` parameters and optimizer state are spread
     expert: int = 1  # KV groups with their query experts; hidden width of the MLP; vocabulary
     context: int = 1  # the sequence
 
@@ -339,10 +340,26 @@ class TrainConfig:
     keep: int = 3  # newest checkpoints kept
     tensorboard: bool = False
     wandb: bool = False
+    compilation_cache: str | None = None  # directory (gs:// too) of compiled steps, for the next start of the same run
+    profile_steps: str | None = None  # "10:13": steps 10 to 13 are traced into the run's profile/
+
+    @property
+    def profile_window(self) -> tuple[int, int] | None:
+        """First and last step of `profile_steps`."""
+        if self.profile_steps is None:
+            return None
+        first, _, last = self.profile_steps.partition(":")
+        return int(first), int(last)
 
     def __post_init__(self):
         _require_positive(self, "steps", "accumulate", "loss_chunk", "log_every", "checkpoint_every", "keep")
         _require_seed(self, "train")
+        window = self.profile_steps and re.fullmatch(r"([1-9]\d*):([1-9]\d*)", self.profile_steps)
+        _require(
+            self.profile_steps is None or (bool(window) and int(window[1]) <= int(window[2])),
+            f"train.profile_steps={self.profile_steps!r} is no window of steps: write FIRST:LAST, counted from 1, such "
+            f"as 10:13",
+        )
         for name in ("eval_every", "eval_batches"):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name}={value} must not be negative: set it to 0 or more")

@@ -145,7 +145,7 @@ class Generator:
             )
         self._check_tokens("eos_id", np.asarray([eos_id]))
         self._graphdef, state = nnx.split(model)
-        self._params = _cast_weights(nnx.to_pure_dict(state), jnp.dtype(self.config.dtype))
+        self._params = cast_weights(nnx.to_pure_dict(state), jnp.dtype(self.config.dtype))
         self._prefill = jax.jit(self._prefill_step, static_argnames=("capacity", "method"))
         self._decode = jax.jit(self._decode_step, static_argnames="method", donate_argnames="cache")
 
@@ -283,7 +283,7 @@ def _bucket(length: int, limit: int) -> int:
     return min(max(MIN_BUCKET, 1 << (length - 1).bit_length()), limit)
 
 
-def _cast_weights(params: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
+def cast_weights(params: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
     """Matrices in the dtype that the layers cast them to at each use; the router's, which computes in float32, stays.
 
     Decoding reads all weights for each token: half as wide, they take half the time.

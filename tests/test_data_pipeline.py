@@ -59,7 +59,7 @@ def row_counts(batches: list[dict]) -> Counter:
     return Counter(row.tobytes() for batch in batches for row in batch["targets"][batch["mask"].any(axis=1)])
 
 
-@settings(deadline=None, max_examples=15)
+@settings(derandomize=True, deadline=None, max_examples=15)
 @given(seed=st.integers(0, 2**32 - 1), start=st.integers(0, 10**6), batch_size=st.sampled_from([24, 48, 120]))
 def test_any_process_count_gives_the_global_batch(data, seed, start, batch_size):
     """Processes in order hold the global batch's rows in order, so training does not depend on their number."""
@@ -75,7 +75,7 @@ def test_any_process_count_gives_the_global_batch(data, seed, start, batch_size)
         assert_same(joined([take(part, 3) for part in parts]), whole)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(derandomize=True, deadline=None, max_examples=15)
 @given(seed=st.integers(0, 2**32 - 1), stop=st.integers(0, 40))
 def test_resuming_is_never_having_stopped(data, seed, stop):
     """Batch s does not depend on where reading began, also across the ends of epochs."""
@@ -91,6 +91,7 @@ def test_every_row_once_per_epoch(directory, data):
     assert row_counts(batches) == {row.tobytes(): 8 for row in rows.read(range(len(rows)))["targets"]}
 
 
+@settings(derandomize=True, deadline=None)
 @given(num_rows=st.integers(1, 300), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 10**9))
 def test_epochs_are_permutations(num_rows, seed, epoch):
     """Any epoch visits each row exactly once."""
@@ -175,13 +176,15 @@ def test_many_shards_stay_open(tmp_path):
         "folder = pathlib.Path(sys.argv[1])\n"
         "(folder / 'a.txt').write_text('x' * 16 * 300)\n"
         "prepare(files_corpus([folder / 'a.txt']), folder / 'out', tokenizer=ByteTokenizer(), seq_len=16)\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (200, int(sys.argv[2])))\n"
-        "try: print(len(PreparedRows(folder / 'out', 'train').read(range(285))['tokens']))\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 600))\n"
+        "rows = PreparedRows(folder / 'out', 'train')\n"
+        "print(len(rows.read(range(285))['tokens']))\n"
+        "del rows\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))\n"
+        "try: PreparedRows(folder / 'out', 'train')\n"
         "except OSError as error: print(error)\n"
     )
-    for limit, expected in ((600, "285"), (200, "Too many open files")):
-        folder = tmp_path / str(limit)
-        folder.mkdir()
-        command = [sys.executable, "-c", script, str(folder), str(limit)]
-        done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-        assert expected in done.stdout, done.stderr
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    allowed, refused = done.stdout.splitlines() or [done.stderr, ""]
+    assert allowed == "285" and "Too many open files" in refused, done.stderr

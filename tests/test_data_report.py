@@ -102,7 +102,8 @@ def test_bench_prints_every_figure(capsys, tmp_path, monkeypatch):
     train_sentencepiece((document.text for document in stdlib_corpus().files[0].documents("text")), 400, pieces)
     assert main(["bench", "data", "--megabytes", "2", "--workers", "1", "--tokenizer", str(pieces)]) == 0
     out = capsys.readouterr().out
-    assert len(re.findall(r"prepare with \S+ +\d+\.\d MB/s", out)) == 2
+    assert re.search(r"prepare with bytes +\d+\.\d MB/s", out) and re.search(r" +\d+\.\d\d of it", out)
+    assert re.search(r"prepare with small.model, one process: \d+\.\d MB/s; its library alone: \d+\.\d MB/s", out)
     assert re.search(r"reading packed rows +\d+\.\d M tokens/s", out) and re.search(r"waiting for data +\d+\.\d+%", out)
     assert main(["bench", "data", "--megabytes", "-1"]) == 2
 

@@ -9,6 +9,7 @@ import pytest
 from float64_attention import attention, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import checkify
 
 from gqe_jax.kernels import EMPTY_LSE, IMPLEMENTATIONS, attend, merge_partials
 from gqe_jax.kernels.xla import xla
@@ -287,3 +288,17 @@ def test_odd_head_dim_cannot_rotate():
     q, k = jnp.zeros((1, 2, 1, 1, 3)), jnp.zeros((1, 2, 1, 3))
     with pytest.raises(ValueError, match=r"q_rope needs an even head_dim, and q of shape .* has D=3"):
         attend(q, k, k, q_rope=(jnp.zeros((1, 2, 1)), jnp.zeros((1, 2, 1))))
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_an_expert_that_does_not_exist(index):
+    """Values are checked where they are known: outside jit, and under checkify; a plain jit does not pay for it."""
+    q, k = jnp.ones((1, 2, 1, 3, 8)), jnp.ones((1, 2, 1, 8))
+    expert_index = jnp.asarray([1, index]).reshape(1, 2, 1, 1)
+    lowest, highest = min(index, 1), max(index, 1)
+    rule = f"expert_index must have values in 0..M-1 = 0..2, not {lowest} to {highest}"
+    with pytest.raises(ValueError, match=rule):
+        attend(q, k, k, expert_index)
+    error, _ = checkify.checkify(jax.jit(attend))(q, k, k, expert_index)
+    assert rule in error.get()
+    assert np.isfinite(jax.jit(attend)(q, k, k, expert_index)).all()

@@ -102,8 +102,8 @@ def arrays(length=8):
     ("changes", "reason"),
     [
         ({"dtype": "float16"}, "pallas_tpu takes float32 and bfloat16, not float16"),
-        ({"head_dim": 320}, "pallas_tpu takes head_dim up to 256, not 320"),
-        ({"partitioned": True}, "XLA cannot split pallas_tpu over devices: call it within jax.shard_map"),
+        ({"head_dim": 320}, "pallas_tpu needs an even head_dim of at most 256, not 320"),
+        ({"partitioned": True}, "XLA cannot split a Pallas kernel over devices: call it inside jax.shard_map"),
     ],
 )
 def test_tpus_fall_back_to_xla_and_say_why(changes, reason):

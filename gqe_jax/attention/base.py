@@ -92,6 +92,8 @@ class Attention(nnx.Module):
         if config.rope_theta is not None:
             rope = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         draws = self._draws(x, positions, rngs, layer_index)
+        if rngs is not None and draws is not None:  # drawn by place in the sequence, on one device or on many
+            draws = zigzag(draws, axis_size("context"))
 
         tokens = ("batch", "sequence")
         rope_axes = ("batch" if positions.shape[0] == x.shape[0] else None, "sequence", None)

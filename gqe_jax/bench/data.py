@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import os
 import tempfile
@@ -15,7 +17,7 @@ from gqe_jax.data.corpus import Corpus, files_corpus, stdlib_corpus
 from gqe_jax.data.pipeline import TrainingStream, train_batches
 from gqe_jax.data.prepare import prepare
 from gqe_jax.data.prepared import PreparedData, open_data
-from gqe_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, train_sentencepiece
+from gqe_jax.data.tokenizer import SentencePieceTokenizer, load_tokenizer, train_sentencepiece
 
 _SEQ_LEN, _BATCH_SIZE, _STEP_SECONDS = 2048, 16, 0.05
 _FILES_PER_WORKER = 2
@@ -39,31 +41,29 @@ def _endless(texts: list[str]) -> Iterator[str]:
         yield from texts
 
 
-def tokenising(corpus: Corpus, folder: Path, tokenizer: str, workers: int) -> tuple[float, float, PreparedData]:
-    """(MB/s of text through the whole preparation, MB/s of the library's own batch encoder, what was prepared).
-
-    Both with `workers` cores; the second is of the same documents, all in memory, and infinite where the tokenizer has
-    no library.
-    """
-    made = load_tokenizer(tokenizer)
+def preparing(corpus: Corpus, folder: Path, tokenizer: str, workers: int) -> tuple[float, PreparedData]:
+    """(MB/s of text through the whole preparation, what was prepared)."""
     began = time.perf_counter()
-    manifest = prepare(corpus, folder, tokenizer=made, seq_len=_SEQ_LEN, workers=workers)
+    manifest = prepare(corpus, folder, tokenizer=load_tokenizer(tokenizer), seq_len=_SEQ_LEN, workers=workers)
     seconds = time.perf_counter() - began
     megabytes = (manifest.train.bytes + manifest.heldout.bytes) / 1e6
-    own = float("inf")
-    if not isinstance(made, ByteTokenizer):
-        texts = [document.text for file in corpus.files[:2] for document in file.documents(corpus.column)]
-        began = time.perf_counter()
-        if isinstance(made, SentencePieceTokenizer):
-            import sentencepiece
+    return megabytes / seconds, open_data(DataConfig(path=str(folder)), _MODEL)
 
-            processor = sentencepiece.SentencePieceProcessor(model_proto=made.files()["sentencepiece.model"])
-            began = time.perf_counter()
-            processor.encode(texts, num_threads=workers)
-        else:
-            made.encode_batch(texts, workers)
-        own = sum(len(text.encode()) for text in texts) / 1e6 / (time.perf_counter() - began)
-    return megabytes / seconds, own, open_data(DataConfig(path=str(folder)), _MODEL)
+
+def library_encoding(corpus: Corpus, tokenizer: str) -> float:
+    """MB/s of text through the batch encoder of the tokenizer's own library, one thread, all documents in memory."""
+    made = load_tokenizer(tokenizer)
+    texts = [document.text for document in corpus.documents()]
+    if isinstance(made, SentencePieceTokenizer):
+        import sentencepiece
+
+        processor = sentencepiece.SentencePieceProcessor(model_proto=made.files()["sentencepiece.model"])
+        encode = functools.partial(processor.encode, num_threads=1)
+    else:
+        encode = made.encode_batch
+    began = time.perf_counter()
+    encode(texts)
+    return sum(len(text.encode()) for text in texts) / 1e6 / (time.perf_counter() - began)
 
 
 def reading(data: PreparedData, batches: int) -> float:
@@ -108,14 +108,15 @@ def run(args: argparse.Namespace) -> int:
         folder = Path(temporary)
         (folder / "text").mkdir()
         corpus = write_corpus(folder / "text", args.megabytes, _FILES_PER_WORKER * args.workers)
-        rate, _, data = tokenising(corpus, folder / "bytes", "bytes", args.workers)
+        rate, data = preparing(corpus, folder / "bytes", "bytes", args.workers)
         print(f"prepare with bytes          {rate:8.1f} MB/s      (at least 20 on two cores)", flush=True)
         tokenizer = args.tokenizer
         if tokenizer is None:
             tokenizer = str(folder / "sentencepiece.model")
             train_sentencepiece((d.text for d, _ in zip(corpus.documents(), range(200), strict=False)), 8000, tokenizer)
-        rate, own, _ = tokenising(corpus, folder / "pieces", tokenizer, args.workers)
-        print(f"prepare with {Path(tokenizer).name:15}{rate:8.1f} MB/s      the library alone: {own:.1f} MB/s")
+        part = dataclasses.replace(corpus, files=corpus.files[:1])
+        rate, own = preparing(part, folder / "pieces", tokenizer, 1)[0], library_encoding(part, tokenizer)
+        print(f"prepare with {Path(tokenizer).name}, one process: {rate:.1f} MB/s; its library alone: {own:.1f} MB/s")
         print(f"                            {rate / own:8.2f} of it    (at least 0.8)", flush=True)
         print(f"reading packed rows         {reading(data, 200) / 1e6:8.1f} M tokens/s of one core (at least 10)")
         share = waiting(data, 100)

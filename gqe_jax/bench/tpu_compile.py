@@ -146,6 +146,19 @@ def compile_all(jobs: Sequence[Job], processes: int = 1) -> list[Compiled | Comp
     return [shares[n % processes][n // processes] for n in range(len(jobs))]
 
 
+def child_environment(libtpu_flags: str | None = None) -> dict[str, str]:
+    """Environment variables of a Python process that compiles for TPUs on a machine that has none."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    return environment if libtpu_flags is None else environment | {"LIBTPU_INIT_ARGS": libtpu_flags}
+
+
 def _compile_in_child(jobs: Sequence[Job]) -> list[Compiled | CompileError]:
     if not jobs:
         return []
@@ -158,18 +171,10 @@ def _compile_in_child(jobs: Sequence[Job]) -> list[Compiled | CompileError]:
             f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
             f"--xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra"
         )
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "LIBTPU_INIT_ARGS": flags.strip(),
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        }
         child = subprocess.run(
             [sys.executable, "-m", "gqe_jax.bench.tpu_compile"],
-            input=json.dumps(request), env=environment, capture_output=True, text=True, check=False,
+            input=json.dumps(request), env=child_environment(flags.strip()),
+            capture_output=True, text=True, check=False,
         )  # fmt: skip
         if child.returncode or not results.exists():
             raise CompileError(f"compiling for TPUs failed (exit code {child.returncode}):\n{child.stderr[-4000:]}")

@@ -60,8 +60,10 @@ class PreparedRows:
 
     def _open(self) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 < soft + len(self._paths) <= hard:  # each shard stays open
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft + len(self._paths), hard))
+        if soft != resource.RLIM_INFINITY:  # each shard stays open
+            wanted = soft + len(self._paths)
+            wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         self._readers = [ArrayRecordReader(str(path), "readahead_buffer_size:0") for path in self._paths]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -227,7 +227,7 @@ class _SplitWriter:
         for row in rows:
             if self._writer is None:
                 path = self._folder / self._shard_name(len(self._rows))
-                self._writer = ArrayRecordWriter(str(path), "group_size:1")
+                self._writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1")
                 self._rows.append(0)
             self._writer.write(encode_row(row, self._seq_len, self._dtype))
             self._rows[-1] += 1

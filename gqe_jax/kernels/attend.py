@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import checkify
 
 from gqe_jax.kernels.choose import Call, announce, check, choose, is_partitioned, target_platform
 from gqe_jax.kernels.cudnn import cudnn
@@ -57,7 +58,8 @@ def attend(
     Args:
       q: [B, S, G, M, D], all experts' queries; float32, bfloat16 or float16.
       k, v: [B, T, G, D] in q's dtype; k arrives finished (normed and rotated).
-      expert_index: integer [B, S, G, K] with values in 0..M−1 (not checked: values are traced), K <= M.
+      expert_index: integer [B, S, G, K] with values in 0..M−1, K <= M. Other values raise outside `jit`, and
+        under `checkify.checkify`; elsewhere, where values are not known, they select some expert.
       q_shared: [B, S, D], queries of one head more (GQE's shared head): it attends to the means of k and v over groups.
       causal: a query sees no key at a later position.
       window: a query at position i sees keys at positions j with i − window < j (and j < i + window if not causal).
@@ -193,6 +195,13 @@ def _check_arrays(q, k, v, expert_index):
             f"expert_index selects K={expert_index.shape[3]} experts of M={num_experts} "
             f"(shape {expert_index.shape}, q {q.shape}): K must be in 1..M"
         )
+    lowest, highest = expert_index.min(), expert_index.max()
+    rule = f"expert_index must have values in 0..M-1 = 0..{num_experts - 1}"
+    if isinstance(expert_index, jax.core.Tracer):
+        known = (lowest >= 0) & (highest < num_experts)
+        checkify.debug_check(known, rule + ", not {lowest} to {highest}", lowest=lowest, highest=highest)
+    elif not 0 <= int(lowest) <= int(highest) < num_experts:
+        raise ValueError(f"{rule}, not {lowest} to {highest}")
 
 
 def _check_options(q, q_rope, q_norm, window, softcap, scale):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 
 from gqe_jax.kernels import cudnn
-from gqe_jax.kernels.tpu import decode
+from gqe_jax.kernels.tpu import decode, pallas_tpu
 
 logger = logging.getLogger("gqe_jax")
 
@@ -73,19 +73,9 @@ def is_partitioned() -> bool:
     return any(size > 1 for axis_type, size in sizes if axis_type != jax.sharding.AxisType.Manual)
 
 
-def _pallas_tpu_obstacle(call: Call) -> str | None:
-    if call.dtype not in ("float32", "bfloat16"):
-        return f"pallas_tpu takes float32 and bfloat16, not {call.dtype}"
-    if call.head_dim > 256:
-        return f"pallas_tpu takes head_dim up to 256, not {call.head_dim}"
-    if call.partitioned:
-        return "XLA cannot split pallas_tpu over devices: call it within jax.shard_map"
-    return None
-
-
 REQUIREMENTS: dict[str, tuple[str, Callable[[Call], str | None]]] = {
     "cudnn": ("gpu", cudnn.obstacle),
-    "pallas_tpu": ("tpu", _pallas_tpu_obstacle),
+    "pallas_tpu": ("tpu", pallas_tpu.obstacle),
     "pallas_tpu_decode": ("tpu", decode.obstacle),
 }
 """Implementation → the platform it needs, and a function that says why it cannot compute a call there, if it cannot."""

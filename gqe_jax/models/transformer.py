@@ -90,7 +90,7 @@ class Transformer(nnx.Module):
             )
             return (x, None if cache is None else cache.at(None)), stats
 
-        if self.config.remat != "none" or axis_size("fsdp") > 1:
+        if self.config.remat != "none" or axis_size("fsdp") * axis_size("context") > 1:
             # Within a scan nothing can be merged with the forward pass anyway: no barrier against it is needed.
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         layers = jnp.arange(self.config.num_layers)

@@ -14,10 +14,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
-from gqe_jax.parallel.rules import AXES, EXACT, parameter_axes, parameter_name, spec_of
+from gqe_jax.parallel.rules import AXES, EXACT, RULES, parameter_axes, parameter_name, spec_of
 
 GATHERED = "gathered"
-"""Name of parameters gathered over `fsdp`, for remat policies: what is kept of them is one more copy of the model."""
+"""Name of parameters gathered over devices, for remat policies: what is kept of them is one more copy of the model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ def on_mesh(
     """`function(module, shard, *inputs)`, computed by each device on its part.
 
     Args:
-      module: whose parameters are split as `rules.PARAMETERS` says. What is split over `fsdp` reaches `function` whole.
+      module: whose parameters are split as `rules.PARAMETERS` says. Those split along `embed` reach `function` whole.
       function: of the device's module, its `Shard`, and its parts of `inputs`.
       inputs: trees of arrays; None stays None.
       axes: for each input its logical axes, or a tree of them.
@@ -107,11 +107,12 @@ def total(partial: jax.Array) -> jax.Array:
 
 def _gather(leaf: jax.Array, name: str, shard: Shard, dtype: jax.typing.DTypeLike | None) -> jax.Array:
     over = [dim for dim, axis in enumerate(parameter_axes(name, leaf.ndim)) if axis == "embed"]
-    if not over or shard.size("fsdp") == 1:
+    axes = tuple(axis for axis in RULES["embed"] if shard.size(axis) > 1)
+    if not over or not axes:
         return leaf
     if dtype is not None and name not in EXACT:
         leaf = leaf.astype(dtype)
-    return checkpoint_name(shard.gather(leaf, "fsdp", over[0]), GATHERED)
+    return checkpoint_name(jax.lax.all_gather(leaf, axes, axis=over[0], tiled=True), GATHERED)
 
 
 def _is_axes(x: Any) -> bool:

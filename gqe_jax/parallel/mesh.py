@@ -65,7 +65,8 @@ def describe(mesh: Mesh) -> str:
 
 def check_model(mesh: Mesh, model: ModelConfig) -> None:
     """Raises ConfigError, listing all that does not divide, unless the parameters can be split over `mesh`."""
-    groups, expert, fsdp = model.attention.num_kv_heads, mesh.shape["expert"], mesh.shape["fsdp"]
+    groups, expert = model.attention.num_kv_heads, mesh.shape["expert"]
+    spread = mesh.shape["fsdp"] * mesh.shape["context"]
     problems = []
     if groups % expert:
         fits = ", ".join(str(size) for size in range(1, groups + 1) if groups % size == 0)
@@ -80,9 +81,10 @@ def check_model(mesh: Mesh, model: ModelConfig) -> None:
                 f"mesh.expert={expert} does not divide model.{name}={size}: the next that fits is "
                 f"{-(-size // expert) * expert}{unused}"
             )
-    if model.d_model % fsdp:
+    if model.d_model % spread:
         problems.append(
-            f"mesh.fsdp={fsdp} does not divide model.d_model={model.d_model}: choose a divisor of {model.d_model}"
+            f"mesh.fsdp={mesh.shape['fsdp']} × mesh.context={mesh.shape['context']}, over which parameters are spread, "
+            f"do not divide model.d_model={model.d_model}: choose divisors of {model.d_model}"
         )
     if problems:
         raise ConfigError("; ".join(problems))

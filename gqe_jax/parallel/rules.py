@@ -15,7 +15,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "group": "expert",  # KV heads, each with all its query experts: routing and cache need no communication
     "hidden": "expert",
     "vocabulary": "expert",
-    "embed": "fsdp",  # of parameters, which are gathered where they are used
+    "embed": ("fsdp", "context"),  # of parameters, which are gathered where they are used
     "partial": "expert",  # summands of a result, one for each part of `expert`
     None: None,
 }

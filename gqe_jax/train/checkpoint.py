@@ -30,6 +30,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gqe_jax.config import ConfigError
+from gqe_jax.parallel.processes import every_text, first_says
 
 RECORD = "integrity.json"
 # Orbax touches these once more between the record and the rename; nothing is read from them.
@@ -127,10 +128,10 @@ class Checkpoints:
           CheckpointFailed: this save cannot start, or the one before it failed.
         """
         self.wait()
-        if step in self.steps():
+        arrays = {"params": params, "opt_state": opt_state, "train": train}
+        if first_says("saved" if step in self.steps() else ""):
             return False
         files = {name: base64.b64encode(content).decode("ascii") for name, content in tokenizer.items()}
-        arrays = {"params": params, "opt_state": opt_state, "train": train}
         texts = {"data": dict(data), "config": dict(config), "tokenizer": files}
         items = {name: ocp.args.StandardSave(tree, self._pieces(tree)) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(value) for name, value in texts.items()}
@@ -204,6 +205,8 @@ class Checkpoints:
     def verify(self, step: int, items: Sequence[str] | None = None) -> None:
         """Compares the files of `items` (None: of all) with the record made when they were written; reads each once.
 
+        Several processes, which have to call together, read a part each and raise the same.
+
         Raises:
           CheckpointDamaged: naming files, what is wrong with them and the remedy.
           ConfigError: there is no such step.
@@ -217,11 +220,14 @@ class Checkpoints:
         try:
             record = json.loads((root / RECORD).read_bytes())
         except (OSError, ValueError) as error:
-            raise self._damaged(step, [f"{RECORD} cannot be read ({error})"]) from error
-        chosen = {name: entry for name, entry in record.items() if items is None or name.split("/")[0] in items}
-        problems = [f"{name} {problem}" for name, entry in chosen.items() if (problem := _problem(root / name, *entry))]
-        if problems:
-            raise self._damaged(step, problems)
+            problems = [f"{RECORD} cannot be read ({error})"]
+        else:
+            chosen = sorted(name for name in record if items is None or name.split("/")[0] in items)
+            mine = chosen[jax.process_index() :: jax.process_count()]
+            problems = [f"{name} {problem}" for name in mine if (problem := _problem(root / name, *record[name]))]
+        found = {problem: None for text in every_text(json.dumps(problems)) for problem in json.loads(text)}
+        if found:
+            raise self._damaged(step, list(found))
 
     def set_aside(self, step: int) -> Path:
         """Renames the checkpoint of `step` so that no run continues from it, for who asked for the one before.
@@ -230,13 +236,16 @@ class Checkpoints:
           Its new path; it is kept and can be renamed back.
         """
         source = Path(self.directory) / str(step)
-        taken = {path.name for path in self.directory.iterdir()}
-        names = (f"{step}.set_aside" + (f".{count}" if count else "") for count in range(len(taken) + 1))
-        target = source.with_name(next(name for name in names if name not in taken))
-        source.rename(target)
+        name = ""
+        if jax.process_index() == 0:
+            taken = {path.name for path in self.directory.iterdir()}
+            names = (f"{step}.set_aside" + (f".{count}" if count else "") for count in range(len(taken) + 1))
+            name = next(name for name in names if name not in taken)
+            source.rename(source.with_name(name))
+        name = first_says(name)
         if self._writer is not None:
             self._writer.reload()
-        return target
+        return source.with_name(name)
 
     def _open_writer(self) -> ocp.CheckpointManager:
         if self._writer is None:
@@ -269,7 +278,7 @@ class Checkpoints:
 
     def _check_space(self, size: int) -> None:
         # A write that fails half-way fails safely too, but only after minutes and with a page of library output.
-        free = size if self._remote else shutil.disk_usage(self.directory).free
+        free = size if self._remote else int(first_says(str(shutil.disk_usage(self.directory).free)))
         if free < size:
             raise OSError(f"it takes {size / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB left")
 
@@ -387,8 +396,9 @@ def _drop_chatter(record: logging.LogRecord) -> bool:
     # Errors with a traceback are dropped as well: Orbax logs each of them several times and then raises it to us.
     if "orbax" not in Path(record.pathname).parts:
         return True
-    # The warning that there was nothing to merge comes with every checkpoint whose arrays have files of their own.
-    expected = "Skipping merge of OCDBT" in str(record.msg)
+    # That there was nothing to merge comes with every checkpoint whose arrays have files of their own; of a stop, the run
+    # says itself.
+    expected = any(text in str(record.msg) for text in ("Skipping merge of OCDBT", "Reached preemption sync point"))
     return record.levelno >= logging.WARNING and not record.exc_info and not expected
 
 

@@ -208,6 +208,7 @@ def progress_line(
     seconds_left: float,
     balance: float | None,
     mfu: float | None,
+    data_wait: float = 0.0,
 ) -> str:
     """One line of fixed width for the terminal and the log file.
 
@@ -222,6 +223,7 @@ def progress_line(
       seconds_left: until the end of the run.
       balance: `balance(load)`; None for a model without a router.
       mfu: model FLOP utilisation; None where the devices' peak is not known.
+      data_wait: share of the training time spent waiting for data; shown above 1%.
     """
     fields = [
         f"step {step:>{len(str(steps))}}/{steps}",
@@ -236,6 +238,8 @@ def progress_line(
         fields.append(f"router max/mean {balance:5.2f}")
     if mfu is not None:
         fields.append(f"mfu {mfu:6.1%}")
+    if data_wait > 0.01:
+        fields.append(f"data wait {data_wait:4.0%}")
     return "  ".join(fields)
 
 

@@ -23,6 +23,7 @@ from gqe_jax.train.step import Step, TrainState
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
+PROFILE = "profile"
 FREE_TO_CHANGE = {  # how the model is computed, not what it is
     "model.remat",
     "model.attention.implementation",

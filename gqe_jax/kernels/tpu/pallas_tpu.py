@@ -25,7 +25,7 @@ OTHER_VMEM_LIMIT_BYTES = 100 << 20
 def obstacle(call) -> str | None:
     """Why these kernels cannot compute a `choose.Call` on a TPU; None where they can."""
     if call.dtype not in ("bfloat16", "float32"):
-        return f"pallas_tpu takes bfloat16 and float32, not {call.dtype}"
+        return f"pallas_tpu takes float32 and bfloat16, not {call.dtype}"
     if call.head_dim % 2 or call.head_dim > 256:
         return f"pallas_tpu needs an even head_dim of at most 256, not {call.head_dim}"
     if call.num_experts > 256:

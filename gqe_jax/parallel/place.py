@@ -1,0 +1,100 @@
+"""Which process of a run this one is, and where process 0 is reached: from arguments, or from the platform."""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() asks, which tells only JAX the answer
+
+from gqe_jax.config import ConfigError
+
+
+class StartFailed(OSError):
+    """The processes did not meet within the deadline. Another try may succeed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A process's place among those of the run.
+
+    Attributes:
+      coordinator: HOST:PORT at which the others reach process 0.
+      num_processes: in all.
+      process_id: of this one, from 0.
+      local_device_ids: devices that this process uses; None: all of its machine.
+    """
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+    local_device_ids: Sequence[int] | None = None
+
+    def __post_init__(self):
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+            raise ConfigError(
+                f"--coordinator={self.coordinator!r} is no HOST:PORT: name the machine of process 0, as the others "
+                f"reach it, and a port that is free there, such as 10.0.0.1:8476"
+            )
+        if self.num_processes < 1:
+            raise ConfigError(f"--num-processes={self.num_processes} must be at least 1")
+        if not 0 <= self.process_id < self.num_processes:
+            raise ConfigError(
+                f"--process-id={self.process_id} must lie in [0, --num-processes={self.num_processes}): number the "
+                f"processes from 0 to {self.num_processes - 1}"
+            )
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.coordinator.rpartition(":")
+        return host.strip("[]"), int(port)
+
+
+def place_from(args: argparse.Namespace) -> Place | None:
+    """What the arguments of `gqe train` say; None: one process.
+
+    Raises:
+      ConfigError: they contradict one another, or some are missing.
+      StartFailed: as `find_place`.
+    """
+    by_hand = {
+        f"--{name.replace('_', '-')}": getattr(args, name) for name in ("coordinator", "num_processes", "process_id")
+    }
+    given = [name for name, value in by_hand.items() if value is not None]
+    if args.start_timeout <= 0:
+        raise ConfigError(f"--start-timeout={args.start_timeout} must be above 0 seconds")
+    if args.distributed and given:
+        raise ConfigError(
+            f"--distributed asks the platform for what {' and '.join(given)} say by hand: give one or the other"
+        )
+    if args.distributed:
+        return find_place(args.start_timeout)
+    if given and len(given) < 3:
+        missing = [name for name in by_hand if name not in given]
+        raise ConfigError(
+            f"{' and '.join(given)} without {' and '.join(missing)}: several processes need --coordinator HOST:PORT "
+            f"--num-processes N --process-id I, or --distributed where the platform knows them"
+        )
+    return Place(*by_hand.values()) if given else None
+
+
+def find_place(timeout: float) -> Place:
+    """This process's place as the platform (Cloud TPU, GKE, Slurm, Open MPI, Kubernetes) gives it.
+
+    Raises:
+      ConfigError: there is no such platform.
+      StartFailed: the platform does not know the coordinator's address within `timeout` seconds.
+    """
+    try:
+        coordinator, num_processes, process_id, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, timeout
+        )
+    except RuntimeError as error:
+        raise StartFailed(f"--distributed: {error}") from error
+    if coordinator is None or num_processes is None or process_id is None:
+        raise ConfigError(
+            "--distributed: this is no platform that says which processes a run has (Cloud TPU, GKE, Slurm, Open MPI, "
+            "Kubernetes): give --coordinator HOST:PORT --num-processes N --process-id I to each process instead"
+        )
+    return Place(coordinator, num_processes, process_id, devices)

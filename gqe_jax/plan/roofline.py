@@ -1,0 +1,201 @@
+"""How long a step takes at least: its arithmetic, its traffic with HBM and its collectives, each at the chip's peak.
+
+What is assumed:
+
+- Matrix products run at the peak; those of attention over the head dimension leave the rest of a wider matrix unit
+  idle. The backward pass takes twice the forward's products, attention's 2.5 times (scores are computed again); what
+  remat computes again is counted. Norms, rotary embedding, softmax and the optimizer's arithmetic are not.
+- HBM: weights are read by each pass, a layer's results written once and read once, the optimizer's state read and
+  written once a step.
+- ICI: one ring through the devices of an axis, of all links if the axis covers the whole slice
+  (`topologies.Topology.axis_bandwidth`); collectives one after another.
+
+If everything overlaps, a step takes as long as the longest of the three; if nothing does, as long as their sum.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from gqe_jax.config import ModelConfig, RunConfig
+from gqe_jax.flops import ForwardFlops, forward_flops, parameter_count
+from gqe_jax.plan.collectives import Collective
+from gqe_jax.plan.compile import Mode
+from gqe_jax.plan.memory import activation_width, tokens_per_device
+from gqe_jax.plan.topologies import Topology
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """Seconds of one step on one device.
+
+    Attributes:
+      matmul, attention: of the products with weights, and of queries, keys and values.
+      hbm: of reading and writing.
+      ici: axes of the mesh → of their collectives.
+      model_flops: that the model asks for, of all devices: numerator of MFU.
+      peak_flops: of all devices, per second.
+    """
+
+    matmul: float
+    attention: float
+    hbm: float
+    ici: Mapping[tuple[str, ...], float]
+    model_flops: float
+    peak_flops: float
+
+    @property
+    def compute(self) -> float:
+        return self.matmul + self.attention
+
+    @property
+    def overlapped(self) -> float:
+        """If arithmetic, HBM and ICI all work at the same time."""
+        return max(self.compute, self.hbm, sum(self.ici.values()))
+
+    @property
+    def serial(self) -> float:
+        """If none of them waits for less than the end of the others."""
+        return self.compute + self.hbm + sum(self.ici.values())
+
+    def mfu(self, seconds: float) -> float:
+        return self.model_flops / (seconds * self.peak_flops)
+
+
+def roofline(
+    config: RunConfig,
+    topology: Topology,
+    mesh: Mapping[str, int],
+    mode: Mode,
+    batch_size: int,
+    seq_len: int,
+    ici: Mapping[tuple[str, ...], float],
+) -> Roofline:
+    """The terms of a step; `ici` are the seconds of its collectives (`ici_seconds`)."""
+    model, chip = config.model, topology.chip
+    flops = step_flops(model, mode, batch_size, seq_len)
+    attention = flops.attention + flops.shared_head
+    products = flops.total - attention
+    if mode == "train":
+        remat = model.remat
+        again = flops.logits  # a chunk's logits are always computed again
+        if remat in ("attention", "full"):
+            again += flops.projections + flops.router + flops.mlp * 2 // 3  # the last product of a layer is not needed
+        products, scores = 3 * products + again, (4.5 if remat == "full" else 3.5) * attention
+        if mesh["context"] > 1 and model.attention.context_parallel == "ring":
+            scores += attention
+    else:
+        scores = attention
+    devices = topology.num_devices
+    width = max(1.0, chip.matrix_unit / model.attention.head_dim)
+    return Roofline(
+        matmul=products / devices / chip.peak_flops,
+        attention=scores * width / devices / chip.peak_flops,
+        hbm=hbm_bytes(config, mesh, mode, batch_size, seq_len) / chip.hbm_bandwidth,
+        ici=ici,
+        model_flops=(3 if mode == "train" else 1) * flops.total,
+        peak_flops=devices * chip.peak_flops,
+    )
+
+
+def step_flops(model: ModelConfig, mode: Mode, batch_size: int, seq_len: int, kind: str = "active") -> ForwardFlops:
+    """FLOPs of the forward pass of a step, by part: of whole rows, of prompts with the logits of their last tokens, or
+    of one token behind `seq_len` - 1 others in each row."""
+    if mode == "decode":
+        one = forward_flops(model, 1, kind)
+        seen = min(seq_len, model.attention.window or seq_len)
+        one = dataclasses.replace(one, attention=one.attention * seen, shared_head=one.shared_head * seen)
+    else:
+        one = forward_flops(model, seq_len, kind)
+        if mode == "prefill":
+            one = dataclasses.replace(one, logits=one.logits // seq_len)
+    return ForwardFlops(*(batch_size * part for part in dataclasses.astuple(one)))
+
+
+def hbm_bytes(config: RunConfig, mesh: Mapping[str, int], mode: Mode, batch_size: int, seq_len: int) -> int:
+    """Bytes that a device reads from and writes to its memory in a step."""
+    model, expert = config.model, mesh["expert"]
+    item = 2 if model.dtype == "bfloat16" else 4
+    parameters = parameter_count(model)["total"] // expert
+    if mode != "train":
+        attention = model.attention
+        rows = math.ceil(batch_size / (mesh["data"] * mesh["fsdp"]))
+        cache = item * 2 * model.num_layers * rows * seq_len * attention.num_kv_heads // expert * attention.head_dim
+        tokens = rows * (1 if mode == "decode" else seq_len)
+        return item * parameters + cache + 2 * model.num_layers * tokens * activation_width(model, "none", expert)
+    rows, tokens = tokens_per_device(config, mesh, batch_size, seq_len)
+    again = model.remat in ("attention", "full")
+    results = model.num_layers * rows * tokens * activation_width(model, "none", expert)
+    passes = 2 + again  # forward, again, backward
+    logits = 4 * rows * tokens * model.vocab_size // expert
+    a_microbatch = item * parameters * passes + 2 * results * (passes + 1) + 6 * logits
+    shard = parameters // (mesh["fsdp"] * mesh["context"])
+    a_microbatch += 8 * shard if config.train.accumulate == 1 else 16 * shard  # gradients
+    return config.train.accumulate * a_microbatch + 28 * shard  # parameters, two moments, both ways; gradients once
+
+
+def ici_seconds(
+    topology: Topology, extents: Mapping[str, Sequence[int]], collectives: Sequence[Collective]
+) -> dict[tuple[str, ...], float]:
+    """Axes → seconds of the collectives over them."""
+    seconds: dict[tuple[str, ...], float] = {}
+    for collective in collectives:
+        axes = collective.axes or tuple(extents)
+        stretch = tuple(math.prod(sizes) for sizes in zip(*(extents[axis] for axis in axes), strict=True))
+        took = collective.sent / topology.axis_bandwidth(tuple(map(min, stretch, topology.shape)))
+        seconds[collective.axes] = seconds.get(collective.axes, 0.0) + took
+    return seconds
+
+
+def expected_collectives(
+    config: RunConfig, topology: Topology, mesh: Mapping[str, int], batch_size: int, seq_len: int
+) -> list[Collective]:
+    """The large collectives of a training step, from the configuration alone; a compiled step's are read from it."""
+    model, parts = config.model, config.train.accumulate
+    expert, context = mesh["expert"], mesh["context"]
+    item = 2 if model.dtype == "bfloat16" else 4
+    parameters = parameter_count(model)["total"] // expert
+    rows, tokens = tokens_per_device(config, mesh, batch_size, seq_len)
+    again = model.remat in ("attention", "full")
+    hidden = item * rows * tokens * model.d_model
+    attention = model.attention
+    keys = item * 2 * rows * seq_len * attention.num_kv_heads // expert * attention.head_dim
+    passes = 2 + again
+
+    def ring(kind, axes, count, size, rounds):
+        devices = math.prod(mesh[axis] for axis in axes)
+        return Collective(
+            kind=kind, axes=axes, count=count, size=count * size,
+            sent=round(rounds * count * size * (devices - 1) / devices),
+        )  # fmt: skip
+
+    found = []
+    split = tuple(axis for axis in ("fsdp", "context") if mesh[axis] > 1)
+    pieces = mesh["fsdp"] * context
+    if split:
+        whole = pieces == topology.num_devices  # over all dimensions of a torus XLA makes all-reduces of these
+        found.append(ring("all-gather", split, 2 * parts, item * parameters, 1 + whole))
+        found.append(ring("reduce-scatter", split, parts, item * parameters, 1 + whole))
+    if mesh["data"] > 1:
+        found.append(ring("all-reduce", ("data",), parts, (item if split else 4) * parameters // pieces, 2))
+    if expert > 1:
+        found.append(ring("all-reduce", ("expert",), parts * model.num_layers * 2 * passes, hidden, 2))
+    if context > 1:
+        found.append(ring("all-gather", ("context",), parts * model.num_layers * (passes + 1), keys, 1))
+    return found
+
+
+def likely_extents(topology: Topology, mesh: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Axis → chips along each dimension of the slice, the innermost axis placed first, without asking JAX."""
+    free = list(topology.shape)
+    extents = {}
+    for axis in reversed(list(mesh)):
+        left = max(1, mesh[axis] // (topology.chip.devices_per_chip if axis == "context" else 1))
+        spans = [1] * len(free)
+        for place in sorted(range(len(free)), key=lambda place: (free[place] != left, -free[place])):
+            spans[place] = math.gcd(left, free[place])
+            left //= spans[place]
+            free[place] //= spans[place]
+        extents[axis] = tuple(spans)
+    return extents
+

@@ -1,0 +1,107 @@
+"""`gqe plan`: would a configuration fit a slice of TPUs, and how fast could it be, without a TPU."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from gqe_jax.config import AttentionConfig, ConfigError, GQAConfig, GQEConfig, RunConfig
+from gqe_jax.config_files import load_config
+from gqe_jax.plan import report, search
+from gqe_jax.plan.compile import MODES, Compiled, Request, compile_plan
+from gqe_jax.plan.topologies import topology
+
+COMPILED = 2  # of what the search ranks first
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `gqe plan`."""
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="configuration, as in gqe train")
+    parser.add_argument("--topology", required=True, metavar="NAME", help="slice of TPUs: v5e:4x4, v5p:4x4x4, ...")
+    parser.add_argument("--mode", choices=MODES, default="train", help="which step (default: train)")
+    parser.add_argument("--seq-len", type=int, metavar="N", help="tokens of a row (default: the model's context)")
+    parser.add_argument("--batch-size", type=int, metavar="ROWS", help="of the global batch (default: the config's)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--search",
+        action="store_true",
+        help=f"rank meshes, remat policies and numbers of microbatches by estimate, and compile the best {COMPILED}",
+    )
+    what.add_argument("--compare", choices=("gqa",), help="beside it the same model with all query heads attending")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan; returns 0 if it fits, 1 if it does not.
+
+    Raises:
+      ConfigError: what cannot be planned.
+    """
+    topology(args.topology)
+    config = load_config(args.config, args.overrides)
+    request = Request(
+        config=config,
+        topology=args.topology,
+        mode=args.mode,
+        batch_size=config.data.batch_size if args.batch_size is None else args.batch_size,
+        seq_len=config.model.context if args.seq_len is None else args.seq_len,
+    )
+    for option, value in (("--batch-size", request.batch_size), ("--seq-len", request.seq_len)):
+        if value < 1:
+            raise ConfigError(f"{option}={value} must be at least 1: raise it")
+    if args.search:
+        return _search(request)
+    if args.compare:
+        return _compare(request)
+    plan = _plan(request)
+    return 0 if plan is not None else 1
+
+
+def _plan(request: Request) -> report.Plan | None:
+    """Compiles and prints; None: it does not fit."""
+    result = compile_plan(request)
+    if isinstance(result, Compiled):
+        plan = report.Plan(request, result)
+        print(plan, flush=True)
+        return plan
+    print(report.out_of_memory(request, result), flush=True)
+    if request.mode == "train":
+        print(report.remedies(request, search.remedies(request, result.mesh)), flush=True)
+    return None
+
+
+def _search(request: Request) -> int:
+    if request.mode != "train":
+        raise ConfigError(f"--search ranks training steps: drop it, or --mode={request.mode}")
+    ranked = search.search(request)
+    print(report.ranking(request, ranked), flush=True)
+    plans = []
+    for candidate in ranked[:COMPILED]:
+        print(f"\ncompiled: {candidate.overrides(request.config)}", flush=True)
+        plans.append(_plan(candidate.request))
+    return 0 if any(plans) else 1
+
+
+def _compare(request: Request) -> int:
+    twin = dataclasses.replace(request, config=dense_twin(request.config))
+    plans = [_plan(request)]
+    print(flush=True)
+    plans.append(_plan(twin))
+    if None in plans:
+        return 1
+    print("\n" + report.comparison(*plans))
+    return 0
+
+
+def dense_twin(config: RunConfig) -> RunConfig:
+    """The same run with all query heads attending.
+
+    Raises:
+      ConfigError: it is dense already.
+    """
+    attention = config.model.attention
+    if not isinstance(attention, GQEConfig):
+        raise ConfigError(f"--compare=gqa: {config.name} is dense itself (attention.kind={attention.kind!r}): drop it")
+    shared = {field.name: getattr(attention, field.name) for field in dataclasses.fields(AttentionConfig)}
+    dense = GQAConfig(**shared | {"kind": "gqa", "num_query_heads": attention.num_query_experts})
+    model = dataclasses.replace(config.model, attention=dense)
+    return dataclasses.replace(config, name=f"{config.name}, dense", model=model)
