@@ -51,7 +51,7 @@ def run_config(attention, accumulate):
     model = ModelConfig(
         vocab_size=V, d_model=32, num_layers=2, d_ff=64, context=S, dtype="float32", attention=attention
     )
-    optimizer = OptimizerConfig(warmup_steps=0, decay_steps=0, learning_rate=1e-2, clip="none")
+    optimizer = OptimizerConfig(warmup_steps=0, decay_steps=0, learning_rate=1e-2, eps=1e-5, clip="none")
     train = TrainConfig(steps=10, loss_chunk=8, accumulate=accumulate)
     return RunConfig(model=model, data=DataConfig(batch_size=B), optimizer=optimizer, train=train)
 

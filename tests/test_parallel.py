@@ -8,11 +8,13 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import layer_on_a_slice
 import numpy as np
 import on_meshes
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from gqe_jax.bench.tpu_compile import child_environment
 from gqe_jax.config import ConfigError, GQAConfig, GQEConfig, MeshConfig, ModelConfig
 from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.tpu.blocks import forward_blocks
@@ -195,3 +197,32 @@ def test_a_layer_names_what_a_mesh_cannot_do():
     assert "B=3 rows cannot be shared out over the 8 devices on `data` and `fsdp`" in rows
     assert "S=12 tokens do not divide into the 16 chunks" in chunks
     assert "a cache is not split along the sequence" in cache
+
+
+@pytest.fixture(scope="module")
+def layer_collectives():
+    """(kind of layer, with backward) → collectives of the layer over 8 TPUs, as [kind, axes, bytes]."""
+    pytest.importorskip("libtpu", reason="not made for this Python")
+    child = subprocess.run(
+        [sys.executable, layer_on_a_slice.__file__], env=child_environment(), capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr[-4000:]
+    return {(kind, backward): found for kind, backward, found in json.loads(child.stdout.splitlines()[-1])}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_layer_over_expert_communicates_what_it_must(layer_collectives, backward):
+    """In the program compiled for a TPU slice. Dense attention with its heads over devices (tensor parallelism) reduces
+    y and, backward, dx: B·S·d each. GQE adds the mean of K and V, 2·B·T·D, the normaliser of ō, B·S, and the gradients
+    of both; and the gradients of the parameters that every device holds, 3·d·D. Nothing else: routing and selection
+    stay on the device, no queries, probabilities or outputs of heads are gathered or exchanged."""
+    tokens = layer_on_a_slice.B * layer_on_a_slice.S
+    d, dim = layer_on_a_slice.D_MODEL, layer_on_a_slice.D
+    passes = 2 if backward else 1
+    dense = passes * 2 * tokens * d
+    extra = passes * (2 * 2 * tokens * dim + 4 * tokens) + (4 * 3 * d * dim if backward else 0)
+    for kind, size in (("gqa", dense), ("gqe", dense + extra)):
+        found = layer_collectives[kind, backward]
+        assert {(name, tuple(axes)) for name, axes, _ in found} == {("all-reduce", ("expert",))}
+        assert sum(bytes_ for _, _, bytes_ in found) == size

@@ -36,12 +36,12 @@ HloModule jit_step, is_scheduled=true
   ROOT %scatter = bf16[16,32]{1,0:T(8,128)(2,1)} reduce-scatter(%w), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
 }
 
-%step.1 (s1: bf16[16,32]) -> bf16[64,32] {
+%async_collective_fusion.1 (s1: bf16[16,32]) -> bf16[64,32] {
   %s1 = bf16[16,32] parameter(0)
   ROOT %spread.1 = bf16[64,32] all-gather(%s1), channel_id=7, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
 }
 
-%step.2 (s2: bf16[16,32]) -> bf16[64,32] {
+%async_collective_fusion.2 (s2: bf16[16,32]) -> bf16[64,32] {
   %s2 = bf16[16,32] parameter(0)
   ROOT %spread.2 = bf16[64,32] all-gather(%s2), channel_id=7, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
 }
@@ -53,8 +53,8 @@ HloModule jit_step, is_scheduled=true
   %gather-start = (bf16[16,32], bf16[64,32]{1,0:T(8,128)}) all-gather-start(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
   %gather-done = bf16[64,32] all-gather-done(%gather-start)
   %attention = bf16[64,32] custom-call(%gather-done), custom_call_target="tpu_custom_call"
-  %fused.1 = bf16[64,32] fusion(%x), kind=kCustom, calls=%step.1
-  %fused.2 = bf16[64,32] fusion(%x), kind=kCustom, calls=%step.2
+  %fused.1 = bf16[64,32] fusion(%x), kind=kCustom, calls=%async_collective_fusion.1
+  %fused.2 = bf16[64,32] fusion(%x), kind=kCustom, calls=%async_collective_fusion.2
   %scatter-start = ((bf16[64,32]), bf16[16,32], s32[]) async-start(%attention), calls=%wrapped
   %scatter-done = bf16[16,32] async-done(%scatter-start)
   ROOT %next = (s32[], bf16[16,32]) tuple(%i, %scatter-done)
@@ -83,12 +83,12 @@ ENTRY %main (p: (s32[], bf16[16,32]), g: f32[10]) -> (f32[10], bf16[8]) {
 def test_collectives_of_a_program():
     """A loop of three trips counts three times, and once what is in two pieces: a start and a done, or two fusions."""
     gathered, summed = 64 * 32 * 2, 10 * 4 + 8 * 2
-    assert {(c.kind, c.axes): (c.count, c.size, c.sent) for c in read_collectives(HLO, MESH)} == {
-        ("all-gather", ("fsdp",)): (3, 3 * gathered, 3 * gathered * 3 // 4),
-        ("all-gather", ("data",)): (3, 3 * 2048, 3 * 1024),
-        ("reduce-scatter", ("fsdp",)): (3, 3 * gathered, 3 * gathered * 3 // 4),
-        ("all-reduce", ("data",)): (1, summed, summed),  # of two devices: half of it, there and back
-        ("collective-permute", ("fsdp",)): (1, 40, 40),
+    assert {(c.kind, c.axes): (c.count, c.hidden, c.size, c.sent) for c in read_collectives(HLO, MESH)} == {
+        ("all-gather", ("fsdp",)): (3, 3, 3 * gathered, 3 * gathered * 3 // 4),
+        ("all-gather", ("data",)): (3, 3, 3 * 2048, 3 * 1024),
+        ("reduce-scatter", ("fsdp",)): (3, 3, 3 * gathered, 3 * gathered * 3 // 4),
+        ("all-reduce", ("data",)): (1, 1, summed, summed),  # of two devices: half of it, there and back
+        ("collective-permute", ("fsdp",)): (1, 0, 40, 40),
     }
     assert kernel_calls(HLO) == 3
 
@@ -162,7 +162,7 @@ def test_decoding_reads_weights_and_cache_once(config):
 def test_seconds_of_collectives(name, extents, links):
     """The links that an axis of the mesh can use are those of the dimensions it stretches over."""
     where = topology(name)
-    collective = Collective(kind="all-reduce", axes=("data",), count=1, size=10**9, sent=2 * 10**9)
+    collective = Collective(kind="all-reduce", axes=("data",), count=1, hidden=0, size=10**9, sent=2 * 10**9)
     assert ici_seconds(where, {"data": extents, "fsdp": (1,) * len(extents)}, [collective]) == {
         ("data",): pytest.approx(2e9 / (links * where.chip.link_bandwidth))
     }

@@ -33,6 +33,7 @@ class Collective:
       kind: one of `KINDS`.
       axes: of the mesh, over which they run; () where the groups follow none.
       count: in one run of the program.
+      hidden: of these, how many run while the device computes: the rest it waits for.
       size: bytes of their arrays on one device, summed: of the larger side, so of what is gathered or is reduced.
       sent: bytes that a device sends: by a ring of n devices (n - 1)/n of the size, for an all-reduce twice that.
     """
@@ -40,6 +41,7 @@ class Collective:
     kind: str
     axes: tuple[str, ...]
     count: int
+    hidden: int
     size: int
     sent: int
 
@@ -72,8 +74,8 @@ def read_collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
       ValueError: text that is no HLO module, or a loop whose number of trips is not written in it.
     """
     computations, entry = _computations(hlo)
-    count, size, sent = collections.Counter(), collections.Counter(), collections.Counter()
-    for instruction, shapes, trips in _walk(computations, entry, 1):
+    count, hidden, size, sent = (collections.Counter() for _ in range(4))
+    for instruction, shapes, trips, asynchronous in _walk(computations, entry, 1):
         kind = instruction.opcode.removesuffix("-start")
         axes, devices = _group(instruction.rest, mesh)
         array = sum(_bytes(shapes[name]) for name in instruction.operands)
@@ -81,10 +83,14 @@ def read_collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
             array *= devices
         key = kind, axes
         count[key] += trips
+        hidden[key] += trips if asynchronous or instruction.opcode.endswith("-start") else 0
         size[key] += trips * array
         shares = {"all-reduce": 2 * (devices - 1) / devices, "collective-permute": 1}
         sent[key] += round(trips * array * shares.get(kind, (devices - 1) / devices))
-    found = [Collective(kind=k, axes=a, count=count[k, a], size=size[k, a], sent=sent[k, a]) for k, a in count]
+    found = [
+        Collective(kind=key[0], axes=key[1], count=count[key], hidden=hidden[key], size=size[key], sent=sent[key])
+        for key in count
+    ]
     return sorted(found, key=lambda collective: -collective.sent)
 
 
@@ -92,7 +98,7 @@ def kernel_calls(hlo: str) -> int:
     """How often one run of the program calls a Pallas kernel."""
     computations, entry = _computations(hlo)
     return sum(
-        trips for instruction, _, trips in _walk(computations, entry, 1, "custom-call")
+        trips for instruction, _, trips, _ in _walk(computations, entry, 1, "custom-call")
         if 'custom_call_target="tpu_custom_call"' in instruction.rest
     )  # fmt: skip
 
@@ -115,34 +121,36 @@ def _computations(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 def _walk(
-    computations: dict[str, list[_Instruction]], name: str, trips: int, opcodes: str | None = None
-) -> Iterator[tuple[_Instruction, dict[str, str], int]]:
-    """(instruction, shapes of its computation by name, executions) of all that run when computation `name` does."""
-    wanted = {opcodes} if opcodes else {kind + suffix for kind in KINDS for suffix in ("", "-start")}
+    computations: dict[str, list[_Instruction]], name: str, trips: int, opcode: str | None = None
+) -> Iterator[tuple[_Instruction, dict[str, str], int, bool]]:
+    """(instruction, shapes of its computation by name, executions, whether the device computes meanwhile) of all
+    collectives that run when computation `name` does; with an `opcode`, of the instructions that have it."""
+    wanted = {opcode} if opcode else {kind + suffix for kind in KINDS for suffix in ("", "-start")}
     shapes = {instruction.name: instruction.shape for instruction in computations[name]}
     spread: set[str] = set()
     for instruction in computations[name]:
         if instruction.opcode in wanted:
-            yield instruction, shapes, trips
+            yield instruction, shapes, trips, False
         elif instruction.opcode == "while":
             (body,), (condition,) = instruction.called("body"), instruction.called("condition")
-            yield from _walk(computations, body, trips * _trips(computations, instruction, condition), opcodes)
+            yield from _walk(computations, body, trips * _trips(computations, instruction, condition), opcode)
         elif instruction.opcode == "conditional":  # of its branches the one that does most
             branches = instruction.called("branch_computations")
             branches += instruction.called("true_computation") + instruction.called("false_computation")
-            runs = [list(_walk(computations, branch, trips, opcodes)) for branch in branches]
+            runs = [list(_walk(computations, branch, trips, opcode)) for branch in branches]
             yield from max(runs, key=len)
         elif instruction.opcode in ("fusion", "async-start"):
             for called in instruction.called("calls"):
-                for found in _walk(computations, called, trips, opcodes):
-                    channel = re.search(r"channel_id=\d+", found[0].rest)
+                asynchronous = instruction.opcode == "async-start" or called.startswith("async_collective_fusion")
+                for found, its_shapes, runs, _ in _walk(computations, called, trips, opcode):
+                    channel = re.search(r"channel_id=\d+", found.rest)
                     # A collective that XLA spreads over several fusions, to hide it behind them, stands in each.
                     if channel is None or channel.group() not in spread:
-                        yield found
+                        yield found, its_shapes, runs, asynchronous
                     spread |= {channel.group()} if channel else set()
         elif instruction.opcode == "call":
             for called in instruction.called("to_apply"):
-                yield from _walk(computations, called, trips, opcodes)
+                yield from _walk(computations, called, trips, opcode)
 
 
 def _trips(computations: dict[str, list[_Instruction]], loop: _Instruction, condition: str) -> int:

@@ -69,10 +69,13 @@ class Plan:
 
     def _collectives(self) -> str:
         lines = ["collectives of a step, on one device"]
-        lines.append(f"  {'kind':<20}{'axes':<18}{'count':>7}{'GB':>10}{'GB sent':>10}")
+        lines.append(f"  {'kind':<20}{'axes':<18}{'count':>7}{'hidden':>8}{'GB':>10}{'GB sent':>10}")
         for each in self.collectives:
             axes = " + ".join(each.axes) or "-"
-            lines.append(f"  {each.kind:<20}{axes:<18}{each.count:>7}{each.size / 1e9:>10.3f}{each.sent / 1e9:>10.3f}")
+            lines.append(
+                f"  {each.kind:<20}{axes:<18}{each.count:>7}{each.hidden:>8}{each.size / 1e9:>10.3f}"
+                f"{each.sent / 1e9:>10.3f}"
+            )
         return "\n".join(lines) if self.collectives else "no collectives"
 
     def _times(self) -> str:

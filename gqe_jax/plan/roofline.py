@@ -165,7 +165,7 @@ def expected_collectives(
     def ring(kind, axes, count, size, rounds):
         devices = math.prod(mesh[axis] for axis in axes)
         return Collective(
-            kind=kind, axes=axes, count=count, size=count * size,
+            kind=kind, axes=axes, count=count, hidden=0, size=count * size,
             sent=round(rounds * count * size * (devices - 1) / devices),
         )  # fmt: skip
 
