@@ -5,7 +5,7 @@
   gqe train --config gqe_1b:kind=gqa --run ...            its dense twin: all 16 heads attend
   gqe train --config gqe_1b:laptop --run runs/gqe_1b      minutes on a CPU, no data needed
 
-Planned for v5e:16x16 and v6e:8x8; docs/scaling.md has the plans.
+Planned for v5e:16x16: docs/scaling.md has the plan.
 """
 
 from gqe_jax.configs._llama import llama_config

@@ -4,10 +4,10 @@
   gqe plan --config gqe_8b --topology v6e:16x16
   gqe train --config gqe_8b --run gs://BUCKET/gqe_8b --config.data.path=DIR      rows of 8192 tokens, 160B in all
   gqe train --config gqe_8b:kind=gqa --run ...            its dense twin, Llama 3's own shape: all 32 heads attend
-  gqe train --config gqe_8b:context=131072 --run ... --config.mesh.fsdp=4 --config.mesh.context=16
+  gqe train --config gqe_8b:context=131072 --run ... --config.mesh.context=4        for v5p:4x4x4
   gqe train --config gqe_8b:laptop --run runs/gqe_8b      minutes on a CPU, no data needed
 
-Planned for v5p:4x4x4 and v6e:16x16, and with context=131072 and context=1048576; docs/scaling.md has the plans.
+Planned for v5p:4x4x4 and v6e:16x16, with context=131072 and context=1048576 too: docs/scaling.md has the plans.
 """
 
 from gqe_jax.configs._llama import llama_config

@@ -203,9 +203,8 @@ def test_a_layer_names_what_a_mesh_cannot_do():
 def layer_collectives():
     """(kind of layer, with backward) → collectives of the layer over 8 TPUs, as [kind, axes, bytes]."""
     pytest.importorskip("libtpu", reason="not made for this Python")
-    child = subprocess.run(
-        [sys.executable, layer_on_a_slice.__file__], env=child_environment(), capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, layer_on_a_slice.__file__]
+    child = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr[-4000:]
     return {(kind, backward): found for kind, backward, found in json.loads(child.stdout.splitlines()[-1])}
 

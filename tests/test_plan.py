@@ -36,12 +36,12 @@ HloModule jit_step, is_scheduled=true
   ROOT %scatter = bf16[16,32]{1,0:T(8,128)(2,1)} reduce-scatter(%w), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
 }
 
-%async_collective_fusion.1 (s1: bf16[16,32]) -> bf16[64,32] {
+%step.1 (s1: bf16[16,32]) -> bf16[64,32] {
   %s1 = bf16[16,32] parameter(0)
   ROOT %spread.1 = bf16[64,32] all-gather(%s1), channel_id=7, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
 }
 
-%async_collective_fusion.2 (s2: bf16[16,32]) -> bf16[64,32] {
+%step.2 (s2: bf16[16,32]) -> bf16[64,32] {
   %s2 = bf16[16,32] parameter(0)
   ROOT %spread.2 = bf16[64,32] all-gather(%s2), channel_id=7, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
 }
@@ -53,8 +53,8 @@ HloModule jit_step, is_scheduled=true
   %gather-start = (bf16[16,32], bf16[64,32]{1,0:T(8,128)}) all-gather-start(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
   %gather-done = bf16[64,32] all-gather-done(%gather-start)
   %attention = bf16[64,32] custom-call(%gather-done), custom_call_target="tpu_custom_call"
-  %fused.1 = bf16[64,32] fusion(%x), kind=kCustom, calls=%async_collective_fusion.1
-  %fused.2 = bf16[64,32] fusion(%x), kind=kCustom, calls=%async_collective_fusion.2
+  %async-collective-start.5 = bf16[64,32] fusion(%x), kind=kCustom, calls=%step.1
+  %fused.2 = bf16[64,32] fusion(%x), kind=kCustom, calls=%step.2
   %scatter-start = ((bf16[64,32]), bf16[16,32], s32[]) async-start(%attention), calls=%wrapped
   %scatter-done = bf16[16,32] async-done(%scatter-start)
   ROOT %next = (s32[], bf16[16,32]) tuple(%i, %scatter-done)
@@ -239,6 +239,7 @@ def test_comparison_shows_the_ratio(config):
         (["--topology", "v5e:3x3"], "--topology=v5e:3x3 is unknown: choose GENERATION:CHIPS from"),
         (["--topology", "v9:2x2"], "v5p: 2x2x1, 2x2x2"),
         (["--topology", "v5e:2x2", "--mode", "decode", "--search"], "--search ranks training steps: drop it, or"),
+        (["--topology", "v5e:2x2", "--hlo", "x", "--search"], "--hlo=x is for one program: drop it"),
         (["--topology", "v5e:2x2", "--batch-size", "0"], "--batch-size=0 must be at least 1: raise it"),
         (["--topology", "v5e:2x2", "--compare", "gqa", "--config.model.attention.kind=gqa"], "config"),
     ],

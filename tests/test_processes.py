@@ -296,7 +296,7 @@ def test_what_differs_after_the_start(tmp_path):
 
 
 TRAIN = """
-import sys, time
+import os, sys, time
 import numpy as np
 from gqe_jax.cli import main
 from gqe_jax.train import loop
@@ -317,7 +317,9 @@ class Recorded:
         time.sleep(pause)
         batch = next(self.batches)
         self.step += 1
-        np.savez(f"{record}/{self.step}.{self.process}.npz", **batch)
+        name = f"{record}/{self.step}.{self.process}"
+        np.savez(f"{name}.part.npz", **batch)
+        os.replace(f"{name}.part.npz", f"{name}.npz")  # no kill leaves half of one
         return batch
 
 def recorded(data, *, start_step, process_index, **options):
@@ -338,7 +340,6 @@ class Runs:
         prepare_tiny(directory / "data")
         self.config = write_config(directory / "tiny.py", directory / "data")
         self.environment = {
-            "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
@@ -349,6 +350,7 @@ class Runs:
         record = self.directory / name
         record.mkdir()
         settings = {"train.steps": STEPS, "data.batch_size": 4, "train.checkpoint_every": 5, "train.keep": 9}
+        settings["train.compilation_cache"] = self.directory / "compiled"
         settings["optimizer.learning_rate"] = 1e-3  # rounding, which differs with the number of processes, grows slowly
         words = [record, pause, "train", "--config", self.config, "--run", self.directory / run, *words]
         words += [f"--config.{name}={value}" for name, value in settings.items()]
@@ -365,7 +367,7 @@ class Runs:
     def batches(self, name):
         """{step: global batch} that the processes of a start were given together, where all of them were."""
         files = {}
-        for path in (self.directory / name).iterdir():
+        for path in (self.directory / name).glob("*[0-9].npz"):
             step, process, _ = path.name.split(".")
             files.setdefault(int(step), {})[int(process)] = path
         count = max(map(len, files.values()))
@@ -427,6 +429,7 @@ def test_stopped_killed_and_resumed_with_other_numbers_of_processes(tmp_path):
 
     train_to_the_end(runs, "end", 2)
     assert checkpoints.latest() == STEPS
+    assert list((tmp_path / "compiled").iterdir())
     whole = runs.batches("whole_batches")
     resumed = runs.batches("two") | runs.batches("four") | runs.batches("end")
     assert sorted(resumed) == sorted(whole) == list(range(1, STEPS + 1))

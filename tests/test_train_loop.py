@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from gqe_jax.evaluate.heldout import evaluate_model
 from gqe_jax.parallel.mesh import make_mesh
 from gqe_jax.train import loop
 from gqe_jax.train.checkpoint import CheckpointDamaged, CheckpointFailed, Checkpoints
-from gqe_jax.train.loop import NonFiniteLoss, train
+from gqe_jax.train.log import NonFiniteLoss
+from gqe_jax.train.loop import train
 from gqe_jax.train.metrics import read_metrics
 from gqe_jax.train.run import load_model
 from gqe_jax.train.step import Step
@@ -97,6 +99,35 @@ def test_what_a_run_leaves(finished):
     assert json.loads((finished.directory / "config.json").read_text()) == dataclasses.asdict(finished.config)
     evaluations = [line for line in read_metrics(finished.directory) if "eval/loss" in line]
     assert [(line["step"], line["eval/loss"]) for line in evaluations] == [(8, finished.result.loss)]
+
+
+def test_where_the_time_goes(data, tmp_path, capsys):
+    """Steps, waits, checkpoints, evaluations and compilation are told apart; together they are no more than the run's
+    time, and no less than the half of it that begins with the compilation. The window of steps leaves its trace."""
+    changes = ("train.profile_steps=3:4", "train.eval_every=4", "train.eval_batches=1")
+    began = time.monotonic()
+    train(tiny_config(data, *changes), tmp_path / "run")
+    elapsed = time.monotonic() - began
+    lines = read_metrics(tmp_path / "run")
+    seconds = {}
+    for line in lines:
+        for name, value in line.items():
+            if name.startswith("seconds/"):
+                seconds[name] = seconds.get(name, 0.0) + value
+    purposes = ("step", "data_wait", "checkpoint", "evaluation", "compile")
+    assert set(seconds) == {f"seconds/{purpose}" for purpose in purposes} and min(seconds.values()) > 0
+    assert elapsed / 4 < sum(seconds.values()) < elapsed
+    assert [line["step"] for line in lines if "seconds/evaluation" in line] == [4, 8]
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    out = capsys.readouterr().out
+    parameters = sum(x.nbytes for name, x in read_arrays(tmp_path / "run", 8).items() if name.startswith("params"))
+    assert f": parameters {parameters / 1e9:.3g} GB, optimizer {2 * parameters / 1e9:.3g} GB, temporaries" in out
+
+
+@pytest.mark.parametrize("window", ["3", "0:2", "4:3", "a:b", "3:"])
+def test_no_window(data, window):
+    with pytest.raises(ConfigError, match=rf"train.profile_steps='{window}' is no window of steps: write FIRST:LAST"):
+        tiny_config(data, f"train.profile_steps={window}")
 
 
 def test_resumed_with_other_data(copied, tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build
@@ -31,7 +32,7 @@ class SavedModel:
       read: path → parameter ("layers.attention.q_proj.kernel" [L, d, G, M, D]), from disk at each call.
     """
 
-    run: Path
+    run: epath.Path
     step: int
     config: RunConfig
     tokenizer: Tokenizer
@@ -45,7 +46,7 @@ def open_model(directory: str | Path, step: int | None = None) -> SavedModel:
       ConfigError: no such run or step, or parameters that are not those of its configuration.
       CheckpointDamaged: files that are not what was written.
     """
-    with Checkpoints(Path(directory) / CHECKPOINTS) as checkpoints:
+    with Checkpoints(epath.Path(directory) / CHECKPOINTS) as checkpoints:
         step = checkpoints.latest() if step is None else step
         if step is None:
             raise ConfigError(
@@ -76,7 +77,7 @@ def open_model(directory: str | Path, step: int | None = None) -> SavedModel:
         (value,) = jax.tree.leaves(handler.restore(root / item, args=args))
         return value
 
-    return SavedModel(Path(directory), step, config, tokenizer, read)
+    return SavedModel(epath.Path(directory), step, config, tokenizer, read)
 
 
 def _leaves(handler: ocp.PyTreeCheckpointHandler, root: Any, item: str, *group: str) -> dict[str, tuple]:

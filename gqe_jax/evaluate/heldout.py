@@ -18,6 +18,7 @@ from gqe_jax.data.pipeline import heldout_batches
 from gqe_jax.data.prepared import PreparedData, PreparedSet
 from gqe_jax.models.transformer import Transformer
 from gqe_jax.parallel.mesh import shard_batch
+from gqe_jax.parallel.rules import replicated
 
 LOSS_CHUNK = 512  # tokens of each row whose logits exist at one time
 
@@ -175,7 +176,9 @@ def _by_position(parts: Sequence[_Sums], weights: Sequence[float]) -> tuple[Posi
 def evaluate_model(model: Transformer, data: PreparedData, mesh: jax.sharding.Mesh, *, batch_size: int) -> HeldOut:
     """`evaluate` of a model that stands on its own."""
     graphdef, state = nnx.split(model)
-    compiled = jax.jit(lambda state, batch: batch_loss(nnx.merge(graphdef, state), batch))
+    compiled = jax.jit(
+        lambda state, batch: batch_loss(nnx.merge(graphdef, state), batch), out_shardings=replicated(mesh)
+    )
     return evaluate(functools.partial(compiled, state), data, mesh, batch_size=batch_size)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from gqe_jax.config import ConfigError, ModelConfig, RunConfig
 from gqe_jax.config_dict import build
@@ -31,7 +32,7 @@ class RunRecord:
       metrics: lines of metrics.jsonl, by ascending step; each has "step".
     """
 
-    directory: Path
+    directory: epath.Path
     config: RunConfig
     metrics: list[dict[str, Any]]
 
@@ -58,7 +59,7 @@ def read_run(directory: str | Path) -> RunRecord:
     Raises:
       ConfigError: no such directory, none of a run, or files that cannot be understood.
     """
-    directory = Path(directory)
+    directory = epath.Path(directory)
     if not directory.is_dir():
         raise ConfigError(f"--run={str(directory)!r} is not a directory: give the one that `gqe train --run` wrote")
     try:

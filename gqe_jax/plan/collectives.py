@@ -141,7 +141,8 @@ def _walk(
             yield from max(runs, key=len)
         elif instruction.opcode in ("fusion", "async-start"):
             for called in instruction.called("calls"):
-                asynchronous = instruction.opcode == "async-start" or called.startswith("async_collective_fusion")
+                # libtpu's other form of a start: %async-collective-start = fusion(...)
+                asynchronous = instruction.opcode == "async-start" or instruction.name.startswith("async-collective")
                 for found, its_shapes, runs, _ in _walk(computations, called, trips, opcode):
                     channel = re.search(r"channel_id=\d+", found.rest)
                     # A collective that XLA spreads over several fusions, to hide it behind them, stands in each.

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping
 
+from gqe_jax.attention.context_parallel import GATHERED_BYTES
 from gqe_jax.config import GQEConfig, ModelConfig, RunConfig
 from gqe_jax.flops import parameter_count
 from gqe_jax.plan.compile import Mode
 
 LIVE_LAYERS = 1.5  # of the intermediate results of one layer, what its backward pass holds at a time
+LIVE_KEYS = 4  # of gathered keys and values: as they come, in natural order, and their gradients
 LIVE_LOGITS = 2.5  # float32 arrays of one chunk's logits: themselves, their exponentials, their gradient
 
 
@@ -45,6 +47,17 @@ def tokens_per_device(config: RunConfig, mesh: Mapping[str, int], batch_size: in
     return math.ceil(rows / (mesh["data"] * mesh["fsdp"])), seq_len // mesh["context"]
 
 
+def gathered_keys(config: RunConfig, mesh: Mapping[str, int], batch_size: int, seq_len: int) -> int:
+    """Bytes of a layer's keys and values of whole rows, where `context` gathers them on each device; 0: it does not."""
+    attention = config.model.attention
+    rows, _ = tokens_per_device(config, mesh, batch_size, seq_len)
+    item = 2 if config.model.dtype == "bfloat16" else 4
+    size = 2 * item * rows * seq_len * attention.num_kv_heads // mesh["expert"] * attention.head_dim
+    method = attention.context_parallel
+    gathers = method == "gather" or (method == "auto" and size <= GATHERED_BYTES)
+    return size if mesh["context"] > 1 and gathers else 0
+
+
 def estimate(
     config: RunConfig, mesh: Mapping[str, int], mode: Mode, batch_size: int, seq_len: int
 ) -> dict[str, int]:
@@ -75,6 +88,7 @@ def estimate(
         "compute-dtype copy": item * shard if item < 4 else 0,
         "gathered weights": gathered,
         "saved activations": saved,
+        "gathered keys and values": LIVE_KEYS * gathered_keys(config, mesh, batch_size, seq_len),
         "one layer's backward": round(LIVE_LAYERS * rows * tokens * activation_width(model, "none", expert)),
         "logits": round(LIVE_LOGITS * logits),
     }

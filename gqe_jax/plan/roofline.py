@@ -21,7 +21,7 @@ from gqe_jax.config import ModelConfig, RunConfig
 from gqe_jax.flops import ForwardFlops, forward_flops, parameter_count
 from gqe_jax.plan.collectives import Collective
 from gqe_jax.plan.compile import Mode
-from gqe_jax.plan.memory import activation_width, tokens_per_device
+from gqe_jax.plan.memory import activation_width, gathered_keys, tokens_per_device
 from gqe_jax.plan.topologies import Topology
 
 
@@ -82,8 +82,8 @@ def roofline(
         if remat in ("attention", "full"):
             again += flops.projections + flops.router + flops.mlp * 2 // 3  # the last product of a layer is not needed
         products, scores = 3 * products + again, (4.5 if remat == "full" else 3.5) * attention
-        if mesh["context"] > 1 and model.attention.context_parallel == "ring":
-            scores += attention
+        if mesh["context"] > 1 and not gathered_keys(config, mesh, batch_size, seq_len):
+            scores += attention  # a ring's backward pass computes it once more
     else:
         scores = attention
     devices = topology.num_devices

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import pathlib
 
 from gqe_jax.config import AttentionConfig, ConfigError, GQAConfig, GQEConfig, RunConfig
 from gqe_jax.config_files import load_config
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=MODES, default="train", help="which step (default: train)")
     parser.add_argument("--seq-len", type=int, metavar="N", help="tokens of a row (default: the model's context)")
     parser.add_argument("--batch-size", type=int, metavar="ROWS", help="of the global batch (default: the config's)")
+    parser.add_argument("--hlo", metavar="FILE", help="write the compiled program there, to read its collectives")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--search",
@@ -48,12 +50,18 @@ def run(args: argparse.Namespace) -> int:
     for option, value in (("--batch-size", request.batch_size), ("--seq-len", request.seq_len)):
         if value < 1:
             raise ConfigError(f"{option}={value} must be at least 1: raise it")
+    if args.hlo and (args.search or args.compare):
+        raise ConfigError(f"--hlo={args.hlo} is for one program: drop it, or --search and --compare")
     if args.search:
         return _search(request)
     if args.compare:
         return _compare(request)
     plan = _plan(request)
-    return 0 if plan is not None else 1
+    if plan is None:
+        return 1
+    if args.hlo:
+        pathlib.Path(args.hlo).write_text(plan.compiled.hlo)
+    return 0
 
 
 def _plan(request: Request) -> report.Plan | None:

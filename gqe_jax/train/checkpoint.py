@@ -229,13 +229,13 @@ class Checkpoints:
         if found:
             raise self._damaged(step, list(found))
 
-    def set_aside(self, step: int) -> Path:
+    def set_aside(self, step: int) -> epath.Path:
         """Renames the checkpoint of `step` so that no run continues from it, for who asked for the one before.
 
         Returns:
           Its new path; it is kept and can be renamed back.
         """
-        source = Path(self.directory) / str(step)
+        source = self.directory / str(step)
         name = ""
         if jax.process_index() == 0:
             taken = {path.name for path in self.directory.iterdir()}
@@ -396,8 +396,8 @@ def _drop_chatter(record: logging.LogRecord) -> bool:
     # Errors with a traceback are dropped as well: Orbax logs each of them several times and then raises it to us.
     if "orbax" not in Path(record.pathname).parts:
         return True
-    # That there was nothing to merge comes with every checkpoint whose arrays have files of their own; of a stop, the run
-    # says itself.
+    # That there was nothing to merge comes with every checkpoint whose arrays have files of their own; that it stops,
+    # the run says itself.
     expected = any(text in str(record.msg) for text in ("Skipping merge of OCDBT", "Reached preemption sync point"))
     return record.levelno >= logging.WARNING and not record.exc_info and not expected
 

@@ -92,7 +92,8 @@ class Log:
             f"{result.perplexity:.2f} per token, over {result.tokens:,} tokens"
         )
         record: dict[str, Any] = {"eval/loss": result.loss, "eval/bits_per_byte": result.bits_per_byte}
-        self.writer.write(step, record | {"eval/tokens": result.tokens, "eval/load": result.load} | self._split())
+        record |= {"eval/tokens": result.tokens, "eval/load": result.load}
+        self.writer.write(step, record | self._split("checkpoint", "evaluation"))
 
     def _write(self, step: int, metrics: dict[str, Any]) -> None:
         now = time.monotonic()
@@ -116,13 +117,13 @@ class Log:
         worst = None if load is None else balance(load)
         say(progress_line(step, self.config.train.steps, **shown, seconds_left=left, balance=worst, data_wait=waited))
         router = {name: metrics[name] for name in ("load", "entropy", "load_balance_loss") if name in metrics}
-        self.writer.write(step, shown | {"clip_factor": metrics["clip_factor"]} | router | self._split())
+        self.writer.write(step, shown | {"clip_factor": metrics["clip_factor"]} | router | self._split(*SECONDS))
         self._warn(load)
 
-    def _split(self) -> dict[str, float]:
-        """Where the time since the last line has gone; over all lines of a run they add up to its time."""
-        split = {f"seconds/{purpose}": seconds for purpose, seconds in self.seconds.items() if seconds}
-        self.seconds = dict.fromkeys(SECONDS, 0.0)
+    def _split(self, *purposes: str) -> dict[str, float]:
+        """Where time has gone that no line has told yet; over all lines of a run they add up to its time."""
+        split = {f"seconds/{purpose}": self.seconds[purpose] for purpose in purposes if self.seconds[purpose]}
+        self.seconds |= dict.fromkeys(purposes, 0.0)
         return split
 
     def _warn(self, load: Any) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import jax
+from etils import epath
 
 from gqe_jax import flops
 from gqe_jax.config import ConfigError, RunConfig
@@ -44,7 +45,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
       NonFiniteLoss: loss or gradient became infinite or NaN.
       Interrupted: SIGTERM or SIGINT, after saving.
     """
-    directory = Path(directory)
+    directory = epath.Path(directory)
     steps = config.train.steps
 
     # ---------------------------------------------------------------- mesh
@@ -148,6 +149,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
             # -------------------------------------------------------- save
             if leaving or checkpoints.should_save(now):
                 with log.pause("checkpoint"):  # reads this step's metrics first: only a finite step is saved
+                    writer.upload()
                     checkpoints.save(
                         now,
                         **runs.checkpoint_items(state),
@@ -170,7 +172,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
 
 def _restore(
     checkpoints: Checkpoints,
-    directory: Path,
+    directory: epath.Path,
     step: Step,
     data: PreparedData,
     previous_checkpoint: bool,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import secrets
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from gqe_jax.config import ConfigError
 
@@ -27,7 +28,8 @@ class MetricWriter:
     """Writes the metrics of a run, from the first process only. A context manager.
 
     `metrics.jsonl` holds one JSON object per line, with "step" first and numbers that are not finite as null. Each line
-    is given to the operating system at once, so a killed run loses at most the half of its last line.
+    is given to the operating system at once, so a killed run loses at most the half of its last line. Objects in a
+    bucket (gs://) cannot grow: there the file is kept locally, and `upload` replaces the object by it.
 
     Args:
       directory: of the run; made if it is not there.
@@ -51,16 +53,22 @@ class MetricWriter:
         wandb: bool = False,
         config: Mapping[str, Any],
     ):
-        self._file = self._board = self._run = None
+        self._file = self._board = self._run = self._object = None
         if jax.process_index() != 0:
             return
-        directory = Path(directory)
+        remote = "://" in str(directory)
+        directory = epath.Path(directory)
         board_class = _import_extra("tensorboard", "tensorboardX").SummaryWriter if tensorboard else None
         wandb_module = _import_extra("wandb", "wandb") if wandb else None
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
         _drop_after(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        if remote:
+            self._object = path
+            self._file = tempfile.TemporaryFile("w+", encoding="utf-8")
+            self._file.write(path.read_text() if path.exists() else "")
+        else:
+            self._file = path.open("a", encoding="utf-8")
         if board_class is not None:
             # Hides what an interrupted run wrote beyond the step that this one goes on from.
             self._board = board_class(str(directory), purge_step=resume_step + 1)
@@ -71,10 +79,10 @@ class MetricWriter:
                 identity.write_text(secrets.token_hex(4))
             self._run = wandb_module.init(
                 project="gqe_jax",
-                name=directory.absolute().name,
+                name=directory.name if remote else Path(directory).absolute().name,
                 id=identity.read_text(),
                 resume="allow",
-                dir=str(directory),
+                dir=tempfile.gettempdir() if remote else str(directory),
                 config=dict(config),
             )
 
@@ -104,27 +112,34 @@ class MetricWriter:
         if self._run is not None:
             self._run.log(numbers, step=step)
 
+    def upload(self) -> None:
+        """Replaces the object in the bucket. Done before each checkpoint, no line of a step before it can be lost."""
+        if self._object is not None:
+            self._file.seek(0)
+            self._object.write_text(self._file.read())
+
     def close(self) -> None:
         """Flushes and closes everything."""
+        self.upload()
         for sink, finish in ((self._file, "close"), (self._board, "close"), (self._run, "finish")):
             if sink is not None:
                 getattr(sink, finish)()
-        self._file = self._board = self._run = None
+        self._file = self._board = self._run = self._object = None
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, without a half-written last one; none if there is no such file."""
-    path = Path(directory) / "metrics.jsonl"
+    path = epath.Path(directory) / "metrics.jsonl"
     if not path.exists():
         return []
     return [json.loads(line) for line in _complete_lines(path)]
 
 
-def _complete_lines(path: Path) -> list[bytes]:
+def _complete_lines(path: epath.Path) -> list[bytes]:
     return path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was cut off by a kill
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _drop_after(path: epath.Path, step: int) -> None:
     """Keeps the lines of steps up to `step`, replacing the file in one rename."""
     if not path.exists():
         return
@@ -136,7 +151,7 @@ def _drop_after(path: Path, step: int) -> None:
         ) from error
     new = path.with_name(path.name + ".new")
     new.write_bytes(b"".join(line + b"\n" for line in kept))
-    os.replace(new, path)
+    new.replace(path)
 
 
 def _plain(value: Any) -> Value:

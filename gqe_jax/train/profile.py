@@ -1,10 +1,12 @@
 """What the compiled step takes of a device's memory, and a trace of some of its runs."""
 
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from gqe_jax.train.log import say
 
@@ -44,31 +46,36 @@ class Profile:
       directory: receives the trace, for TensorBoard's profile plugin, XProf or Perfetto.
     """
 
-    def __init__(self, window: tuple[int, int] | None, directory: Path):
+    def __init__(self, window: tuple[int, int] | None, directory: epath.Path):
         self._first, self._last = window if window and jax.process_index() == 0 else (0, -1)
         self._directory = directory
-        self._running = False
+        self._local: tempfile.TemporaryDirectory | None = None  # the profiler cannot write to a bucket
 
     def before(self, step: int) -> None:
         """Called before `step` is dispatched."""
-        if self._first <= step <= self._last and not self._running:
-            jax.profiler.start_trace(str(self._directory))
-            self._running = True
+        if self._first <= step <= self._last and self._local is None:
+            self._local = tempfile.TemporaryDirectory()
+            jax.profiler.start_trace(self._local.name)
 
     def after(self, step: int, results: Any) -> None:
         """Called when `step` was dispatched, with arrays that it computes."""
-        if self._running and step >= self._last:
+        if self._local is not None and step >= self._last:
             jax.block_until_ready(results)
             self._stop()
 
     def _stop(self) -> None:
-        self._running = False
         jax.profiler.stop_trace()
-        say(f"traced steps {self._first} to {self._last}: {self._directory}")
+        with self._local as local:
+            for path in filter(Path.is_file, Path(local).rglob("*")):
+                copy = self._directory / path.relative_to(local).as_posix()
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(path.read_bytes())
+        self._local, self._last = None, -1
+        say(f"traced the steps of train.profile_steps: {self._directory}")
 
     def __enter__(self) -> "Profile":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._running:
+        if self._local is not None:
             self._stop()

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax import nnx
 
 from gqe_jax.attention import RouterBias
@@ -55,7 +56,7 @@ def load_model(
       ConfigError: no such run or step.
       CheckpointDamaged: files that are not what was written.
     """
-    with Checkpoints(Path(directory) / CHECKPOINTS) as checkpoints:
+    with Checkpoints(epath.Path(directory) / CHECKPOINTS) as checkpoints:
         step = checkpoints.latest() if step is None else step
         if step is None:
             raise ConfigError(
@@ -114,7 +115,7 @@ def state_from_items(items: dict[str, Any]) -> TrainState:
 
 
 @contextlib.contextmanager
-def write_failures_named(directory: Path) -> Iterator[None]:
+def write_failures_named(directory: epath.Path) -> Iterator[None]:
     """Says of a failed write in the run's directory what it means and what helps; checkpoints say so themselves."""
     try:
         yield
@@ -130,7 +131,7 @@ def write_failures_named(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def write_config(directory: Path, config: RunConfig) -> None:
+def write_config(directory: epath.Path, config: RunConfig) -> None:
     """Leaves the configuration where `gqe inspect` and people look for it; the first process does."""
     if jax.process_index() != 0:
         return
@@ -140,7 +141,7 @@ def write_config(directory: Path, config: RunConfig) -> None:
     written.replace(directory / CONFIG_FILE)
 
 
-def check_same_model(directory: Path, saved: RunConfig, wanted: RunConfig) -> None:
+def check_same_model(directory: epath.Path, saved: RunConfig, wanted: RunConfig) -> None:
     """Raises ConfigError, listing every difference, unless the run in `directory` has the model that is asked for."""
     different = [line for line in differences(saved, wanted) if line.startswith("model.")]
     if different:

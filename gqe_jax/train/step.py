@@ -13,7 +13,7 @@ from gqe_jax.attention import RouterBias
 from gqe_jax.config import GQEConfig, RunConfig
 from gqe_jax.evaluate.heldout import batch_loss
 from gqe_jax.models.transformer import Transformer
-from gqe_jax.parallel.rules import state_shardings
+from gqe_jax.parallel.rules import replicated, state_shardings
 from gqe_jax.train.optimizer import clip_state, learning_rate, make_optimizer
 
 Batch = dict[str, jax.Array]
@@ -58,8 +58,9 @@ class Step:
         self.abstract_state = jax.eval_shape(self.init)
         self.shardings = None if mesh is None else state_shardings(mesh, self.abstract_state)
         self.initial_state = jax.jit(self.init, out_shardings=self.shardings)
-        self.train = jax.jit(self._train, donate_argnums=0, out_shardings=(self.shardings, None))
-        self.evaluate = jax.jit(self._evaluate)
+        everywhere = None if mesh is None else replicated(mesh)  # metrics, for every process to read
+        self.train = jax.jit(self._train, donate_argnums=0, out_shardings=(self.shardings, everywhere))
+        self.evaluate = jax.jit(self._evaluate, out_shardings=everywhere)
 
     def init(self) -> TrainState:
         """The state before the first step, as a function of `config.train.seed` alone."""
