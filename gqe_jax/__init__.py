@@ -6,6 +6,7 @@ from gqe_jax.config import (
     ConfigError,
     GQAConfig,
     GQEConfig,
+    MeshConfig,
     ModelConfig,
     RopeScaling,
     RouterConfig,
@@ -13,6 +14,7 @@ from gqe_jax.config import (
 )
 from gqe_jax.kernels import attend, merge_partials
 from gqe_jax.models.transformer import Transformer
+from gqe_jax.parallel.mesh import make_mesh
 
 __version__ = "0.1.0"
 
@@ -28,6 +30,9 @@ __all__ = [
     "rotary_tables",
     # The language model
     "Transformer",
+    # Many devices
+    "make_mesh",
+    "MeshConfig",
     # Configuration
     "ModelConfig",
     "GQEConfig",
