@@ -16,7 +16,7 @@ from tiny_run import prepare_tiny, quick_compiles, write_config
 
 from gqe_jax import cli
 from gqe_jax.config_files import load_config
-from gqe_jax.train import loop
+from gqe_jax.train import log, loop
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_no_room(gqe, place):
 @pytest.mark.parametrize(
     "error, code, message",
     [
-        (loop.NonFiniteLoss("step 5: loss=nan"), 1, "gqe train: step 5: loss=nan\n"),
+        (log.NonFiniteLoss("step 5: loss=nan"), 1, "gqe train: step 5: loss=nan\n"),
         (OSError(28, "No space left on device", "/some/file"), 1, "No space left on device: '/some/file'\n"),
         (KeyboardInterrupt(), 130, "gqe train: interrupted\n"),
         (loop.Interrupted(signal.SIGTERM, 7), 143,

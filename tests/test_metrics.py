@@ -8,6 +8,7 @@ import types
 
 import numpy as np
 import pytest
+from test_data_bucket import bucket  # noqa: F401
 
 from gqe_jax.config import ConfigError
 from gqe_jax.train.metrics import (
@@ -49,6 +50,19 @@ def test_resume_drops_what_will_be_written_again(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     write(tmp_path, [1])  # from the start: another run's lines would mix with this one's
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
+@pytest.mark.usefixtures("bucket")
+def test_run_in_a_bucket():
+    """An object cannot grow: it is replaced before each checkpoint and at the end; a resumed run goes on with it."""
+    with MetricWriter("gs://bucket/run", config={}) as writer:
+        writer.write(1, {"loss": 1.0})
+        writer.upload()
+        writer.write(2, {"loss": 0.5})
+        assert [line["step"] for line in read_metrics("gs://bucket/run")] == [1]
+    assert [line["step"] for line in read_metrics("gs://bucket/run")] == [1, 2]
+    write("gs://bucket/run", [2, 3], resume_step=1)
+    assert [line["step"] for line in read_metrics("gs://bucket/run")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("cut", [1, 5, 15])

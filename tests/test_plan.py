@@ -46,6 +46,13 @@ HloModule jit_step, is_scheduled=true
   ROOT %spread.2 = bf16[64,32] all-gather(%s2), channel_id=7, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
 }
 
+%all-reduce-scatter.3 (u: f32[8,16]) -> f32[2,16] {
+  %u = f32[8,16]{1,0:T(8,128)} parameter(0)
+  %reduced = f32[8,16] all-reduce(%u), channel_id=9, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %shard = s32[] partition-id()
+  ROOT %own = f32[2,16] dynamic-slice(%reduced, %shard, %shard), dynamic_slice_sizes={2,16}
+}
+
 %body (state: (s32[], bf16[16,32])) -> (s32[], bf16[16,32]) {
   %state = (s32[], bf16[16,32]{1,0:T(8,128)(2,1)}) parameter(0)
   %i = s32[] get-tuple-element(%state), index=0
@@ -74,6 +81,7 @@ ENTRY %main (p: (s32[], bf16[16,32]), g: f32[10]) -> (f32[10], bf16[8]) {
   %loop = (s32[], bf16[16,32]) while(%p), condition=%condition, body=%body
   %both-start = (f32[10], bf16[8]) all-reduce-start(%g, %h), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, to_apply=%add
   %both-done = (f32[10], bf16[8]) all-reduce-done(%both-start)
+  %fused = f32[2,16] fusion(%g), kind=kCustom, calls=%all-reduce-scatter.3
   %passed = f32[10] collective-permute(%g), source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5},{5,6},{6,7},{7,4}}
   ROOT %out = (f32[10], bf16[8]) tuple(%passed, %h)
 }
@@ -86,7 +94,7 @@ def test_collectives_of_a_program():
     assert {(c.kind, c.axes): (c.count, c.hidden, c.size, c.sent) for c in read_collectives(HLO, MESH)} == {
         ("all-gather", ("fsdp",)): (3, 3, 3 * gathered, 3 * gathered * 3 // 4),
         ("all-gather", ("data",)): (3, 3, 3 * 2048, 3 * 1024),
-        ("reduce-scatter", ("fsdp",)): (3, 3, 3 * gathered, 3 * gathered * 3 // 4),
+        ("reduce-scatter", ("fsdp",)): (4, 3, 3 * gathered + 512, (3 * gathered + 512) * 3 // 4),
         ("all-reduce", ("data",)): (1, 1, summed, summed),  # of two devices: half of it, there and back
         ("collective-permute", ("fsdp",)): (1, 0, 40, 40),
     }

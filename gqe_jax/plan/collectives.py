@@ -144,6 +144,8 @@ def _walk(
                 # libtpu's other form of a start: %async-collective-start = fusion(...)
                 asynchronous = instruction.opcode == "async-start" or instruction.name.startswith("async-collective")
                 for found, its_shapes, runs, _ in _walk(computations, called, trips, opcode):
+                    if called.startswith("all-reduce-scatter") and found.opcode == "all-reduce":
+                        found = dataclasses.replace(found, opcode="reduce-scatter")  # and a slice, as one operation
                     channel = re.search(r"channel_id=\d+", found.rest)
                     # A collective that XLA spreads over several fusions, to hide it behind them, stands in each.
                     if channel is None or channel.group() not in spread:

@@ -92,8 +92,8 @@ class Plan:
         if self.request.mode == "train":
             steps = self.request.config.train.steps
             lines.append(
-                f"{steps:,} steps, {steps * self.tokens / 1e9:,.1f}B tokens: {steps * best / DAY:,.1f} to "
-                f"{steps * worst / DAY:,.1f} days"
+                f"{steps:,} steps, {steps * self.tokens / 1e9:,.1f}B tokens: {steps * best / DAY:,.2f} to "
+                f"{steps * worst / DAY:,.2f} days"
             )
         return "\n".join(lines)
 
