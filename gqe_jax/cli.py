@@ -237,7 +237,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> Runner:
     parser.epilog = """examples:
   gqe plan --config gqe_250m --topology v5e:4x4
   gqe plan --config gqe_8b --topology v5p:4x4x4 --search
-  gqe plan --config gqe_8b --topology v6e:16x16 --mode decode --config.mesh.fsdp=1 --config.mesh.expert=8"""
+  gqe plan --config gqe_8b --topology v6e:16x16 --mode decode --config.mesh.fsdp=1 --config.mesh.expert=4"""
     verb.add_arguments(parser)
     return verb.run
 

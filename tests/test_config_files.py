@@ -58,7 +58,7 @@ def test_overrides(file):
     [
         ("train.step=3", "unknown config key 'train.step': did you mean 'steps'?"),
         ("trian.steps=3", "unknown config key 'trian': did you mean 'train'?"),
-        ("xyzzy=3", "unknown config key 'xyzzy': known: data, model, name, optimizer, train"),
+        ("xyzzy=3", "unknown config key 'xyzzy': known: data, mesh, model, name, optimizer, train"),
         ("train.steps.more=3", "config key 'train.steps' is no group of keys: drop what follows it"),
         ("train=3", "config key 'train' is a group: set one of "),
         ("train.steps", "--config.train.steps has no value: write --config.train.steps=VALUE"),

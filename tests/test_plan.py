@@ -186,7 +186,9 @@ def test_memory_estimate_by_hand(config):
     # of two heads with their log-sum-exps.
     width = 2 * (256 + 256 + 64 * (2 + 1 + 1) + 2 * 256) + 2 * 64 * 2 + 4 * 2
     assert parts["saved activations"] == 2 * 4 * 1024 * width
-    assert estimate(config, mesh, "decode", 8, 1024)["cache"] == 2 * 2 * 2 * 4 * 1024 * 64
+    for mode in ("prefill", "decode"):  # of all rows at a time
+        in_parts = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=2))
+        assert estimate(in_parts, mesh, mode, 8, 1024)["cache"] == 2 * 2 * 2 * 4 * 1024 * 64
 
 
 def test_search_finds_what_fits():

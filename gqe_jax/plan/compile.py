@@ -259,11 +259,11 @@ def _step(request: Request, mesh) -> tuple[Any, tuple[Any, ...], dict[str, Any]]
         x, _, cache = model(token[:, None], cache=cache)
         return jnp.argmax(model.logits(x[:, 0]), axis=-1), cache
 
-    inputs = {"parameters": params, "cache": cache}
     if request.mode == "prefill":
-        return jax.jit(prefill, out_shardings=(None, cache_shardings)), (params, tokens((rows, length))), inputs
+        step = jax.jit(prefill, out_shardings=(None, cache_shardings))
+        return step, (params, tokens((rows, length))), {"parameters": params}
     step = jax.jit(decode, donate_argnums=2, out_shardings=(None, cache_shardings))
-    return step, (params, tokens((rows,)), cache), inputs
+    return step, (params, tokens((rows,)), cache), {"parameters": params, "cache": cache}
 
 
 def _device_bytes(tree) -> int:

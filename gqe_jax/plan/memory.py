@@ -41,16 +41,15 @@ def activation_width(model: ModelConfig, remat: str, expert: int = 1) -> int:
     return item * d + kept[remat]
 
 
-def tokens_per_device(config: RunConfig, mesh: Mapping[str, int], batch_size: int, seq_len: int) -> tuple[int, int]:
-    """(rows of a microbatch, tokens of each) on one device."""
-    rows = batch_size // config.train.accumulate
+def tokens_per_device(mesh: Mapping[str, int], rows: int, seq_len: int) -> tuple[int, int]:
+    """(rows, tokens of each) on one device, of `rows` that are computed at a time."""
     return math.ceil(rows / (mesh["data"] * mesh["fsdp"])), seq_len // mesh["context"]
 
 
 def gathered_keys(config: RunConfig, mesh: Mapping[str, int], batch_size: int, seq_len: int) -> int:
     """Bytes of a layer's keys and values of whole rows, where `context` gathers them on each device; 0: it does not."""
     attention = config.model.attention
-    rows, _ = tokens_per_device(config, mesh, batch_size, seq_len)
+    rows, _ = tokens_per_device(mesh, batch_size // config.train.accumulate, seq_len)
     item = 2 if config.model.dtype == "bfloat16" else 4
     size = 2 * item * rows * seq_len * attention.num_kv_heads // mesh["expert"] * attention.head_dim
     method = attention.context_parallel
@@ -69,22 +68,20 @@ def estimate(
     shard = parameters // pieces
     layer = item * (parameters - parameter_count(model)["embedding"] // expert) // model.num_layers
     table = item * model.vocab_size // expert * model.d_model
-    if mode != "train":
-        config = config.__class__(**(vars(config) | {"train": config.train.__class__()}))
-    rows, tokens = tokens_per_device(config, mesh, batch_size, seq_len)
+    parts = config.train.accumulate if mode == "train" else 1
+    rows, tokens = tokens_per_device(mesh, batch_size // parts, seq_len)
     gathered = (2 * layer + 2 * table) if pieces > 1 else 0
     if mode != "train":
         attention = model.attention
         cache = item * 2 * model.num_layers * rows * seq_len * attention.num_kv_heads // expert * attention.head_dim
         working = rows * (1 if mode == "decode" else tokens) * activation_width(model, "none", expert)
         return {"weights": item * shard, "cache": cache, "gathered weights": gathered, "one layer": working}
-    accumulated = config.train.accumulate > 1
     saved = model.num_layers * rows * tokens * activation_width(model, model.remat, expert)
     logits = 4 * rows * min(config.train.loss_chunk, tokens) * model.vocab_size // expert
     return {
         "parameters": 4 * shard,
         "moments": 8 * shard,
-        "gradients": 4 * shard * (1 + accumulated),
+        "gradients": 4 * shard * (1 + (parts > 1)),
         "compute-dtype copy": item * shard if item < 4 else 0,
         "gathered weights": gathered,
         "saved activations": saved,

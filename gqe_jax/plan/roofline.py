@@ -123,7 +123,7 @@ def hbm_bytes(config: RunConfig, mesh: Mapping[str, int], mode: Mode, batch_size
         cache = item * 2 * model.num_layers * rows * seq_len * attention.num_kv_heads // expert * attention.head_dim
         tokens = rows * (1 if mode == "decode" else seq_len)
         return item * parameters + cache + 2 * model.num_layers * tokens * activation_width(model, "none", expert)
-    rows, tokens = tokens_per_device(config, mesh, batch_size, seq_len)
+    rows, tokens = tokens_per_device(mesh, batch_size // config.train.accumulate, seq_len)
     again = model.remat in ("attention", "full")
     results = model.num_layers * rows * tokens * activation_width(model, "none", expert)
     passes = 2 + again  # forward, again, backward
@@ -155,7 +155,7 @@ def expected_collectives(
     expert, context = mesh["expert"], mesh["context"]
     item = 2 if model.dtype == "bfloat16" else 4
     parameters = parameter_count(model)["total"] // expert
-    rows, tokens = tokens_per_device(config, mesh, batch_size, seq_len)
+    rows, tokens = tokens_per_device(mesh, batch_size // config.train.accumulate, seq_len)
     again = model.remat in ("attention", "full")
     hidden = item * rows * tokens * model.d_model
     attention = model.attention
