@@ -292,13 +292,15 @@ def test_odd_head_dim_cannot_rotate():
 
 @pytest.mark.parametrize("index", [-1, 3])
 def test_an_expert_that_does_not_exist(index):
-    """Values are checked where they are known: outside jit, and under checkify; a plain jit does not pay for it."""
+    """Values are checked where they are known: as arrays, also closed over by a jit, and under checkify. A plain jit
+    does not pay for it."""
     q, k = jnp.ones((1, 2, 1, 3, 8)), jnp.ones((1, 2, 1, 8))
     expert_index = jnp.asarray([1, index]).reshape(1, 2, 1, 1)
     lowest, highest = min(index, 1), max(index, 1)
     rule = f"expert_index must have values in 0..M-1 = 0..2, not {lowest} to {highest}"
-    with pytest.raises(ValueError, match=rule):
-        attend(q, k, k, expert_index)
+    for call in (attend, jax.jit(lambda q, k, v, _: attend(q, k, v, expert_index))):
+        with pytest.raises(ValueError, match=rule):
+            call(q, k, k, expert_index)
     error, _ = checkify.checkify(jax.jit(attend))(q, k, k, expert_index)
     assert rule in error.get()
     assert np.isfinite(jax.jit(attend)(q, k, k, expert_index)).all()

@@ -195,12 +195,15 @@ def _check_arrays(q, k, v, expert_index):
             f"expert_index selects K={expert_index.shape[3]} experts of M={num_experts} "
             f"(shape {expert_index.shape}, q {q.shape}): K must be in 1..M"
         )
-    lowest, highest = expert_index.min(), expert_index.max()
     rule = f"expert_index must have values in 0..M-1 = 0..{num_experts - 1}"
     if isinstance(expert_index, jax.core.Tracer):
+        lowest, highest = expert_index.min(), expert_index.max()
         known = (lowest >= 0) & (highest < num_experts)
         checkify.debug_check(known, rule + ", not {lowest} to {highest}", lowest=lowest, highest=highest)
-    elif not 0 <= int(lowest) <= int(highest) < num_experts:
+        return
+    with jax.ensure_compile_time_eval():  # known here, even where a jit around this call closes over it
+        lowest, highest = int(expert_index.min()), int(expert_index.max())
+    if not 0 <= lowest <= highest < num_experts:
         raise ValueError(f"{rule}, not {lowest} to {highest}")
 
 
