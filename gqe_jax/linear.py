@@ -6,6 +6,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+PRODUCT = "product"
+"""The name that products with weights have for remat policies."""
 
 
 class Linear(nnx.Module):
@@ -44,7 +48,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., *in_features] → [..., *out_features]."""
-        return self.add_bias(self.product(x))
+        return self.add_bias(checkpoint_name(self.product(x), PRODUCT))
 
     def product(self, x: jax.Array) -> jax.Array:
         """x · W alone. Where a device holds a part of the in_features, so is its product one summand of the whole."""

@@ -216,9 +216,9 @@ def attention_alone(dtype="bfloat16", num_groups=8, head_dim=128, q_len=1, num_s
     return function, (q, array(2, q_len, head_dim), kv, kv, index, length), ()
 
 
-def model(head_dim):
+def model(head_dim, num_groups=8):
     """One step of a model of three layers, each with a cache of 2 x 32768 tokens, for `compile_for_tpus`."""
-    attention_config = GQEConfig(num_query_experts=16, num_kv_heads=8, head_dim=head_dim)
+    attention_config = GQEConfig(num_query_experts=2 * num_groups, num_kv_heads=num_groups, head_dim=head_dim)
     config = ModelConfig(d_model=256, num_layers=3, d_ff=256, context=32768, attention=attention_config)
 
     def make():
@@ -237,7 +237,7 @@ def model(head_dim):
 @pytest.mark.slow
 def test_it_compiles_for_tpus_and_reads_the_cache_where_it_lies():
     """XLA puts no copy, transpose or conversion of the cache before the kernel, in a call by itself and in a model of
-    several layers, also with heads of 64: any of them would be a temporary of the size of a layer's keys."""
+    several layers, also with heads of 64 or with one KV head: any of them would be a temporary of the size of a layer's keys."""
     pytest.importorskip("libtpu")
     calls = [
         {},
@@ -246,6 +246,7 @@ def test_it_compiles_for_tpus_and_reads_the_cache_where_it_lies():
     ]
     jobs = [(target, "test_kernels_decode:attention_alone", call) for target in TOPOLOGIES for call in calls]
     jobs += [(target, "test_kernels_decode:model", {"head_dim": dim}) for target in ("v5e", "v6e") for dim in (64, 128)]
+    jobs += [("v5e", "test_kernels_decode:model", {"head_dim": 128, "num_groups": 1})]
     for job, compiled in zip(jobs, compile_for_tpus(jobs), strict=True):
         assert len(re.findall(r"gqe_decode[.\w]* = .*custom-call", compiled["hlo"])) == 1, job
         assert compiled["temporaries"] < 2**22, job

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from flax import nnx
 
 from gqe_jax.config import GQAConfig, GQEConfig, ModelConfig
 from gqe_jax.models.transformer import Transformer
+from gqe_jax.plan.memory import activation_width
 
 GQE = GQEConfig(num_query_experts=4, num_kv_heads=2, head_dim=8, implementation="reference")
 GQA = GQAConfig(num_query_heads=4, num_kv_heads=2, head_dim=8, implementation="reference")
@@ -97,13 +99,31 @@ def test_remat_changes_no_gradient():
             np.testing.assert_allclose(got, leaf, atol=1e-6, rtol=1e-5, err_msg=remat)
 
 
-@pytest.mark.parametrize(("remat", "kept"), [("none", True), ("dots", True), ("attention", True), ("full", False)])
-def test_remat_keeps_the_result_of_attention(remat, kept):
-    """The scan stacks over layers what a layer keeps for its backward pass: [L, B, S, G, k, D] is attention's."""
-    config = dataclasses.replace(CONFIG, remat=remat, attention=dataclasses.replace(GQE, implementation="xla"))
+@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
+@pytest.mark.parametrize("attention", [GQE, GQA, dataclasses.replace(GQE, variant="hard_concat")])
+def test_remat_keeps_what_the_plan_counts(attention, remat):
+    """The scan over layers stacks what each layer keeps for its backward pass: arrays [L, B, S, ...]. Among them is one
+    sum of attention's products with W_o, not the summands, and nothing of the MLP's result: no gradient needs them."""
+    config = dataclasses.replace(CONFIG, remat=remat, attention=dataclasses.replace(attention, implementation="xla"))
+    kept = kept_by_the_layers(config)
+    assert sum(math.prod(shape) for shape in kept) * 4 == activation_width(config, remat)
+    attention_out = (2, 4 // 2 if attention is GQA else 1, 8)
+    assert (attention_out in kept) == (remat != "full")
+
+
+def test_without_remat_the_result_of_attention_is_kept():
+    config = dataclasses.replace(CONFIG, attention=dataclasses.replace(GQE, implementation="xla"))
+    assert (2, 1, 8) in kept_by_the_layers(config)
+
+
+def kept_by_the_layers(config) -> list[tuple[int, ...]]:
+    """Shapes, without [L, B, S], of the float32 arrays that the forward scan of a training step hands to the backward."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     program = jax.make_jaxpr(jax.grad(lambda state: nnx.merge(graphdef, state)(TOKENS)[0].sum()))(state)
-    assert ("f32[2,2,11,2,1,8]" in str(program)) == kept
+    scan = next(x for x in program.eqns if x.primitive.name == "scan" and x.params["length"] == config.num_layers)
+    leading = (config.num_layers, *TOKENS.shape)
+    shapes = [x.aval.shape for x in scan.outvars[scan.params["num_carry"] :] if x.aval.dtype == jnp.float32]
+    return [shape[3:] for shape in shapes if shape[:3] == leading]
 
 
 @pytest.mark.parametrize("tied", [True, False])

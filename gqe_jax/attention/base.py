@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from gqe_jax.attention.cache import KVCache
 from gqe_jax.attention.context import Context
@@ -13,7 +14,7 @@ from gqe_jax.attention.rotary import rotary_tables
 from gqe_jax.attention.router import RouterStats, Routing
 from gqe_jax.config import AttentionConfig
 from gqe_jax.kernels import rms_norm, rotate
-from gqe_jax.linear import Linear
+from gqe_jax.linear import PRODUCT, Linear
 from gqe_jax.parallel.manual import Shard, axis_size, on_mesh, total
 from gqe_jax.parallel.zigzag import zigzag
 
@@ -106,7 +107,7 @@ class Attention(nnx.Module):
             (("partial", *tokens, None), self._routing_axes, cache_axes),
             dtype=self.k_proj.dtype,
         )
-        y = self.o_proj.add_bias(total(y))
+        y = self.o_proj.add_bias(checkpoint_name(total(y), PRODUCT))
         stats = None if routing is None else routing.statistics()
         return (y, stats) if cache is None else (y, stats, cache)
 

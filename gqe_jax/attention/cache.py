@@ -86,13 +86,17 @@ class KVCache:
         layer = () if self.layer is None else (self.layer,)
 
         def write(buffer, rows):
-            rows = rows.astype(buffer.dtype).reshape(*rows.shape[:2], *buffer.shape[-2:])
+            shape = buffer.shape
+            if shape[-2] == 1:  # with that axis, a TPU would lay out the whole buffer anew to write, and back to read
+                buffer = buffer.squeeze(-2)
+            token = buffer.shape[len(shape) - 2 :]
+            rows = rows.astype(buffer.dtype).reshape(*rows.shape[:2], *token)
 
             def write_row(b, buffer):
                 row = jax.lax.dynamic_slice_in_dim(rows, b, 1).reshape(*(1 for _ in layer), 1, *rows.shape[1:])
-                return jax.lax.dynamic_update_slice(buffer, row, (*layer, b, lengths[b], 0, 0))
+                return jax.lax.dynamic_update_slice(buffer, row, (*layer, b, lengths[b], *(0 for _ in token)))
 
-            return jax.lax.fori_loop(0, rows.shape[0], write_row, buffer)
+            return jax.lax.fori_loop(0, rows.shape[0], write_row, buffer).reshape(shape)
 
         length = lengths + count
         if layer:

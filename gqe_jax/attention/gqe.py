@@ -139,7 +139,7 @@ class GQEAttention(Attention):
         # ō of this device's groups and s of its tokens: through W_o they join the one sum over devices that y takes.
         selected = shard.sum(probs.sum(axis=(-2, -1), keepdims=True), "expert")
         mixed = _weighted_sum(o, probs / jnp.maximum(selected, 1e-9))
-        y = self.o_proj.product(o) + self.o_extra(jnp.stack([mixed.astype(o.dtype), shared], axis=-2))
+        y = self.o_proj.product(o) + self.o_extra.product(jnp.stack([mixed.astype(o.dtype), shared], axis=-2))
         return y[None], routing, cache
 
 

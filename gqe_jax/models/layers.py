@@ -34,7 +34,7 @@ class SwiGLU(nnx.Module):
 
     def _forward(self, shard: Shard, x: jax.Array) -> jax.Array:
         """What one device adds: of its part of the hidden width."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))[None]
+        return self.down_proj.product(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))[None]
 
 
 class Vocabulary(nnx.Module):

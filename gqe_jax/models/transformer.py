@@ -7,6 +7,7 @@ from flax import nnx
 
 from gqe_jax.attention import KVCache, RouterStats
 from gqe_jax.config import ModelConfig
+from gqe_jax.linear import PRODUCT
 from gqe_jax.models.block import Block
 from gqe_jax.models.layers import Vocabulary
 from gqe_jax.parallel.manual import GATHERED, axis_size
@@ -16,10 +17,7 @@ REMAT_POLICIES = {
     "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
-    ),
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, "attention_out", "attention_lse"),
 }
 
 

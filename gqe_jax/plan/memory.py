@@ -29,7 +29,7 @@ def activation_width(model: ModelConfig, remat: str, expert: int = 1) -> int:
     shared = int(routed and attention.variant == "gqe")
     slots = groups * attention.top_k if routed else heads
     attended = item * dim * (slots + shared) + 4 * (slots + shared)  # outputs, and float32 log-sum-exps
-    products = item * (dim * (heads + 2 * groups + shared) + d * (1 + shared) + 2 * model.d_ff // expert)
+    products = item * (dim * (heads + 2 * groups + shared) + d + 2 * model.d_ff // expert)
     products += 4 * heads * routed  # of the router, in float32
     kept = {
         "full": 0,
