@@ -20,6 +20,7 @@ def get_config(argument=None):
         config.model.d_model = 2048
         config.model.num_layers = 16
         config.model.d_ff = 8192
+        config.model.remat = "dots"
         config.optimizer.learning_rate = 4e-4
         config.optimizer.min_learning_rate = 4e-6
     return config
