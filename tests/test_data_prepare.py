@@ -15,6 +15,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from read_back import all_files, texts_of
 
 from gqe_jax.config import ConfigError
 from gqe_jax.data import prepare as prepare_module
@@ -46,18 +47,6 @@ def prepared(corpus, tmp_path):
     out = tmp_path / "prepared"
     prepare(corpus, out, tokenizer=BYTES, seq_len=32, heldout_fraction=0.2)
     return out
-
-
-def all_files(directory) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
-
-
-def texts_of(directory, split: str) -> list[str]:
-    """The documents of a split, read back from its rows: targets, cut at eos."""
-    rows = PreparedRows(directory, split)
-    batch = rows.read(range(len(rows)))
-    targets = batch["targets"][batch["mask"]]
-    return [BYTES.decode(document) for document in np.split(targets, np.flatnonzero(targets == BYTES.eos_id) + 1)[:-1]]
 
 
 def test_rows_hold_every_document_once(corpus, prepared):

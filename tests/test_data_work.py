@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from read_back import all_files, texts_of
 
 from gqe_jax.config import ConfigError
 from gqe_jax.data import units
@@ -46,18 +47,6 @@ def folder(tmp_path):
 
 def corpus_of(folder):
     return files_corpus([folder / "*.jsonl"])
-
-
-def all_files(directory) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
-
-
-def texts_of(directory, split: str) -> list[str]:
-    """The documents of a split, read back from its rows: each segment, without the eos that it begins with."""
-    rows = PreparedRows(directory, split)
-    batch = rows.read(range(len(rows)))
-    targets = batch["targets"][batch["mask"]]
-    return [BYTES.decode(document) for document in np.split(targets, np.flatnonzero(targets == BYTES.eos_id) + 1)[:-1]]
 
 
 def test_the_number_of_processes_changes_no_byte(folder, tmp_path):

@@ -237,7 +237,7 @@ def model(head_dim, num_groups=8):
 @pytest.mark.slow
 def test_it_compiles_for_tpus_and_reads_the_cache_where_it_lies():
     """XLA puts no copy, transpose or conversion of the cache before the kernel, in a call by itself and in a model of
-    several layers, also with heads of 64 or with one KV head: any of them would be a temporary of the size of a layer's keys."""
+    several layers, also with heads of 64 or one KV head: any of them would be a temporary of a layer's size."""
     pytest.importorskip("libtpu")
     calls = [
         {},

@@ -10,23 +10,9 @@ import sys
 
 import pytest
 import yaml
-from fake_cloud import ROOT, SCRIPTS, TRAIN, Cloud, states, wait_until
+from fake_cloud import ROOT, SCRIPTS, TRAIN, states, wait_until
 
 TOP = sorted(path.name for path in SCRIPTS.glob("*.sh") if path.name != "common.sh")
-
-
-@pytest.fixture
-def cloud(tmp_path):
-    cloud = Cloud(tmp_path)
-    yield cloud
-    cloud.end()
-
-
-@pytest.fixture
-def ready(cloud):
-    cloud("create.sh")
-    cloud("setup.sh")
-    return cloud
 
 
 # ---------------------------------------------------------------- all scripts

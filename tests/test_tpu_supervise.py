@@ -8,20 +8,6 @@ import pytest
 from fake_cloud import TRAIN, Cloud, states, wait_until
 
 
-@pytest.fixture
-def cloud(tmp_path):
-    cloud = Cloud(tmp_path)
-    yield cloud
-    cloud.end()
-
-
-@pytest.fixture
-def ready(cloud):
-    cloud("create.sh")
-    cloud("setup.sh")
-    return cloud
-
-
 class Supervisor:
     def __init__(self, cloud: Cloud, *arguments: str):
         self.cloud = cloud

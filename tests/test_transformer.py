@@ -117,7 +117,7 @@ def test_without_remat_the_result_of_attention_is_kept():
 
 
 def kept_by_the_layers(config) -> list[tuple[int, ...]]:
-    """Shapes, without [L, B, S], of the float32 arrays that the forward scan of a training step hands to the backward."""
+    """Shapes, without [L, B, S], of the float32 arrays that the forward scan of a step hands to the backward."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     program = jax.make_jaxpr(jax.grad(lambda state: nnx.merge(graphdef, state)(TOKENS)[0].sum()))(state)
     scan = next(x for x in program.eqns if x.primitive.name == "scan" and x.params["length"] == config.num_layers)
