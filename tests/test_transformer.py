@@ -120,9 +120,9 @@ def kept_by_the_layers(config) -> list[tuple[int, ...]]:
     """Shapes, without [L, B, S], of the float32 arrays that the forward scan of a step hands to the backward."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     program = jax.make_jaxpr(jax.grad(lambda state: nnx.merge(graphdef, state)(TOKENS)[0].sum()))(state)
-    scan = next(x for x in program.eqns if x.primitive.name == "scan" and x.params["length"] == config.num_layers)
+    scan = next(x for x in program.eqns if x.primitive.name == "scan" and not x.params["reverse"])
     leading = (config.num_layers, *TOKENS.shape)
-    shapes = [x.aval.shape for x in scan.outvars[scan.params["num_carry"] :] if x.aval.dtype == jnp.float32]
+    shapes = [x.aval.shape for x in scan.outvars if x.aval.dtype == jnp.float32]
     return [shape[3:] for shape in shapes if shape[:3] == leading]
 
 
