@@ -37,6 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
+def command() -> None:
+    """What the command `gqe` calls: `main`, and the end of the process."""
+    code = main()
+    if code == 128 + signal.SIGINT:  # XLA may still be compiling in a thread, which dies of Python's orderly end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def _run_verb(verb: str, argv: list[str]) -> int:
     summary, add = VERBS[verb]
     if sys.unraisablehook is sys.__unraisablehook__:
@@ -95,7 +105,7 @@ checkpoint. On several machines, start the same command on each, with --distribu
     parser.add_argument(
         "--previous-checkpoint",
         action="store_true",
-        help="if the newest checkpoint is damaged, set it aside and continue from the one before",
+        help="if the newest checkpoint is damaged, set it aside and continue from the newest one that is whole",
     )
     several = parser.add_argument_group("several processes, each started with the same command")
     several.add_argument(
@@ -306,4 +316,4 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

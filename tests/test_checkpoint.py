@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from gqe_jax.config import ConfigError, OptimizerConfig
-from gqe_jax.train.checkpoint import RECORD, CheckpointDamaged, CheckpointFailed, Checkpoints
+from gqe_jax.train.checkpoint import CheckpointDamaged, CheckpointFailed, Checkpoints
+from gqe_jax.train.integrity import RECORD
 from gqe_jax.train.optimizer import make_optimizer
 
 CONFIG = {"name": "test", "model": {"d_model": 8, "attention": {"window": None}}}
@@ -243,13 +244,27 @@ def test_set_aside_makes_way_for_the_step_before(copy):
     """After the user's word the damaged one no longer counts, is not lost, and its step can be saved again."""
     with Checkpoints(copy, keep=2) as checkpoints:
         checkpoints.should_save(3)  # opens the writer, which must notice as well
-        aside = checkpoints.set_aside(2)
+        (aside,) = checkpoints.set_aside_damaged(2)
         assert checkpoints.latest() == 1 and (aside / "params").is_dir()
         assert checkpoints.save(2, **make_items(2), wait=True)
         assert checkpoints.steps() == [1, 2]
-        assert checkpoints.set_aside(2) != aside
+        assert checkpoints.set_aside_damaged(2) != [aside]
         assert checkpoints.save(3, **make_items(3), wait=True)
         assert checkpoints.steps() == [1, 3]
+
+
+def test_set_aside_goes_back_to_a_whole_checkpoint_or_touches_nothing(copy):
+    """Else one word too few of the user's would start a long run from its beginning, and its metrics with it."""
+    with Checkpoints(copy, keep=3) as checkpoints:
+        checkpoints.save(3, **make_items(3), wait=True)
+        for step in (3, 2):
+            (copy / str(step) / RECORD).write_text("{")
+        assert [path.name for path in checkpoints.set_aside_damaged(3)] == ["3.set_aside", "2.set_aside"]
+        assert checkpoints.steps() == [1]
+        (copy / "1" / RECORD).write_text("{")
+        with pytest.raises(CheckpointDamaged, match=r"no checkpoint in .* is whole \(those of steps 1 are damaged\)"):
+            checkpoints.set_aside_damaged(1)
+        assert checkpoints.steps() == [1]
 
 
 # ---------------------------------------------------------------- what cannot be written is said

@@ -4,11 +4,6 @@ A checkpoint is the directory `<step>/` with the items `params`, `opt_state` and
 `data`, `config` and `tokenizer` (JSON), and `integrity.json`: size and CRC-32 of every file. It appears under its name
 in one rename after all of that is written, so a run killed at any moment leaves complete checkpoints only; what was
 half-written is named `<step>.orbax-checkpoint-tmp` and is cleared away by the next run that saves.
-
-Why a record of its own: Orbax checksums its index but not the arrays, and a flipped bit there restores without a word.
-Its limits: it is taken when the files have been written, so it cannot see what was already wrong in memory; a CRC finds
-accidents, not forgery; a power failure (not a kill) can lose what the operating system had not yet written, which then
-shows as damage. On object stores (`gs://`), which check what they store themselves, there is no record.
 """
 
 from __future__ import annotations
@@ -20,7 +15,6 @@ import logging
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +25,7 @@ from etils import epath
 
 from gqe_jax.config import ConfigError
 from gqe_jax.parallel.processes import every_text, first_says
-
-RECORD = "integrity.json"
-# Orbax touches these once more between the record and the rename; nothing is read from them.
-UNRECORDED = frozenset({RECORD, "_CHECKPOINT_METADATA", "commit_success.txt"})
+from gqe_jax.train import integrity
 
 SPARING_PIECE = 1 << 26  # bytes
 
@@ -216,25 +207,36 @@ class Checkpoints:
             raise ConfigError(f"no checkpoint of step {step} in {self.directory}: choose one that is there ({known})")
         if self._remote:
             return
-        root = Path(self.directory) / str(step)
-        try:
-            record = json.loads((root / RECORD).read_bytes())
-        except (OSError, ValueError) as error:
-            problems = [f"{RECORD} cannot be read ({error})"]
-        else:
-            chosen = sorted(name for name in record if items is None or name.split("/")[0] in items)
-            mine = chosen[jax.process_index() :: jax.process_count()]
-            problems = [f"{name} {problem}" for name in mine if (problem := _problem(root / name, *record[name]))]
+        problems = integrity.problems(
+            Path(self.directory) / str(step), items, part=jax.process_index(), parts=jax.process_count()
+        )
         found = {problem: None for text in every_text(json.dumps(problems)) for problem in json.loads(text)}
         if found:
             raise self._damaged(step, list(found))
 
-    def set_aside(self, step: int) -> epath.Path:
-        """Renames the checkpoint of `step` so that no run continues from it, for who asked for the one before.
+    def set_aside_damaged(self, newest: int) -> list[epath.Path]:
+        """Sets aside the damaged checkpoint of `newest`, and those before it down to the first that is whole.
 
         Returns:
-          Its new path; it is kept and can be renamed back.
+          Their new paths; they are kept and can be renamed back.
+
+        Raises:
+          CheckpointDamaged: none before it is whole, and none has been set aside.
         """
+        damaged = [newest]
+        for step in sorted((step for step in self.steps() if step < newest), reverse=True):
+            try:
+                self.verify(step)
+            except CheckpointDamaged:
+                damaged.append(step)
+            else:
+                return [self._set_aside(step) for step in damaged]
+        raise CheckpointDamaged(
+            f"no checkpoint in {self.directory} is whole (those of steps {', '.join(map(str, sorted(damaged)))} are "
+            f"damaged), and all are where they were: copy one back from a backup, or train anew in another directory"
+        )
+
+    def _set_aside(self, step: int) -> epath.Path:
         source = self.directory / str(step)
         name = ""
         if jax.process_index() == 0:
@@ -270,11 +272,7 @@ class Checkpoints:
     def _write_record(self) -> None:
         # Orbax calls this on the primary process, in the saving thread, when all processes have written everything and
         # before the rename that makes the step visible: no kill can come between a checkpoint and its record.
-        root = Path(self.directory) / f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}"
-        files = sorted(path for path in root.rglob("*") if path.is_file())
-        names = {path: path.relative_to(root).as_posix() for path in files}
-        record = {name: _fingerprint(path) for path, name in names.items() if name not in UNRECORDED}
-        (root / RECORD).write_text(json.dumps(record, indent=0))
+        integrity.write_record(Path(self.directory) / f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}")
 
     def _check_space(self, size: int) -> None:
         # A write that fails half-way fails safely too, but only after minutes and with a page of library output.
@@ -338,28 +336,6 @@ class Checkpoints:
 
 def _sparing_handler() -> ocp.StandardCheckpointHandler:
     return ocp.StandardCheckpointHandler(save_concurrent_gb=1, use_ocdbt=False)
-
-
-def _fingerprint(path: Path) -> tuple[int, int]:
-    """(bytes, CRC-32) of a file, read in pieces."""
-    checksum = size = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            checksum = zlib.crc32(block, checksum)
-            size += len(block)
-    return size, checksum
-
-
-def _problem(path: Path, size: int, checksum: int) -> str | None:
-    try:
-        found = path.stat().st_size  # before the checksum: a truncated file need not be read
-        if found != size:
-            return f"has {found} bytes instead of {size}"
-        return None if _fingerprint(path) == (size, checksum) else "has other contents than were written"
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
 
 
 def _describe(item: str, tree: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
