@@ -34,7 +34,7 @@ def llama_config(name, argument, *, heads, top_k, context, tokens_per_step, toke
     model.attention.rope_theta = 500_000.0
     model.norm_eps = 1e-5
     model.context = arguments.context
-    data.batch_size = max(tokens_per_step // max(arguments.context, 1), 1)
+    data.batch_size = max(tokens_per_step // arguments.context, 1)
     train.steps = round(tokens / tokens_per_step)
     optimizer.warmup_steps = min(2000, train.steps // 10)
     optimizer.decay_steps = train.steps // 5

@@ -5,6 +5,7 @@
 `laptop` keeps head counts and schedule and shrinks everything else: bytes, four layers, minutes on a CPU.
 """
 
+from gqe_jax.config import ConfigError
 from gqe_jax.config_dict import defaults
 from gqe_jax.config_files import parse_argument
 
@@ -19,6 +20,8 @@ def paper_config(name, argument, attention, **arguments):
       **arguments: those that the file has beside laptop and head_dim, with their defaults.
     """
     arguments = parse_argument(argument, laptop=False, head_dim=64, **arguments)
+    if 1024 % (2 * arguments.head_dim):
+        raise ConfigError(f"head_dim={arguments.head_dim} does not divide 512, half of d_model: set it to 64 or 128")
     heads = 1024 // arguments.head_dim
     config = defaults(num_kv_heads=heads // 2, **attention(arguments, heads, heads // 2))
     config.name = name

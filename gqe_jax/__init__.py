@@ -12,9 +12,10 @@ from gqe_jax.config import (
     RouterConfig,
     RunConfig,
 )
-from gqe_jax.kernels import attend, merge_partials
+from gqe_jax.kernels import EMPTY_LSE, BlockSizes, attend, merge_partials
 from gqe_jax.models.transformer import Transformer
 from gqe_jax.parallel.mesh import make_mesh
+from gqe_jax.parallel.zigzag import natural, zigzag
 
 __version__ = "0.1.0"
 
@@ -26,13 +27,17 @@ __all__ = [
     "KVCache",
     # The attention call underneath
     "attend",
+    "BlockSizes",
     "merge_partials",
+    "EMPTY_LSE",
     "rotary_tables",
     # The language model
     "Transformer",
     # Many devices
     "make_mesh",
     "MeshConfig",
+    "zigzag",
+    "natural",
     # Configuration
     "ModelConfig",
     "GQEConfig",

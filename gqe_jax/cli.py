@@ -124,8 +124,10 @@ checkpoint. On several machines, start the same command on each, with --distribu
         from gqe_jax.parallel.place import place_from
         from gqe_jax.parallel.processes import joined
         from gqe_jax.train.loop import Interrupted, train
+        from gqe_jax.train.run import check_directory
 
         config = load_config(args.config, args.overrides)
+        check_directory(args.run)
         place = place_from(args)
         who = "gqe train" if place is None else f"gqe train, process {place.process_id} of {place.num_processes}"
         with joined(
@@ -182,8 +184,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> Runner:
         if args.data is not None:
             named = dataclasses.replace(config.data, path=args.data, mixture=None)
             config = dataclasses.replace(config, data=named)
-        data = open_data(config.data, config.model)
-        data.check_tokenizer(trained.tokenizer)
+        data = open_data(config.data, config.model, trained.tokenizer)
         with jax.set_mesh(mesh):
             result = evaluate_model(trained.model, data, mesh, batch_size=args.batch_size)
         print(f"{args.run}, step {trained.step}: {report(result)}")

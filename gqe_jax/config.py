@@ -34,8 +34,11 @@ def _require(rule: bool, message: str) -> None:
 def _require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        least = "at least 1" if isinstance(value, int) else "a value above 0"
-        _require(value > 0, f"{name}={value} must be positive: set {name} to {least}")
+        _require(value > 0, f"{name}={value} must be positive: set {name} to {_least(value)}")
+
+
+def _least(value: float) -> str:
+    return "at least 1" if isinstance(value, int) else "a value above 0"
 
 
 def _require_known(config: Any) -> None:
@@ -143,9 +146,14 @@ class AttentionConfig:
             f"{name}={heads} is not a multiple of num_kv_heads={self.num_kv_heads}: every KV group needs the same "
             f"number of query heads; change either",
         )
-        for field in ("head_dim", "rope_theta", "softcap", "window"):
+        without = {"head_dim": "d_model / query heads", "rope_theta": "no rotary embedding", "softcap": "no cap",
+                   "window": "all tokens before"}  # fmt: skip
+        for field, meaning in without.items():
             value = getattr(self, field)
-            _require(value is None or value > 0, f"{field}={value} must be positive, or None")
+            _require(
+                value is None or value > 0,
+                f"{field}={value} must be positive: set {field} to {_least(value)}, or to None for {meaning}",
+            )
         _require(
             self.implementation is None or self.implementation in IMPLEMENTATIONS,
             f"implementation={self.implementation!r} is unknown: use one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
@@ -298,7 +306,7 @@ class OptimizerConfig:
         _require_fraction(self, "b1", "b2", "zclip_decay")
         for name in ("warmup_steps", "decay_steps", "weight_decay", "min_learning_rate"):
             value = getattr(self, name)
-            _require(value >= 0, f"optimizer.{name}={value} must not be negative")
+            _require(value >= 0, f"optimizer.{name}={value} must not be negative: set it to 0 or more")
         _require(
             self.min_learning_rate <= self.learning_rate,
             f"min_learning_rate={self.min_learning_rate} exceeds learning_rate={self.learning_rate}: lower the floor",
@@ -319,7 +327,8 @@ class MeshConfig:
         for name, size in sizes.items():
             _require(
                 size > 0 or size == -1,
-                f"mesh.{name}={size} must be a number of devices, or -1 for what the other axes leave",
+                f"mesh.{name}={size} is no number of devices: set mesh.{name} to at least 1, or to -1 for what the "
+                f"other axes leave",
             )
         left = [name for name, size in sizes.items() if size == -1]
         _require(len(left) <= 1, f"mesh.{' and mesh.'.join(left)} are -1: only one axis can take what is left")

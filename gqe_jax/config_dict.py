@@ -7,6 +7,7 @@ from `defaults()`. `build` turns it into a `RunConfig`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -109,4 +110,6 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             f"{path}={value!r} has type {type(value).__name__}, but must be {kind.__name__}"
             f"{' or None' if optional else ''}: correct the value"
         )
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{path}={value} must be a finite number: correct the value")
     return value

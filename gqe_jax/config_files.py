@@ -49,11 +49,15 @@ def parse_argument(argument: str | None, **defaults: Any) -> ml_collections.Conf
       **defaults: the names that the file understands, with their values when not given.
 
     Raises:
-      ConfigError: another name, or a value of another type than the default's.
+      ConfigError: another name, a value of another type than the default's, or an integer below 1 where the default is
+        a positive one: they count something.
     """
     result = ml_collections.ConfigDict(defaults)
     for assignment in filter(None, (argument or "").split(",")):
         _override(result, assignment if "=" in assignment else f"{assignment}=True")
+    for name, default in defaults.items():
+        if type(default) is int and default > 0 and result[name] < 1:
+            raise ConfigError(f"{name}={result[name]}, behind the colon of --config, must be at least 1: raise {name}")
     return result
 
 
@@ -117,7 +121,8 @@ def _override(config: ml_collections.ConfigDict, assignment: str) -> None:
         plain = kind is str and text != "None" and text[:1] not in ("'", '"')  # a string may look like a number
         config[leaf] = text if plain else _literal(text)
     except TypeError:
-        raise ConfigError(f"{key}={text!r} must be of type {kind.__name__}: correct the value") from None
+        what = "a finite number" if kind is float else f"of type {kind.__name__}"
+        raise ConfigError(f"{key}={text!r} must be {what}: correct the value") from None
 
 
 def _known(config: ml_collections.ConfigDict, key: str, groups: Sequence[str]) -> Any:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import checkify
 
-from gqe_jax.attention import GQEAttention
+from gqe_jax import GQAttention, GQEAttention, natural, zigzag
 from gqe_jax.config import (
     DataConfig,
     GQAConfig,
@@ -148,15 +149,32 @@ def layer_errors():
         ({"data": 8}, 8, (3, 8, 16)),
         ({"context": 8}, 8, (1, 12, 16)),
         ({"context": 8}, 8, (1, 16, 16)),
+        ({"fsdp": 8}, 4, (8, 8, 60)),
     ):
-        layer = GQEAttention(16, 2 * groups, groups, 1, 8, rngs=nnx.Rngs(0))
+        layer = GQEAttention(shape[-1], 2 * groups, groups, 1, 8, rngs=nnx.Rngs(0))
         cache = layer.init_cache(1, 16) if shape[1] == 16 else None
         with jax.set_mesh(make_mesh(MeshConfig(**({"data": 1} | sizes)))):
             try:
                 layer(jnp.zeros(shape), cache=cache)
             except ValueError as error:
                 errors.append(str(error))
-    print(json.dumps(errors))
+    return errors
+
+
+def layer_alone():
+    """Prints what a layer says and computes on its own: errors, distance from one device, checkify's error."""
+    x = jax.random.normal(jax.random.key(0), (2, 32, 16))
+    layer = GQEAttention(16, 16, 8, 1, 8, rngs=nnx.Rngs(0), **QUICK)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, context=4))):
+        y = jax.jit(lambda x: natural(layer(zigzag(x, 4))[0], 4))(x)
+    difference = float(jnp.abs(y - layer(x)[0]).max() / jnp.abs(y).max())
+    dense = GQAttention(16, 16, 8, 8, rngs=nnx.Rngs(0), **QUICK)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=4))):
+        said = []
+        for kind in (layer, dense):
+            check = jax.jit(checkify.checkify(lambda x, cache, kind=kind: kind(x, cache=cache)[0]))
+            said.append(check(x, kind.init_cache(2, 32))[0].get())
+    print(json.dumps({"errors": layer_errors(), "context": difference, "checkify": said}))
 
 
 def distance(a, b):

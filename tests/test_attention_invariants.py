@@ -251,3 +251,51 @@ def test_inputs_that_do_not_fit_are_refused(make):
         layer(X, segment_ids=np.ones((2, 12), np.int32))
     with pytest.raises(ValueError, match=r"positions has shape \(3, 13\), but must be \[B or 1, S\]"):
         layer(X, positions=np.zeros((3, 13), np.int32))
+    with pytest.raises(ValueError, match=r"positions has dtype float32, but must be integers: pass positions.astype"):
+        layer(X, positions=np.zeros((2, 13), np.float32))
+    with pytest.raises(ValueError, match=r"segment_ids has dtype bool, but must be integers: pass segment_ids.astype"):
+        layer(X, segment_ids=np.ones((2, 13), bool))
+
+
+def test_float64_is_refused_by_the_name_of_the_argument():
+    """Where it would be the dtype of the computation; a layer with a dtype casts."""
+    with jax.enable_x64(True):
+        x = jnp.asarray(X, jnp.float64)
+        with pytest.raises(ValueError, match=r"x has dtype float64 .* would compute in float64, .*: cast x, or"):
+            tiny.gqe()(x)
+        assert tiny.call(tiny.gqe(dtype=jnp.float32), x)[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ({"router": "random"}, r"router='random' is no RouterConfig: write gqe_jax.RouterConfig\(kind=...\)"),
+        ({"rope_scaling": "yarn"}, r"rope_scaling='yarn' is no RopeScaling: write gqe_jax.RopeScaling\(kind="),
+        ({"rngs": jax.random.key(0)}, r"rngs=Array.* is no Rngs: pass nnx.Rngs\(seed\)"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(argument, message):
+    with pytest.raises(ValueError, match=message):
+        GQEAttention(16, 4, 2, 1, 8, **{"rngs": nnx.Rngs(0)} | argument)
+
+
+def test_the_reference_has_forward_and_second_derivatives():
+    """A directional derivative is the gradient's product with the direction, and second derivatives are symmetric:
+    forward over reverse equals reverse over forward."""
+    apply, params, rest = tiny.split(tiny.gqe(implementation="reference"))
+    direction = jnp.asarray(tiny.inputs(seed=2))
+
+    def value(x):
+        return jnp.sum(jnp.square(apply(params, rest, x)[0]))
+
+    def slope(x):
+        return jax.jvp(value, (x,), (direction,))[1]
+
+    @tiny.jit
+    def derivatives(x):
+        gradient, forward = jax.jvp(jax.grad(value), (x,), (direction,))
+        return slope(x), jnp.sum(gradient * direction), jax.grad(slope)(x), forward
+
+    along, product, reverse, forward = derivatives(X)
+    np.testing.assert_allclose(along, product, rtol=1e-4)
+    np.testing.assert_allclose(reverse, forward, atol=1e-3 * np.abs(forward).max())

@@ -12,7 +12,7 @@ from gqe_jax.bench.table import Cell
 from gqe_jax.bench.tpu_compile import Compiled, CompileError, Kernel, compile_all, compile_for
 from gqe_jax.cli import main
 
-DENSE, _, OURS = RIVALS["tpu"]
+DENSE, OTHER, OURS = RIVALS["tpu"]
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -66,6 +66,33 @@ def test_csv_and_plot(tmp_path):
     assert [rows[0][name] for name in ("device", "how", "rival", "cost")] == ["v6e", "static", DENSE.name, "1.0"]
     table.plot(tmp_path / "x.png", cells(), RIVALS["tpu"], 16 / 9, "v6e")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_comparison_is_put_together_from_its_compiles(monkeypatch, capsys):
+    """Dense attention's kernels are counted once for each of its heads, ours with ours, a layer's with its attention:
+    nothing else asks for schedules, which are slow to write. What is done is said as it is."""
+    kernel_cycles = {DENSE.name: 1600, OURS.name: 700}
+
+    def compile_nothing(jobs, on_result):
+        results = []
+        for n, job in enumerate(jobs):
+            block = Block("0", 1, 1, 0, 0, 0, visits=kernel_cycles.get(job.options["rival"]["name"], 0))
+            assert job.schedules == (
+                job.options["part"] == "attention" and job.options["rival"]["name"] in kernel_cycles
+            )
+            xla = (("fusion", 30 if job.options["part"] == "layer" else 5),)
+            results.append(Compiled("0.0", 0, 0, 0, (Kernel("k", (block,)),) if job.schedules else (), xla))
+            on_result(n, results[-1], 1.0)
+        return results
+
+    monkeypatch.setattr(static, "compile_all", compile_nothing)
+    result = static.measure("v5e", (2048,), 128)
+    cost = {(c.part, c.rival): c.cost for c in result.cells if not c.backward}
+    assert cost["attention", DENSE.name] == 1605 and cost["layer", DENSE.name] == 1630
+    assert cost["attention", OTHER.name] == 905 and cost["layer", OTHER.name] == 930
+    assert cost["attention", OURS.name] == 705 and cost["layer", OURS.name] == 730
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 12 and lines[0] == "compiled 1 of 12: attention alone, forward, GQA, splash, S = 2048 (1 s)"
 
 
 def test_quantities_of_a_known_kernel():

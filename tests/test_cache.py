@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.experimental import checkify
 
 from gqe_jax.attention import KVCache
 
@@ -47,6 +48,35 @@ def test_more_tokens_than_the_cache_holds_are_refused():
     with pytest.raises(ValueError, match=r"13 new tokens behind the 0 held exceed the cache's capacity of 12"):
         layer(tiny.inputs(), cache=layer.init_cache(2, 12))
     assert cache.append(*tokens(2)).length.tolist() == [6, 6]
+    with pytest.raises(ValueError, match=r"3 new tokens behind the 4 held exceed the cache's capacity of 6"):
+        jax.jit(lambda k, v: cache.append(k, v))(*tokens(3))  # closed over, its lengths are known
+
+
+@pytest.mark.parametrize("wrap", [lambda f: jax.jit(checkify.checkify(f)), lambda f: checkify.checkify(jax.jit(f))])
+def test_checkify_sees_what_jit_cannot(wrap):
+    """Under `jit` the lengths are data: only checkify can report that they leave too little room."""
+    append = wrap(KVCache.append)
+    error, cache = append(EMPTY, *tokens(4))
+    assert error.get() is None
+    error, _ = append(cache, *tokens(3))
+    assert "3 new tokens behind the 4 held exceed the cache's capacity of 6 tokens: make the" in error.get()
+
+
+@pytest.mark.parametrize("sizes", [(2, 0), (2, -1), (0, 8)])
+def test_an_empty_cache_is_refused(sizes):
+    with pytest.raises(ValueError, match=r"batch=\d, capacity=-?\d: a cache holds at least one row"):
+        tiny.gqa().init_cache(*sizes)
+
+
+@pytest.mark.parametrize("make", [tiny.gqe, tiny.gqa])
+def test_a_cache_that_is_not_the_layer_s(make):
+    """Of another batch, of another layer (also where heads of 128 hold as many numbers), of a stack of layers."""
+    layer, x = make(2, 2), tiny.inputs()
+    stacked = jax.tree.map(lambda leaf: leaf[None], layer.init_cache(2, 16))
+    wide = KVCache.empty(2, 16, 1, 2 * tiny.HEAD_DIM, jnp.float32)
+    for cache in (layer.init_cache(3, 16), make(4, 2).init_cache(2, 16), wide, stacked):
+        with pytest.raises(ValueError, match=r"cache has keys of shape .* make it by this layer's init_cache\(2"):
+            layer(x, cache=cache)
 
 
 @pytest.mark.parametrize("make", [tiny.gqe, tiny.gqa])

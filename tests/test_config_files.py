@@ -66,7 +66,9 @@ def test_overrides(file):
         ("train.steps=1.5", "train.steps='1.5' must be of type int"),
         ("train.steps=", "train.steps='' must be of type int"),
         ("train.wandb=yes", "train.wandb='yes' must be of type bool"),
-        ("optimizer.learning_rate=fast", "optimizer.learning_rate='fast' must be of type float"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate='fast' must be a finite number: correct the value"),
+        ("optimizer.learning_rate=nan", "optimizer.learning_rate='nan' must be a finite number: correct the value"),
+        ("optimizer.learning_rate=1e999", "optimizer.learning_rate=inf must be a finite number: correct the value"),
         ("model.attention.window=wide", "model.attention.window='wide' must be of type int"),
         ("=3", "unknown config key ''"),
         ("train..steps=3", "unknown config key 'train.'"),
@@ -120,3 +122,25 @@ def test_arguments_of_config_files():
         load_config("smoke:stepz=3")
     with pytest.raises(ConfigError, match="steps='many' must be of type int"):
         parse_argument("steps=many", steps=10)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("smoke:steps=-3", "steps=-3, behind the colon of --config, must be at least 1: raise steps"),
+        ("smoke:steps=0", "steps=0, behind the colon of --config, must be at least 1: raise steps"),
+        ("gqe_8b:context=0", "context=0, behind the colon of --config, must be at least 1: raise context"),
+        ("gqa_250m:head_dim=0", "head_dim=0, behind the colon of --config, must be at least 1: raise head_dim"),
+        ("gqe_250m:head_dim=2048", "head_dim=2048 does not divide 512, half of d_model: set it to 64 or 128"),
+    ],
+)
+def test_arguments_are_checked_before_what_follows_from_them(spec, message):
+    """The number that was typed is refused, not a field that the file computes from it."""
+    with pytest.raises(ConfigError) as error:
+        load_config(spec)
+    assert str(error.value) == message
+
+
+def test_arguments_that_may_be_zero():
+    """Where the file's own value is 0, so may be the user's."""
+    assert parse_argument("seed=0,shift=-1", seed=0, shift=0).shift == -1

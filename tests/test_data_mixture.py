@@ -194,6 +194,14 @@ def test_sets_that_do_not_fit(folder, tmp_path):
         open_data(DataConfig(path=str(folder / "a")), ModelConfig(context=SEQ_LEN, vocab_size=100))
 
 
+def test_a_trained_models_tokenizer_comes_first(folder):
+    """The vocabulary of a trained model cannot be raised: what helps is other data."""
+    small = ModelConfig(context=SEQ_LEN, vocab_size=100)
+    with pytest.raises(ConfigError, match=r"was prepared with the tokenizer bytes .*choose data made with it"):
+        open_data(DataConfig(path=str(folder / "a")), small, UpperTokenizer())
+    assert open_data(DataConfig(path=str(folder / "a")), MODEL, ByteTokenizer()).seq_len == SEQ_LEN
+
+
 def test_a_folder_can_be_a_mixture(folder, tmp_path):
     """`mixture.json` in a folder names sets inside it with their weights; nested mixtures and damage are refused."""
     for letter in "ab":
@@ -243,5 +251,5 @@ def test_damaged_shards_stop_the_run_or_are_counted(tmp_path, monkeypatch):
     assert len(np.unique(batches[0]["targets"], axis=0)) == rows
     for shard in Manifest.load(directory).heldout.shards:
         flip(directory / shard.name)
-    with pytest.raises(ConfigError, match="with no whole shard left"):
+    with pytest.raises(ConfigError, match=r"no whole shard left of a split: .* To repair: restore these"):
         open_data(DataConfig(path=str(directory), skip_damaged=True), MODEL)

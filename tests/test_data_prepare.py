@@ -141,6 +141,9 @@ def test_without_heldout(corpus, tmp_path):
     assert manifest.train.documents == NUM_DOCUMENTS - 2 and manifest.heldout.rows == 0
     with pytest.raises(ConfigError, match=r"has no heldout rows \(it was prepared with --heldout 0\)"):
         PreparedRows(tmp_path / "out", "heldout")
+    assert prepare_cli.next_command(manifest, tmp_path / "out") == (
+        "to train on it, held-out text is needed: prepare it again with --heldout above 0, such as 0.05"
+    )
 
 
 class Interrupted(Exception):

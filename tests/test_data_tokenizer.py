@@ -205,7 +205,10 @@ def test_unusable_tokenizers(tmp_path, sentencepiece_tokenizer):
         load_tokenizer(odd)
     broken = tmp_path / "broken.model"
     broken.write_bytes(b"no model")
-    with pytest.raises(ConfigError, match=r"broken.model is not a SentencePiece model: give the .model file"):
+    with pytest.raises(ConfigError, match=r"broken.model cannot be read as a SentencePiece model: give the .model"):
+        load_tokenizer(broken)
+    broken.write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"broken.model cannot be read as a SentencePiece model, for it is empty: gi"):
         load_tokenizer(broken)
     broken_json = tmp_path / "broken.json"
     broken_json.write_text("{")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import weakref
 
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_run import prepare_tiny, quick_compiles
 
 from gqe_jax import cli
-from gqe_jax.config import GQAConfig, GQEConfig, RopeScaling, RouterConfig
+from gqe_jax.config import ConfigError, GQAConfig, GQEConfig, RopeScaling, RouterConfig
 from gqe_jax.config_files import load_config
 from gqe_jax.convert.exporting import export_hf, export_layers
 from gqe_jax.convert.hf_tokenizer import tokenizer_files
@@ -245,6 +246,21 @@ def test_an_imported_run_is_trained_on(tmp_path, capsys):
     before, after = read_run(tmp_path / "run"), read_run(tmp_path / "back")
     moved = [np.abs(after[path].astype(np.float32) - value).max() for path, value in before.items()]
     assert 0 < max(moved) < 1e-4  # two steps of at most the learning rate, 1e-5, each
+
+
+def test_layers_of_an_export_are_read_as_the_message_says(tmp_path):
+    """A folder of attention layers alone is no model; what to type instead is in the message, and works."""
+    write_run(tmp_path / "run", EVERYTHING)
+    saved = open_model(tmp_path / "run")
+    export_layers(saved, tmp_path / "layers")
+    with pytest.raises(ConfigError) as error:
+        import_folder(tmp_path / "layers", tmp_path / "back")
+    assert "layers' holds attention layers alone, as gqe export --format gqe writes them: " in str(error.value)
+    _, source, _, pattern, *_ = shlex.split(str(error.value).partition("whole model with ")[2])
+    with quick_compiles(tmp_path / "compiled"):
+        import_layers(source, tmp_path / "back", saved.config, pattern=pattern)
+    found, wanted = read_run(tmp_path / "back"), read_run(tmp_path / "run")
+    assert all(np.array_equal(found[path], wanted[path]) for path in wanted if path.startswith("layers.attention."))
 
 
 # ---------------------------------------------------------------------------- what cannot be imported

@@ -304,3 +304,39 @@ def test_an_expert_that_does_not_exist(index):
     error, _ = checkify.checkify(jax.jit(attend))(q, k, k, expert_index)
     assert rule in error.get()
     assert np.isfinite(jax.jit(attend)(q, k, k, expert_index)).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"softcap": 20.0, "causal": False}, {"segments": True}])
+def test_inside_the_user_s_shard_map(implementation, options):
+    """`jax.shard_map` checks by default along which axes of the mesh each array varies: loops too have to know. A mesh
+    of one device does, and changes no number. k is the same everywhere: its gradient is summed over the axis."""
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    shapes = (2, 19, 2, 3, 8), (2, 19, 2, 8), (2, 19, 2, 8)
+    q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    index = jnp.asarray(rng.integers(0, 3, (2, 19, 2, 1)))
+    segments = jnp.asarray(np.repeat([[1] * 9 + [2] * 10], 2, axis=0)) if options.get("segments") else None
+    options = {name: value for name, value in options.items() if name != "segments"}
+
+    def call(q, k, v, index, segments):
+        ids = {} if segments is None else {"q_segment_ids": segments, "kv_segment_ids": segments}
+        return attend(q, k, v, index, implementation=implementation, **options, **ids)
+
+    rows, whole = jax.P("rows"), jax.P()
+    split = jax.shard_map(call, mesh=mesh, in_specs=(rows, whole, rows, rows, rows), out_specs=rows)
+
+    def value_and_gradients(function):
+        objective = jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(function(*x))), argnums=(0, 1, 2))
+        return jax.tree.leaves(jax.jit(objective)(q, k, v, index, segments))
+
+    for got, want in zip(value_and_gradients(split), value_and_gradients(call), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_explicit_axes_of_a_mesh():
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        q, k = jnp.ones((1, 2, 1, 3, 8)), jax.device_put(jnp.ones((1, 2, 1, 8)), jax.P("rows"))
+        with pytest.raises(ValueError, match="k is split over the explicit mesh axes rows: attention takes automatic"):
+            attend(q, k, k)

@@ -11,12 +11,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from gqe_jax.kernels.attend import _build_mask
 from gqe_jax.kernels.reference import reference
-from gqe_jax.kernels.tpu.backward_blocks import BackwardBlocks
+from gqe_jax.kernels.tpu.blocks import BlockSizes
 from gqe_jax.kernels.tpu.pallas_tpu import pallas_tpu
 from gqe_jax.kernels.tpu.q_bounds import q_bounds
 
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
-SMALL = BackwardBlocks(block_q=128, block_kv=128, piece_q=128, piece_kv=128, chunk_q=64)
+SMALL = BlockSizes(
+    backward_block_q=128, backward_block_kv=128, backward_piece_q=128, backward_piece_kv=128, backward_chunk_q=64
+)
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 4e-3}
 
 
@@ -40,7 +42,7 @@ def gradients(
 ):  # fmt: skip
     """(dq, dk, dv) of the kernel, or of another implementation; with q_norm also the gradient of its scale."""
     if attention is None:
-        attention = functools.partial(pallas_tpu, backward_blocks=blocks, interpret=INTERPRET)
+        attention = functools.partial(pallas_tpu, block_sizes=blocks, interpret=INTERPRET)
     kv_length = None if kv_length is None else jnp.asarray(kv_length)
     mask = _build_mask(q, k, causal, window, q_offset, kv_offset, kv_length, *segments)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -92,13 +94,17 @@ def test_two_groups_share_the_lanes_of_a_block():
 
 def test_lengths_that_fit_no_block():
     """S and T end within a block, and blocks reach past the arrays: what lies there (NaN here) counts for nothing."""
-    blocks = BackwardBlocks(block_q=256, block_kv=256, piece_q=128, piece_kv=256, chunk_q=8)
+    blocks = BlockSizes(
+        backward_block_q=256, backward_block_kv=256, backward_piece_q=128, backward_piece_kv=256, backward_chunk_q=8
+    )
     check(make_inputs(q_len=300, kv_len=330, groups=1), blocks=blocks, causal=False)
 
 
 def test_chunks_of_queries_add_up():
     """Where the queries do not fit VMEM, dk and dv are sums over chunks; the last chunk may have fewer blocks."""
-    blocks = BackwardBlocks(block_q=128, block_kv=256, piece_q=128, piece_kv=128, chunk_q=2)
+    blocks = BlockSizes(
+        backward_block_q=128, backward_block_kv=256, backward_piece_q=128, backward_piece_kv=128, backward_chunk_q=2
+    )
     check(make_inputs(q_len=384, kv_len=384, groups=1), blocks=blocks)
 
 

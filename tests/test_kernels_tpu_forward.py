@@ -13,15 +13,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.partials import EMPTY_LSE
-from gqe_jax.kernels.tpu.blocks import Blocks, forward_blocks
+from gqe_jax.kernels.tpu.blocks import BlockSizes, forward_blocks
 from gqe_jax.kernels.tpu.pallas_tpu import pallas_tpu
 from gqe_jax.kernels.tpu.schedule import make_schedule
 
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
 TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3}
 # Small blocks, so that short sequences have several of everything: 2 units to a tile, 2 parts of a diagonal.
-SMALL = Blocks(block_q=256, block_kv=256, tile=256, unit=128, diagonal_part=128, row_parts=2)
-ONES = Blocks(block_q=128, block_kv=256, tile=256, unit=128, diagonal_part=128, ones_column=True)
+SMALL = BlockSizes(block_q=256, block_kv=256, tile=256, unit=128, diagonal_part=128, row_parts=2)
+ONES = BlockSizes(block_q=128, block_kv=256, tile=256, unit=128, diagonal_part=128, ones_column=True)
 
 
 def check(
@@ -63,7 +63,7 @@ def check(
         q, k, v, None if index is None else jnp.asarray(index, jnp.int32), mask,
         q_rope=None if q_rope is None else tuple(jnp.asarray(x, jnp.float32) for x in q_rope),
         q_norm=None if q_norm is None else (jnp.asarray(q_norm[0], jnp.float32), q_norm[1]),
-        softcap=softcap, scale=head_dim**-0.5, blocks=blocks, interpret=INTERPRET,
+        softcap=softcap, scale=head_dim**-0.5, block_sizes=blocks, interpret=INTERPRET,
     )  # fmt: skip
     assert o.dtype == q.dtype and lse.dtype == jnp.float32
     assert relative_error(o, expected["o"]) <= TOLERANCE[dtype]
@@ -142,7 +142,10 @@ def test_any_lengths_and_blocks(data):
     units = data.draw(st.sampled_from([1, 2, 3]))
     tile = units * data.draw(st.sampled_from([1, 2]))
     block_kv = 128 * tile * data.draw(st.sampled_from([1, 2]))
-    blocks = Blocks(128 * units, block_kv, 128 * tile, 128 * units, 128, 1, data.draw(st.booleans()))
+    blocks = BlockSizes(
+        block_q=128 * units, block_kv=block_kv, tile=128 * tile, unit=128 * units, diagonal_part=128, row_parts=1,
+        ones_column=data.draw(st.booleans()),
+    )  # fmt: skip
     q_len = data.draw(st.integers(1, 700))
     kv_len = data.draw(st.sampled_from([q_len, 1, 400]))
     check(q_len=q_len, kv_len=kv_len, groups=1, blocks=blocks, rope=True)
@@ -195,7 +198,8 @@ def test_one_compilation_serves_all_offsets():
     def attend(offset):
         mask = Mask(q_offset=offset, kv_offset=jnp.zeros(1, jnp.int32), kv_length=offset + 128)
         return pallas_tpu(
-            q, k, k, None, mask, q_rope=None, q_norm=None, softcap=None, scale=1.0, blocks=ONES, interpret=INTERPRET
+            q, k, k, None, mask, q_rope=None, q_norm=None, softcap=None, scale=1.0, block_sizes=ONES,
+            interpret=INTERPRET,
         )[1]
 
     for offset in (0, 100):

@@ -175,6 +175,10 @@ def test_a_splits_own_name_is_no_other_splits(tmp_path):
 BAD = {
     "--tasks piqa --data-dir {place}/data --limit 0": "--limit=0 must be at least 1",
     "--tasks piqa --data-dir {place}/data --num-fewshot -1": "--num-fewshot=-1 must be at least 0",
+    "--tasks piqa --data-dir {place}/data --num-fewshot 2": "data' has no file for split train of task piqa, "
+    "from which the 2 solved examples before each item come: add piqa_train.jsonl, or leave them out with "
+    "--num-fewshot 0",
+    "--limit 3 --num-fewshot 2": "--limit, --num-fewshot only say how to score tasks",
     "--tasks piqa --data-dir {place}/none": "none' is no folder: name one that holds the tasks' JSON files",
     "--tasks pika --data-dir {place}/data": "no task, group or tag 'pika' (did you mean 'piqa'?)",
     "--tasks arc --data-dir {place}/data": "no task, group or tag 'arc' (there is arc_challenge, arc_challenge_chat, ",
@@ -189,7 +193,7 @@ BAD = {
     "goal, label",
     "--tasks arc_easy --data-dir {place}/bad": "arc_easy_test.jsonl does not begin with a JSON object on a line",
     "--tasks humaneval --data-dir {place}/bad": "humaneval runs code that the model writes, which gqe eval does not",
-    "--limit 3": "--limit only say how to score tasks: add --tasks",
+    "--limit 3": "--limit only says how to score tasks: add --tasks",
     "--tasks piqa --data x": "--data is text to measure the loss on, and not for --tasks",
     "--tasks piqa --out {place}": "is a folder: name the file to write",
     "--tasks piqa --batch-size 0": "--batch-size=0 is no positive multiple",

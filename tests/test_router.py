@@ -185,6 +185,17 @@ def test_load_balance_loss_has_its_least_gradient_at_balance():
     np.testing.assert_allclose(gradient, [0.5, -0.5], rtol=1e-6)  # M · f · p(1 - p) = 2 · 1 · 1/4, summed over tokens
 
 
+@pytest.mark.parametrize("config", [RouterConfig(jitter=0.1), RouterConfig(kind="random")])
+def test_rngs_without_randomness_for_the_router_are_refused(config):
+    """The stream is `router`, or the default one; a key is no nnx.Rngs."""
+    layer = tiny.gqe(router=config, implementation="reference")
+    with pytest.raises(ValueError, match="rngs has the streams dropout, but jitter and the `random` router draw from"):
+        layer(X, rngs=nnx.Rngs(dropout=0))
+    with pytest.raises(ValueError, match=r"rngs=Array.* is no Rngs: pass nnx.Rngs\(router=key_or_seed\), or None"):
+        layer(X, rngs=jax.random.key(0))
+    assert tiny.call(layer, X, rngs=nnx.Rngs(0))[0].shape == X.shape
+
+
 @pytest.mark.parametrize("kind", ["fixed", "random"])
 @pytest.mark.parametrize("option", ["jitter", "bias_update_rate"])
 def test_a_router_without_parameters_refuses_what_it_cannot_do(kind, option):

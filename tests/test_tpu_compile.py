@@ -97,6 +97,20 @@ def test_executions_are_counted_exactly(target):
     assert max(block.visits for block in kernel.tiles) == loop_trips()
 
 
+def test_a_compiler_that_dies_takes_one_function_with_it():
+    """libtpu aborts its process on some inputs: the other functions' results are not lost, nor their order."""
+    died, compiled = compile_all([Job("v5e", "os:abort"), Job("v5e", "test_tpu_compile:addition")], processes=1)
+    assert isinstance(died, CompileError) and "os:abort for v5e: the compiler's process ended with exit code -6" in str(
+        died
+    )
+    assert isinstance(compiled, Compiled) and not compiled.kernels
+
+
+def addition():
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    return jnp.add, (x, x)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile(target):
     """Forward and backward of selected and shared heads, as real programs for the generation.

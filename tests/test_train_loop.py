@@ -158,7 +158,7 @@ def test_damaged_newest_checkpoint(copied, finished, monkeypatch, capsys):
     assert losses(copied.directory) == before
     again = train_recorded(copied.config, copied.directory, monkeypatch, previous_checkpoint=True)
     out = capsys.readouterr().out
-    assert "kept aside as" in out and f"resuming {copied.directory} from step 6" in out
+    assert "kept aside: " in out and f"resuming {copied.directory} from step 6" in out
     assert (copied.directory / "checkpoints" / "8.set_aside").is_dir()
     assert_same_run(copied.directory, finished.directory)
     assert again.result.loss == finished.result.loss

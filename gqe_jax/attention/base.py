@@ -8,17 +8,25 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from gqe_jax.attention.cache import KVCache
+from gqe_jax.attention.cache import LANES, KVCache
 from gqe_jax.attention.context import Context
 from gqe_jax.attention.rotary import rotary_tables
 from gqe_jax.attention.router import RouterStats, Routing
 from gqe_jax.config import AttentionConfig
 from gqe_jax.kernels import rms_norm, rotate
+from gqe_jax.kernels.mesh_axes import check_not_explicit
 from gqe_jax.linear import PRODUCT, Linear
 from gqe_jax.parallel.manual import Shard, axis_size, on_mesh, total
 from gqe_jax.parallel.zigzag import zigzag
 
 default_kernel_init = nnx.initializers.normal(0.02)
+
+
+def require(name: str, value: Any, kind: type, remedy: str) -> None:
+    """Raises ValueError unless the argument called `name` is a `kind`."""
+    if not isinstance(value, kind):
+        shown = " ".join(repr(value).split())  # of a key in several lines
+        raise ValueError(f"{name}={shown} is no {kind.__name__}: {remedy}")
 
 
 class Attention(nnx.Module):
@@ -36,6 +44,7 @@ class Attention(nnx.Module):
         param_dtype: jax.typing.DTypeLike,
         rngs: nnx.Rngs,
     ):
+        require("rngs", rngs, nnx.Rngs, "pass nnx.Rngs(seed)")
         self.d_model = d_model
         self.config = config
         kv_shape = (config.num_kv_heads, config.head_dim)
@@ -47,7 +56,11 @@ class Attention(nnx.Module):
             self.k_norm = nnx.RMSNorm(config.head_dim, **norm)
 
     def init_cache(self, batch: int, capacity: int, dtype: jax.typing.DTypeLike | None = None) -> KVCache:
-        """An empty cache for `batch` sequences of at most `capacity` tokens, in the layer's dtype unless given one."""
+        """An empty cache for `batch` sequences of at most `capacity` tokens, in the layer's dtype unless given one.
+
+        Raises:
+          ValueError: no rows, or no tokens.
+        """
         dtype = dtype or self.k_proj.dtype or self.k_proj.kernel[...].dtype
         return KVCache.empty(
             batch, capacity, self.config.num_kv_heads, self.config.head_dim, dtype, parts=axis_size("expert")
@@ -65,15 +78,20 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, RouterStats | None] | tuple[jax.Array, RouterStats | None, KVCache]:
         """Causal self-attention.
 
-        Under `jax.set_mesh` of a mesh of `parallel.make_mesh` it is computed device by device: groups on `expert`,
-        rows on `data` and `fsdp`, tokens on `context` (which must come in the order of `parallel.zigzag`).
+        Under `jax.set_mesh` of a mesh of `gqe_jax.make_mesh` it is computed device by device: groups on `expert`, rows
+        on `data` and `fsdp`, tokens on `context`. With n > 1 devices on `context` tokens come in the order of
+        `gqe_jax.zigzag(x, n)`, segment_ids and positions with them, and y and the statistics go out in it.
+
+        Reverse-mode derivatives alone are defined on every platform: for forward mode (`jax.jvp`) and second
+        derivatives construct the layer with implementation="reference".
 
         Args:
           x: [B, S, d].
           segment_ids: int32 [B, S]; tokens see their own segment only, 0 = padding. With a cache: 1 = token and 0 =
             padding behind the tokens, which takes no place in the cache.
           positions: int32 [B or 1, S], for the rotary embedding; None counts from the start (from the cache's length).
-          cache: from `init_cache`; the S tokens continue it.
+          cache: from `init_cache`; the S tokens continue it. Under `jit` its lengths are not known: tokens beyond its
+            capacity overwrite the last ones, which `checkify.checkify` reports, except under a mesh.
           rngs: randomness of training, stream "router": the router's jitter, and the draws of the `random` router.
           layer_index: of this layer in a stack; without rngs the `random` router draws differently in each.
 
@@ -81,9 +99,10 @@ class Attention(nnx.Module):
           (y [B, S, d], statistics of the routing, or None of dense attention), and the grown cache if one was given.
 
         Raises:
-          ValueError: shapes that do not fit, or more tokens than the cache holds.
+          ValueError: shapes or dtypes that do not fit, rngs without the stream, sizes that the mesh does not divide,
+            or more tokens than the cache holds.
         """
-        self._check(x, segment_ids, positions, cache)
+        self._check(x, segment_ids, positions, cache, rngs)
         config = self.config
         if positions is None:
             start = 0 if cache is None else cache.lengths
@@ -175,7 +194,9 @@ class Attention(nnx.Module):
         segment_ids: jax.Array | None,
         positions: jax.Array | None,
         cache: KVCache | None,
+        rngs: nnx.Rngs | None,
     ) -> None:
+        check_not_explicit(x=x)
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x has shape {x.shape}, but must be [B, S, d_model={self.d_model}]")
         if segment_ids is not None and segment_ids.shape != x.shape[:2]:
@@ -184,6 +205,18 @@ class Attention(nnx.Module):
             raise ValueError(
                 f"positions has shape {positions.shape}, but must be [B or 1, S] with B, S = {x.shape[:2]} of x"
             )
+        for name, ids in (("segment_ids", segment_ids), ("positions", positions)):
+            if ids is not None and not jnp.issubdtype(ids.dtype, jnp.integer):
+                raise ValueError(f"{name} has dtype {ids.dtype}, but must be integers: pass {name}.astype('int32')")
+        kernel_dtype = self.k_proj.kernel[...].dtype
+        dtype = jax.dtypes.canonicalize_dtype(self.k_proj.dtype or jnp.promote_types(x.dtype, kernel_dtype))
+        if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4:
+            raise ValueError(
+                f"x has dtype {x.dtype} and the parameters {kernel_dtype}: this layer would compute in {dtype}, but "
+                f"attention takes float32, bfloat16 or float16: cast x, or construct the layer with dtype=jnp.float32"
+            )
+        if rngs is not None:
+            require("rngs", rngs, nnx.Rngs, "pass nnx.Rngs(router=key_or_seed), or None outside training")
         groups, expert, context = self.config.num_kv_heads, axis_size("expert"), axis_size("context")
         if groups % expert:
             fits = ", ".join(str(size) for size in range(1, groups + 1) if groups % size == 0)
@@ -197,6 +230,8 @@ class Attention(nnx.Module):
                 f"B={x.shape[0]} rows cannot be shared out over the {rows} devices on `data` and `fsdp` of the mesh: "
                 f"make B a multiple of {rows}, or give the devices to `expert`"
             )
+        if cache is not None:
+            self._check_cache(cache, x.shape[0], expert)
         if context > 1 and cache is not None:
             raise ValueError(
                 f"a cache is not split along the sequence, as the mesh's `context` axis of {context} devices would "
@@ -206,4 +241,21 @@ class Attention(nnx.Module):
             raise ValueError(
                 f"S={x.shape[1]} tokens do not divide into the {2 * context} chunks that the mesh's `context` axis of "
                 f"{context} devices holds: pad the sequence to a multiple of {2 * context}"
+            )
+
+    def _check_cache(self, cache: KVCache, batch: int, expert: int) -> None:
+        groups, dim = self.config.num_kv_heads, self.config.head_dim
+        *rows, held, width = cache.k.shape
+        fits = (
+            len(rows) == (2 if cache.layer is None else 3)
+            and rows[-2] == batch
+            and held * width == groups * dim
+            and width in (dim, dim if LANES % dim else LANES)
+            and held % expert == 0
+        )
+        if not fits:
+            raise ValueError(
+                f"cache has keys of shape {cache.k.shape}, which are not those of B={batch} rows in num_kv_heads="
+                f"{groups} heads of head_dim={dim}: make it by this layer's init_cache({batch}, capacity), under the "
+                f"same mesh"
             )

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from gqe_jax.kernels.mesh_axes import debug_check, vary, varying_axes
+
 LANES = 128  # of a TPU: an array whose last axis is shorter is padded there, or transposed
 
 
@@ -38,7 +40,16 @@ class KVCache:
         dtype: jax.typing.DTypeLike,
         parts: int = 1,
     ) -> "KVCache":
-        """A cache that holds nothing yet; its heads can be split over `parts` devices, a divisor of their number."""
+        """A cache that holds nothing yet; its heads can be split over `parts` devices, a divisor of their number.
+
+        Raises:
+          ValueError: no rows, or no tokens.
+        """
+        if batch < 1 or capacity < 1:
+            raise ValueError(
+                f"batch={batch}, capacity={capacity}: a cache holds at least one row of at least one token; make both "
+                f"positive"
+            )
         rows = (num_kv_heads, head_dim)
         if head_dim < LANES and LANES % head_dim == 0 and num_kv_heads // parts * head_dim % LANES == 0:
             rows = (num_kv_heads * head_dim // LANES, LANES)
@@ -65,7 +76,8 @@ class KVCache:
         """Writes S new tokens behind those held; a row's padding (segment id 0, at its end) is not counted.
 
         The caller sees to it that length + S stays within the capacity: the lengths are data, and under `jit` no error
-        can be raised for them.
+        can be raised for them. There tokens too many overwrite the last ones held; `checkify.checkify` reports it,
+        except under a mesh of several devices.
 
         Args:
           k, v: [B, S, G, D].
@@ -76,12 +88,18 @@ class KVCache:
         """
         capacity, new = self.k.shape[-3], k.shape[1]
         lengths = self.lengths
-        held = 0 if isinstance(lengths, jax.core.Tracer) else int(lengths.max())
+        message = (
+            f"{new} new tokens behind the {{held}} held exceed the cache's capacity of {capacity} tokens: make the "
+            f"cache longer, or the input shorter"
+        )
+        if isinstance(lengths, jax.core.Tracer):
+            held = 0
+            debug_check(lengths.max() + new <= capacity, message, held=lengths.max())
+        else:
+            with jax.ensure_compile_time_eval():  # known here, even where a jit around this call closes over it
+                held = int(lengths.max())
         if held + new > capacity:
-            raise ValueError(
-                f"{new} new tokens behind the {held} held exceed the cache's capacity of {capacity} tokens: "
-                f"make the cache longer, or the input shorter"
-            )
+            raise ValueError(message.format(held=held))
         count = new if segment_ids is None else jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
         layer = () if self.layer is None else (self.layer,)
 
@@ -96,6 +114,7 @@ class KVCache:
                 row = jax.lax.dynamic_slice_in_dim(rows, b, 1).reshape(*(1 for _ in layer), 1, *rows.shape[1:])
                 return jax.lax.dynamic_update_slice(buffer, row, (*layer, b, lengths[b], *(0 for _ in token)))
 
+            buffer = vary(buffer, varying_axes((buffer, rows, lengths, layer)))
             return jax.lax.fori_loop(0, rows.shape[0], write_row, buffer).reshape(shape)
 
         length = lengths + count

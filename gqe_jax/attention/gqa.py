@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gqe_jax.attention.base import Attention, default_kernel_init
+from gqe_jax.attention.base import Attention, default_kernel_init, require
 from gqe_jax.config import GQAConfig, RopeScaling
 from gqe_jax.linear import Linear
 
@@ -25,18 +25,23 @@ class GQAttention(Attention):
       rope_theta: base of the rotary embedding; None for none.
       rope_scaling: stretches it to longer contexts.
       qk_norm: RMS norm of each query and key head, before the rotary embedding.
+      qk_norm_eps: added to the mean square under that norm's root.
       bias: on the four projections.
       out_bias: on the output projection, where it differs from the other three; None: as `bias`.
       softcap: scores become softcap · tanh(scores / softcap).
       window: a token sees itself and the window - 1 tokens before it.
-      implementation: of `attend`; None picks by platform.
+      implementation: of `attend`; None picks by platform. Forward-mode and second derivatives need "reference": the
+        others define their gradient by hand, for reverse mode alone.
       context_parallel: over a mesh's `context` axis: "gather" the keys and values of the whole sequence, or pass them
         round in a "ring"; "auto" decides by memory.
       dtype: of the computation; None is the wider of input and parameters.
+      param_dtype: of the parameters.
       kernel_init, out_kernel_init: of the projections, and of the last one.
+      rngs: draws the initial values of the parameters, from the stream "params".
 
     Raises:
       ConfigError: head counts that do not divide, odd head_dim with rotary embedding.
+      ValueError: an argument of another type.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class GQAttention(Attention):
         out_kernel_init: nnx.Initializer | None = None,
         rngs: nnx.Rngs,
     ):
+        require("rope_scaling", rope_scaling, RopeScaling, "write gqe_jax.RopeScaling(kind=..., factor=...)")
         config = GQAConfig(
             num_query_heads=num_query_heads,
             num_kv_heads=num_kv_heads,

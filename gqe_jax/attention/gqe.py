@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gqe_jax.attention.base import Attention, default_kernel_init
+from gqe_jax.attention.base import Attention, default_kernel_init, require
 from gqe_jax.attention.router import ROUTING_AXES, Router
 from gqe_jax.config import GQEConfig, RopeScaling, RouterConfig
 from gqe_jax.linear import Linear
@@ -37,17 +37,22 @@ class GQEAttention(Attention):
       rope_theta: base of the rotary embedding; None for none.
       rope_scaling: stretches it to longer contexts.
       qk_norm: RMS norm of each query and key head, before the rotary embedding; one scale [D] serves all queries.
+      qk_norm_eps: added to the mean square under that norm's root.
       bias: on the projections of q, k, v, o and the shared query; never on the router.
       softcap: scores become softcap · tanh(scores / softcap).
       window: a token sees itself and the window - 1 tokens before it.
-      implementation: of `attend`; None picks by platform.
+      implementation: of `attend`; None picks by platform. Forward-mode and second derivatives need "reference": the
+        others define their gradient by hand, for reverse mode alone.
       context_parallel: over a mesh's `context` axis: "gather" the keys and values of the whole sequence, or pass them
         round in a "ring"; "auto" decides by memory.
       dtype: of the computation; None is the wider of input and parameters. The router computes in float32 always.
+      param_dtype: of the parameters; the router's are float32 always.
       kernel_init, out_kernel_init: of the projections, and of the last one.
+      rngs: draws the initial values of the parameters, from the stream "params".
 
     Raises:
       ConfigError: top_k > M, head counts that do not divide, odd head_dim with rotary embedding.
+      ValueError: an argument of another type.
     """
 
     def __init__(
@@ -75,6 +80,8 @@ class GQEAttention(Attention):
         out_kernel_init: nnx.Initializer | None = None,
         rngs: nnx.Rngs,
     ):
+        require("router", router, RouterConfig, "write gqe_jax.RouterConfig(kind=...)")
+        require("rope_scaling", rope_scaling, RopeScaling, "write gqe_jax.RopeScaling(kind=..., factor=...)")
         config = GQEConfig(
             num_query_experts=num_query_experts,
             num_kv_heads=num_kv_heads,

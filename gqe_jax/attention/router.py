@@ -155,12 +155,15 @@ class Router(nnx.Module):
         Returns:
           Of the `random` router [B, S, G, M], whose order is the choice; of one with jitter the factors [B, S, d] on
           its input, if rngs are given; else None.
+
+        Raises:
+          ValueError: randomness is needed, and rngs have no stream for it.
         """
         if self.config.kind == "random":
             return self._random_scores(tokens, positions, rngs, layer_index)
         if rngs is not None and self.config.jitter:
             epsilon = self.config.jitter
-            return jax.random.uniform(rngs.router(), (*tokens, d_model), minval=1 - epsilon, maxval=1 + epsilon)
+            return jax.random.uniform(_key(rngs), (*tokens, d_model), minval=1 - epsilon, maxval=1 + epsilon)
         return None
 
     @property
@@ -219,7 +222,7 @@ class Router(nnx.Module):
     def _random_scores(self, tokens, positions, rngs, layer_index) -> jax.Array:
         """[B, S, G, M], whose order is the draw."""
         if rngs is not None:
-            return jax.random.uniform(rngs.router(), tokens + self.shape)
+            return jax.random.uniform(_key(rngs), tokens + self.shape)
         # Without rngs the draw depends on seed, layer and position alone: decoding repeats what a full pass chose.
         groups, experts = self.shape
         column = jnp.arange(groups * experts, dtype=jnp.uint32).reshape(self.shape)
@@ -227,6 +230,15 @@ class Router(nnx.Module):
         layer = _mix(_mix(jnp.uint32(self.config.seed)) + jnp.uint32(layer_index))
         bits = _mix(_mix(layer + token) + column)
         return jnp.broadcast_to((bits >> 8).astype(jnp.float32), tokens + self.shape)
+
+
+def _key(rngs: nnx.Rngs) -> jax.Array:
+    if "router" not in rngs and "default" not in rngs:
+        raise ValueError(
+            f"rngs has the streams {', '.join(rngs) or 'none'}, but jitter and the `random` router draw from `router`: "
+            f"pass nnx.Rngs(router=seed), or no rngs outside training"
+        )
+    return rngs.router()
 
 
 def _mix(bits: jax.Array) -> jax.Array:

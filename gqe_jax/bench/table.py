@@ -38,6 +38,11 @@ class Cell:
     note: str = ""
 
 
+def title(part: str, backward: bool, rival: str, seq_len: int) -> str:
+    """What a cell holds, in words."""
+    return f"{PARTS[part]}, {PASSES[backward]}, {rival}, S = {seq_len}"
+
+
 def find(cells: Iterable[Cell], part: str, backward: bool, rival: str, seq_len: int) -> Cell | None:
     """The cell with these keys, if it was computed and has a cost."""
     key = (part, backward, rival, seq_len)

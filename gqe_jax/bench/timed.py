@@ -47,7 +47,7 @@ def report(platform: str, cells: tuple[Cell, ...], head_dim: int) -> str:
     parts += [table.text(cells, RIVALS[platform], part, backward) for part in table.PARTS for backward in table.PASSES]
     for cell in cells:
         if cell.cost is None:
-            what = f"{cell.part}, {table.PASSES[cell.backward]}, {cell.rival}, S = {cell.seq_len}"
+            what = table.title(cell.part, cell.backward, cell.rival, cell.seq_len)
             parts.append(f"{what}: {cell.note.strip().splitlines()[0][:300]}")
     return "\n\n".join(parts)
 

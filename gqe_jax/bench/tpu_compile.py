@@ -10,22 +10,27 @@ in a child process: `compile_all` describes functions by name.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
-import importlib
+import importlib.metadata
+import importlib.util
 import json
-import math
 import os
 import pathlib
+import queue
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from gqe_jax.bench import bundles, scalar_unit
+from gqe_jax.bench.traced_kernels import KernelCall, kernel_calls
 from gqe_jax.config import ConfigError
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -40,11 +45,15 @@ class Job:
       target: a key of `TOPOLOGIES`.
       factory: "package.module:name" of a function that returns (function, tuple of jax.ShapeDtypeStruct trees).
       options: the factory's keyword arguments; values that JSON can hold.
+      schedules: read the kernels too. libtpu takes several times as long to compile where it writes out schedules.
+      compiler_options: for XLA.
     """
 
     target: str
     factory: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    schedules: bool = True
+    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +95,7 @@ class Compiled:
     Attributes:
       libtpu: version of the compiler.
       arguments, outputs, temporaries: bytes of HBM.
-      kernels: Pallas kernels, in the order of their execution.
+      kernels: Pallas kernels, in the order of their execution; none where a job does not ask for schedules.
       xla: cycles that XLA estimates for each operation outside the kernels, largest first.
     """
 
@@ -132,18 +141,53 @@ def compile_for(target: str, factory: str, **options: Any) -> Compiled:
     return result
 
 
-def compile_all(jobs: Sequence[Job], processes: int = 1) -> list[Compiled | CompileError]:
-    """Compiles functions in child processes, each taking its share; an entry for each function, an error as a value.
+def compile_all(
+    jobs: Sequence[Job],
+    processes: int | None = None,
+    on_result: Callable[[int, Compiled | CompileError, float], None] | None = None,
+) -> list[Compiled | CompileError]:
+    """Compiles functions in child processes; an entry for each function, an error as a value.
+
+    Args:
+      jobs: the functions.
+      processes: children at one time; by default one per core that this process may use, at most four (memory).
+      on_result: called as each result arrives, with the job's index and the seconds; by one thread at a time.
 
     Raises:
-      CompileError: a target is unknown, or a child process died.
+      CompileError: a target is unknown, or libtpu is missing.
     """
     for job in jobs:
         if job.target not in TOPOLOGIES:
             raise CompileError(f"target {job.target!r} is unknown: choose one of {', '.join(TOPOLOGIES)}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise CompileError("libtpu is not installed: pip install 'jax[tpu]'")
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for n in sorted(range(len(jobs)), key=lambda n: not jobs[n].schedules):  # a child starts anew where this changes
+        waiting.put(n)
+    results: list[Compiled | CompileError | None] = [None] * len(jobs)
+    one_at_a_time = threading.Lock()
+
+    def work(_: int) -> None:
+        with _Child() as child, contextlib.suppress(queue.Empty):
+            while True:
+                n = waiting.get_nowait()
+                start = time.monotonic()
+                results[n] = child.compile(jobs[n])
+                if on_result is not None:
+                    with one_at_a_time:
+                        on_result(n, results[n], time.monotonic() - start)
+
+    processes = min(processes or min(4, len(os.sched_getaffinity(0))), len(jobs))
+    if not processes:
+        return []
     with concurrent.futures.ThreadPoolExecutor(processes) as pool:
-        shares = list(pool.map(_compile_in_child, [jobs[n::processes] for n in range(processes)]))
-    return [shares[n % processes][n // processes] for n in range(len(jobs))]
+        try:
+            list(pool.map(work, range(processes)))
+        finally:  # interrupted: the threads finish what they have, and take no more
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    waiting.get_nowait()
+    return results
 
 
 def child_environment(libtpu_flags: str | None = None) -> dict[str, str]:
@@ -159,26 +203,63 @@ def child_environment(libtpu_flags: str | None = None) -> dict[str, str]:
     return environment if libtpu_flags is None else environment | {"LIBTPU_INIT_ARGS": libtpu_flags}
 
 
-def _compile_in_child(jobs: Sequence[Job]) -> list[Compiled | CompileError]:
-    if not jobs:
-        return []
-    with tempfile.TemporaryDirectory(prefix="gqe_bundles_") as directory:
-        dump = pathlib.Path(directory, "dump")
-        dump.mkdir()
-        results = pathlib.Path(directory, "results.json")
-        request = {"jobs": [dataclasses.asdict(job) for job in jobs], "dump": str(dump), "results": str(results)}
-        flags = (
-            f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
-            f"--xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra"
+class _Child:
+    """A process that compiles one function after the other; another takes its place where the compiler kills it."""
+
+    def __enter__(self) -> "_Child":
+        self.directory = tempfile.TemporaryDirectory(prefix="gqe_bundles_")
+        self.process: subprocess.Popen | None = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+        self.directory.cleanup()
+
+    def compile(self, job: Job) -> Compiled | CompileError:
+        if self.process is not None and job.schedules != self.schedules:  # libtpu reads its flags as it starts
+            self._end()
+        if self.process is None:
+            self._start(job.schedules)
+        try:
+            self.process.stdin.write(json.dumps(dataclasses.asdict(job)) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            answer = ""
+        else:
+            answer = self.process.stdout.readline()
+        if answer:
+            return _decode(json.loads(answer))
+        code = self._end()
+        log = pathlib.Path(self.directory.name, "log").read_text(errors="replace")
+        return CompileError(
+            f"{job.factory} for {job.target}: the compiler's process ended with exit code {code}:\n{log[-4000:]}"
         )
-        child = subprocess.run(
-            [sys.executable, "-m", "gqe_jax.bench.tpu_compile"],
-            input=json.dumps(request), env=child_environment(flags.strip()),
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if child.returncode or not results.exists():
-            raise CompileError(f"compiling for TPUs failed (exit code {child.returncode}):\n{child.stderr[-4000:]}")
-        return [_decode(entry) for entry in json.loads(results.read_text())]
+
+    def _start(self, schedules: bool) -> None:
+        self.schedules = schedules
+        dump = pathlib.Path(self.directory.name, "dump")
+        dump.mkdir(exist_ok=True)
+        flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+        if schedules:
+            flags += (
+                f" --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
+                f"--xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra"
+            )
+        with open(pathlib.Path(self.directory.name, "log"), "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gqe_jax.bench.tpu_compile", str(dump)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                env=child_environment(flags.strip()),
+            )  # fmt: skip
+
+    def _end(self) -> int | None:
+        if self.process is None:
+            return None
+        process, self.process = self.process, None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        process.stdout.close()
+        return process.wait()
 
 
 def _decode(entry: dict[str, Any]) -> Compiled | CompileError:
@@ -192,29 +273,27 @@ def _decode(entry: dict[str, Any]) -> Compiled | CompileError:
 
 
 def _main() -> None:
-    request = json.load(sys.stdin)
-    entries = []
-    for job in request["jobs"]:
-        dump = pathlib.Path(request["dump"])
-        for file in dump.iterdir():
-            file.unlink()
-        try:
-            entries.append(_compile(dump, **job))
-        except Exception as error:  # a kernel that does not fit, or is not supported: the caller's to judge
-            entries.append({"error": f"{job['factory']} for {job['target']}: {type(error).__name__}: {error}"[:4000]})
-    pathlib.Path(request["results"]).write_text(json.dumps(entries))
+    dump = pathlib.Path(sys.argv[1])
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # whatever else prints is not an answer
+        for line in sys.stdin:
+            job = json.loads(line)
+            for file in dump.iterdir():
+                file.unlink()
+            try:
+                entry = _compile(dump, **job)
+            except Exception as error:  # a kernel that does not fit, or is not supported: the caller's to judge
+                entry = {"error": f"{job['factory']} for {job['target']}: {type(error).__name__}: {error}"[:4000]}
+            print(json.dumps(entry), file=answers, flush=True)
 
 
-def _compile(dump: pathlib.Path, target: str, factory: str, options: dict[str, Any]) -> dict[str, Any]:
-    from importlib.metadata import PackageNotFoundError, version
-
+def _compile(
+    dump: pathlib.Path, target: str, factory: str, options: dict[str, Any], schedules: bool,
+    compiler_options: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
     import jax
     from jax.experimental import topologies
 
-    try:
-        libtpu = version("libtpu")
-    except PackageNotFoundError as error:
-        raise ConfigError("libtpu is not installed: pip install 'jax[tpu]'") from error
     module, name = factory.split(":")
     function, args = getattr(importlib.import_module(module), name)(**options)
     device = topologies.get_topology_desc(TOPOLOGIES[target], platform="tpu").devices[0]
@@ -222,17 +301,17 @@ def _compile(dump: pathlib.Path, target: str, factory: str, options: dict[str, A
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     with jax.set_mesh(mesh):  # some lowering rules of Pallas ask the mesh which TPU it is, or else the host
-        compiled = jax.jit(function).lower(*placed).compile()
-        jaxpr = jax.make_jaxpr(function)(*args)
-    calls = _kernel_calls(jaxpr)
+        compiled = jax.jit(function).lower(*placed).compile(compiler_options=compiler_options)
+        jaxpr = jax.make_jaxpr(function)(*args) if schedules else None
+    calls = kernel_calls(jaxpr) if schedules else []  # evaluates scalars: not for the mesh's devices
     memory = compiled.memory_analysis()
     hlo = compiled.as_text()
     return {
-        "libtpu": libtpu,
+        "libtpu": importlib.metadata.version("libtpu"),
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "kernels": _kernels(dump, hlo, calls, target),
+        "kernels": _kernels(dump, hlo, calls, target) if schedules else [],
         "xla": _estimates(hlo),
     }
 
@@ -257,10 +336,10 @@ def _estimates(hlo: str) -> list[tuple[str, int]]:
     return sorted((x for x in estimates if x[1]), key=lambda estimate: -estimate[1])
 
 
-def _kernels(dump: pathlib.Path, hlo: str, calls: list["_Call"], target: str) -> list[tuple[str, list[dict]]]:
+def _kernels(dump: pathlib.Path, hlo: str, calls: list[KernelCall], target: str) -> list[tuple[str, list[dict]]]:
     """(name, blocks) of each Pallas kernel in the program, in its order."""
     programs: dict[str, bundles.Program] = {}
-    traced: dict[str, list[_Call]] = {}
+    traced: dict[str, list[KernelCall]] = {}
     for name in re.findall(r"^ *(?:ROOT )?%?([\w.-]+) = .*custom_call_target=\"tpu_custom_call\"", hlo, re.MULTILINE):
         files = [*dump.glob(f"*-{name}-*-packed-bundles-post-ra.txt")]
         files = [file for file in files if "schedule-analysis" not in file.name]
@@ -284,91 +363,6 @@ def _kernels(dump: pathlib.Path, hlo: str, calls: list["_Call"], target: str) ->
         blocks = [dataclasses.replace(block, visits=n) for block, n in zip(program.blocks, visits, strict=True)]
         kernels.append((name, [dataclasses.asdict(block) for block in blocks]))
     return kernels
-
-
-@dataclasses.dataclass(eq=False)
-class _Call:
-    """A pallas_call as traced.
-
-    Attributes:
-      name: of the kernel.
-      shapes: of its operands, as HLO writes them.
-      scalars: for each time it runs, the values that it fetches into scalar memory, by operand.
-    """
-
-    name: str
-    shapes: tuple[str, ...]
-    scalars: list[dict[int, np.ndarray]]
-
-
-def _kernel_calls(closed_jaxpr) -> list[_Call]:
-    """The Pallas kernels of a program, in order.
-
-    Evaluates what does not depend on the function's arguments and is small; prefetched scalars are both.
-    """
-    from jax.extend.core import Literal
-
-    calls: dict[int, _Call] = {}
-    short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int32": "s32", "int8": "s8", "uint8": "u8"}
-
-    def hlo_shape(aval):
-        return f"{short.get(aval.dtype.name, aval.dtype.name)}[{','.join(map(str, aval.shape))}]"
-
-    def record(eqn, inputs):
-        grid = eqn.params["grid_mapping"]
-        scalars = {i: np.asarray(x) for i, x in enumerate(inputs[: grid.num_index_operands]) if x is not None}
-        shapes = tuple(hlo_shape(x.aval) for x in eqn.invars)
-        calls.setdefault(id(eqn), _Call(str(eqn.params["name"]), shapes, [])).scalars.append(scalars)
-
-    def scan(eqn, inputs):
-        params = eqn.params
-        consts, carry = params["num_consts"], params["num_consts"] + params["num_carry"]
-        state = inputs[consts:carry]
-        for t in range(params["length"]):
-            t = params["length"] - 1 - t if params["reverse"] else t
-            xs = [None if x is None else x[t] for x in inputs[carry:]]
-            outputs = evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, [*inputs[:consts], *state, *xs])
-            state = outputs[: params["num_carry"]]
-        return [*state, *[None] * (len(eqn.outvars) - len(state))]
-
-    def evaluate(jaxpr, consts, args):
-        values = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
-
-        def read(x):
-            return x.val if isinstance(x, Literal) else values[x]
-
-        for eqn in jaxpr.eqns:
-            inputs = [read(x) for x in eqn.invars]
-            outputs = [None] * len(eqn.outvars)
-            inner = _inner_jaxprs(eqn)
-            has_kernels = any(_has_kernels(x) for x in inner)
-            if eqn.primitive.name == "pallas_call":
-                record(eqn, inputs)
-            elif eqn.primitive.name == "scan" and has_kernels:
-                outputs = scan(eqn, inputs)
-            elif len(inner) == 1 and eqn.primitive.name not in ("scan", "while"):
-                outputs = evaluate(getattr(inner[0], "jaxpr", inner[0]), getattr(inner[0], "consts", ()), inputs)
-            elif has_kernels:
-                raise ValueError(f"how often {eqn.primitive.name} runs the kernels in it is not known")
-            elif all(x is not None for x in inputs) and sum(math.prod(x.aval.shape) for x in eqn.outvars) < 1 << 20:
-                result = eqn.primitive.bind(*inputs, **eqn.params)
-                outputs = result if eqn.primitive.multiple_results else [result]
-            values.update(zip(eqn.outvars, outputs, strict=True))
-        return [read(x) for x in jaxpr.outvars]
-
-    jaxpr = closed_jaxpr.jaxpr
-    evaluate(jaxpr, closed_jaxpr.consts, [None] * len(jaxpr.invars))
-    return list(calls.values())
-
-
-def _inner_jaxprs(eqn) -> list:
-    values = [y for x in eqn.params.values() for y in (x if isinstance(x, tuple | list) else [x])]
-    return [x for x in values if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
-
-
-def _has_kernels(jaxpr) -> bool:
-    eqns = getattr(jaxpr, "jaxpr", jaxpr).eqns
-    return any(eqn.primitive.name == "pallas_call" or any(_has_kernels(x) for x in _inner_jaxprs(eqn)) for eqn in eqns)
 
 
 if __name__ == "__main__":

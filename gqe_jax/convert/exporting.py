@@ -23,6 +23,7 @@ from gqe_jax.convert.safetensors_io import MAX_SHARD_SIZE, Tensor, write_files, 
 from gqe_jax.convert.saved_model import SavedModel, open_model
 
 LAYERS_FILE = "attention.safetensors"
+LAYERS_CONFIG_FILE = "layers.json"
 LAYER_PREFIX = "layers.{layer}."
 
 EPILOG = """examples:
@@ -89,7 +90,7 @@ def export_layers(saved: SavedModel, out: str | Path, *, dtype: str | None = Non
     with new_folder(out, "--out", _bytes(tensors)) as folder:
         write_files({folder / LAYERS_FILE: tensors})
         description = {"num_layers": model.num_layers, "d_model": model.d_model, "attention": to_dict(model.attention)}
-        _write_json(folder / "layers.json", description)
+        _write_json(folder / LAYERS_CONFIG_FILE, description)
 
 
 def _reader(saved: SavedModel) -> Callable[[str], np.ndarray]:

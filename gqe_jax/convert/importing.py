@@ -18,6 +18,7 @@ from gqe_jax import flops
 from gqe_jax.config import ConfigError, GQEConfig, RunConfig
 from gqe_jax.config_dict import build
 from gqe_jax.config_files import load_config
+from gqe_jax.convert.exporting import LAYER_PREFIX, LAYERS_CONFIG_FILE, LAYERS_FILE
 from gqe_jax.convert.folder import new_folder
 from gqe_jax.convert.hf_config import from_hf
 from gqe_jax.convert.hf_tokenizer import read_tokenizer
@@ -155,6 +156,12 @@ def _read_config(source: Path) -> dict[str, Any]:
         raise ConfigError(
             f"--from={str(source)!r} is a file: give the folder with its config.json, or say with --pattern and "
             f"--config which attention layers to take from it"
+        )
+    if (source / LAYERS_CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"--from={str(source)!r} holds attention layers alone, as gqe export --format gqe writes them: read them "
+            f"into a whole model with --from {shlex.quote(str(source / LAYERS_FILE))} --pattern '{LAYER_PREFIX}' "
+            f"--config FILE, the configuration that the run had"
         )
     path = source / "config.json"
     if not path.is_file():

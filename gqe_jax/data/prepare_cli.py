@@ -152,7 +152,7 @@ def _run_mixture(args: argparse.Namespace) -> int:
     print(f"\nmixture {args.seqio_mixture}, at seqio's rates of examples:")
     for (name, rate), part in zip(rates.items(), parts, strict=True):
         print(f"  {name:30} {rate / sum(rates.values()):8.4%} of the examples, {float(part.weight):8.4%} of the rows")
-    print(next_command(next(iter(manifests.values())), out))
+    print(next_command(min(manifests.values(), key=lambda manifest: manifest.heldout.bytes), out))
     return 0
 
 
@@ -234,7 +234,9 @@ def report(manifest: Manifest, out: str | Path, seconds: float) -> str:
 
 
 def next_command(manifest: Manifest, out: str | Path) -> str:
-    """What to type next."""
+    """What to type next; of a mixture, `manifest` is that of the set with the least held-out text."""
+    if not manifest.heldout.bytes:
+        return "to train on it, held-out text is needed: prepare it again with --heldout above 0, such as 0.05"
     model = f"--config.model.context={manifest.seq_len} --config.model.vocab_size={manifest.vocab_size}"
     run = shlex.quote(f"runs/{Path(out).name}")
     command = f"gqe train --config smoke --run {run} --config.data.path={shlex.quote(str(out))} {model}"

@@ -107,12 +107,17 @@ class PreparedData:
         return "\n".join(lines)
 
 
-def open_data(config: DataConfig, model: ModelConfig) -> PreparedData:
+def open_data(config: DataConfig, model: ModelConfig, tokenizer: Tokenizer | None = None) -> PreparedData:
     """Opens `config.path` or `config.mixture`; neither stands for the default corpus, prepared on first use.
+
+    Args:
+      config: what to open.
+      model: that reads the rows.
+      tokenizer: of a trained model, which the data must have too; None: any will do that fits the vocabulary.
 
     Raises:
       ConfigError: missing or damaged data, sets that do not fit each other, rows longer than the model's context, ids
-        beyond its vocabulary, no held-out text.
+        beyond its vocabulary, another tokenizer than `tokenizer`, no held-out text.
     """
     if config.path is None and config.mixture is None:
         directory = default_corpus_dir(load_tokenizer(config.tokenizer), model.context)
@@ -121,6 +126,9 @@ def open_data(config: DataConfig, model: ModelConfig) -> PreparedData:
         parts = parse_mixture(config.mixture) if config.mixture is not None else _parts(config.path)
         weights = quotas(parts)
         sets = [_open_set(part.path) for part in parts]
+    if tokenizer is not None:
+        for data in sets:
+            data.manifest.check_tokenizer(tokenizer)
     _require_fit(sets, model)
     checked = tuple(_check_files(data, config) for data in sets)
     return PreparedData(checked, tuple(weights), prepared_tokenizer(checked[0].directory))
@@ -185,7 +193,11 @@ def _check_files(data: PreparedSet, config: DataConfig) -> PreparedSet:
         )
     for split in (manifest.train, manifest.heldout):
         if all(shard.name in damaged for shard in split.shards):
-            raise ConfigError(f"prepared data {str(data.directory)!r} is damaged, with no whole shard left: {problems}")
+            raise ConfigError(
+                f"prepared data {str(data.directory)!r} is damaged, with no whole shard left of a split: {problems}. "
+                "To repair: restore these shards from a copy, or delete the folder and prepare it again with "
+                "`gqe prepare`"
+            )
     return dataclasses.replace(data, damaged=frozenset(damaged))
 
 

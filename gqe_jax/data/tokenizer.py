@@ -180,11 +180,14 @@ class SentencePieceTokenizer(Tokenizer):
         """Raises ConfigError if `model` is no SentencePiece model or has no end-of-sequence piece."""
         sentencepiece = _require_module("sentencepiece", origin)
         try:
+            if not model:  # which the library takes for "no model yet"
+                raise RuntimeError("empty")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
+            empty = "" if model else ", for it is empty"
             raise ConfigError(
-                f"tokenizer {origin} is not a SentencePiece model: give the .model file that sentencepiece's trainer "
-                "wrote, a tokenizer.json, or 'bytes'"
+                f"tokenizer {origin} cannot be read as a SentencePiece model{empty}: give the .model file that "
+                "sentencepiece's trainer wrote, a tokenizer.json, or 'bytes'"
             ) from error
         self._model = model
         self.vocab_size = self._processor.get_piece_size()

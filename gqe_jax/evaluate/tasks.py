@@ -58,11 +58,7 @@ def score(
     # Some tasks shuffle their choices when they are loaded.
     random.seed(SEEDS["random_seed"])
     np.random.seed(SEEDS["numpy_seed"])
-    loaded = load_tasks(names, data_dir)
-    for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None or (num_fewshot is not None and task.get_config("num_fewshot") != 0):
-            task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        task.set_fewshot_seed(seed=SEEDS["fewshot_seed"])
+    loaded = load_tasks(names, data_dir, num_fewshot)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would bootstrap in forks: JAX's threads do not survive
     results = evaluate(model, loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
     settings = {"limit": limit, "num_fewshot": num_fewshot, "bootstrap_iters": BOOTSTRAP, **SEEDS}
@@ -76,7 +72,9 @@ def score(
 # ---------------------------------------------------------------------------- tasks
 
 
-def load_tasks(names: Sequence[str], data_dir: str | Path | None = None) -> dict[str, Any]:
+def load_tasks(
+    names: Sequence[str], data_dir: str | Path | None = None, num_fewshot: int | None = None
+) -> dict[str, Any]:
     """The tasks and their data, as `TaskManager.load` returns them: "tasks", "groups" and "group_map" by name.
 
     Raises:
@@ -92,6 +90,7 @@ def load_tasks(names: Sequence[str], data_dir: str | Path | None = None) -> dict
                 f"`lm_eval ls tasks` lists all"
             )
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    lacking: dict[str, str] = {}  # task → the split of its solved examples, if there is no file for it
     with tempfile.TemporaryDirectory() as directory:
         for name in names:
             leaves, files = _leaves(name, manager), []
@@ -100,11 +99,21 @@ def load_tasks(names: Sequence[str], data_dir: str | Path | None = None) -> dict
             _check_kind(leaves, manager)
             if data_dir is not None:
                 for leaf in sorted(leaves):
-                    files += _repoint(leaf, manager, Path(data_dir), Path(directory))
+                    files += _repoint(leaf, manager, Path(data_dir), Path(directory), lacking)
                 own = TaskManager(include_path=directory, include_defaults=False)
                 manager.task_index.update({leaf: own.task_index[leaf] for leaf in leaves})
             for kind, found in _load(name, manager, files).items():
                 loaded[kind] |= found
+    for name, task in loaded["tasks"].items():
+        if task.get_config("num_fewshot") is None or (num_fewshot is not None and task.get_config("num_fewshot") != 0):
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_fewshot_seed(seed=SEEDS["fewshot_seed"])
+        if name in lacking and (count := task.get_config("num_fewshot")):  # lm-eval would take them from what it scores
+            raise ConfigError(
+                f"--data-dir={str(data_dir)!r} has no file for split {lacking[name]} of task {name}, from which the "
+                f"{count} solved examples before each item come: add {name}_{lacking[name]}{SUFFIXES[0]}, or leave "
+                f"them out with --num-fewshot 0"
+            )
     return loaded
 
 
@@ -170,8 +179,11 @@ def _leaves(name: str, manager: TaskManager) -> set[str]:
 # ---------------------------------------------------------------------------- local data
 
 
-def _repoint(name: str, manager: TaskManager, data_dir: Path, directory: Path) -> list[Path]:
-    """Writes a task's definition anew into `directory`: lm-eval's own, but for the data's files, which are returned."""
+def _repoint(name: str, manager: TaskManager, data_dir: Path, directory: Path, lacking: dict[str, str]) -> list[Path]:
+    """Writes a task's definition anew into `directory`: lm-eval's own, but for the data's files, which are returned.
+
+    If the split that the solved examples come from has no file, `lacking` receives it.
+    """
     entry = manager.task_index.get(name)
     if entry is None or entry.kind.name != "TASK":
         raise ConfigError(
@@ -190,6 +202,9 @@ def _repoint(name: str, manager: TaskManager, data_dir: Path, directory: Path) -
             f"'_', as {name}/{wanted[0]}{SUFFIXES[0]}, ending in {SUFFIXES[1]}, and with valid, val or dev for "
             f"validation); there is {', '.join(there[:20]) + (', ...' if len(there) > 20 else '') or 'nothing'}"
         )
+    examples = splits["fewshot_split"] or splits["training_split"] or splits["validation_split"]
+    if examples is not None and examples not in files and "samples" not in (entry.cfg.get("fewshot_config") or {}):
+        lacking[name] = examples
     definition = {
         "include": str(entry.yaml_path),
         "task": name,
@@ -250,7 +265,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     options = {"--data-dir": args.data_dir, "--limit": args.limit, "--num-fewshot": args.num_fewshot, "--out": args.out}
     given = [option for option, value in options.items() if value is not None]
     if args.tasks is None and given:
-        raise ConfigError(f"{', '.join(given)} only say how to score tasks: add --tasks, for instance --tasks piqa")
+        say = "says" if len(given) == 1 else "say"
+        raise ConfigError(f"{', '.join(given)} only {say} how to score tasks: add --tasks, for instance --tasks piqa")
     if args.tasks is not None and args.data is not None:
         raise ConfigError("--data is text to measure the loss on, and not for --tasks: leave out one of them")
     if args.out is not None and Path(args.out).is_dir():

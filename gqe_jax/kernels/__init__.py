@@ -6,10 +6,12 @@ from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.partials import EMPTY_LSE, merge_partials
 from gqe_jax.kernels.queries import prepare_queries, rms_norm, rotate, select_experts
 from gqe_jax.kernels.reference import visible
+from gqe_jax.kernels.tpu.blocks import BlockSizes
 
 __all__ = [
     "EMPTY_LSE",
     "IMPLEMENTATIONS",
+    "BlockSizes",
     "Call",
     "Choice",
     "Mask",

@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
 
 from gqe_jax.kernels.choose import Call, announce, check, choose, is_partitioned, target_platform
 from gqe_jax.kernels.cudnn import cudnn
 from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels.mesh_axes import check_not_explicit, debug_check, vary, varying_axes
 from gqe_jax.kernels.reference import reference
+from gqe_jax.kernels.tpu.blocks import BlockSizes
 from gqe_jax.kernels.tpu.decode import decode
 from gqe_jax.kernels.tpu.pallas_tpu import pallas_tpu
 from gqe_jax.kernels.xla import xla
@@ -24,7 +25,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array | None]]] = 
     "pallas_tpu": pallas_tpu,
     "pallas_tpu_decode": decode,
 }
-"""Name → function(q, k, v, expert_index, mask, *, q_rope, q_norm, softcap, scale) → (o, lse)."""
+"""Name → function(q, k, v, expert_index, mask, *, q_rope, q_norm, softcap, scale) → (o, lse); where the caller gives
+block sizes, "pallas_tpu" takes `block_sizes` too."""
 
 
 def attend(
@@ -48,18 +50,21 @@ def attend(
     scale: float | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
+    block_sizes: BlockSizes | None = None,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """Grouped-query attention of the selected query experts: o[b,s,g,j] = softmax(scale · q̂ k_gᵀ) v_g.
 
     q̂ is the query of expert `expert_index[b,s,g,j]` of group g, then RMS-normed (`q_norm`), then rotated (`q_rope`).
     Unselected experts cost no attention, and the gradient of their queries is exactly zero. Without an index every
-    query head attends (dense: MHA, MQA, GQA by the sizes of G and M). `spec`: layer, step 4.
+    query head attends (dense: MHA, MQA, GQA by the sizes of G and M). `spec`: layer, step 4. Gradients are custom, in
+    reverse mode and once; "reference" alone has forward mode (`jax.jvp`) and second derivatives too.
 
     Args:
       q: [B, S, G, M, D], all experts' queries; float32, bfloat16 or float16.
       k, v: [B, T, G, D] in q's dtype; k arrives finished (normed and rotated).
       expert_index: integer [B, S, G, K] with values in 0..M−1, K <= M. Other values raise outside `jit`, and
-        under `checkify.checkify`; elsewhere, where values are not known, they select some expert.
+        under `checkify.checkify` (not under a mesh of several devices, where JAX cannot carry its errors); elsewhere,
+        where values are not known, they select some expert.
       q_shared: [B, S, D], queries of one head more (GQE's shared head): it attends to the means of k and v over groups.
       causal: a query sees no key at a later position.
       window: a query at position i sees keys at positions j with i − window < j (and j < i + window if not causal).
@@ -76,6 +81,7 @@ def attend(
       return_lse: return the log-sum-exp of the scores too.
       implementation: a name in `IMPLEMENTATIONS`; None takes the fastest that can compute the call on the platform that
         it is lowered for (`kernels/choose.py`), and says in the log "gqe_jax" which and why.
+      block_sizes: of "pallas_tpu", in place of its tuned ones; where that cannot compute the call they are an error.
 
     Returns:
       o [B, S, G, K, D] in q's dtype (K = M without an index), and with `return_lse` also lse float32 [B, S, G, K],
@@ -84,12 +90,17 @@ def attend(
 
     Raises:
       ValueError: shapes, dtypes or options that do not fit together; an implementation that is unknown, or that cannot
-        compute the call on this platform.
+        compute the call on this platform; blocks that exceed the TPU's VMEM (those of the gradient when it is taken).
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown: choose one of {', '.join(sorted(IMPLEMENTATIONS))}"
         )
+    check_not_explicit(q=q, k=k, v=v)
+    positions = (q_offset, kv_offset, kv_length, q_segment_ids, kv_segment_ids)
+    axes = varying_axes((q, k, v, expert_index, q_shared, layer, q_rope, q_norm, positions))
+    q, k, v, expert_index, q_shared, layer, q_rope = vary((q, k, v, expert_index, q_shared, layer, q_rope), axes)
+    q_norm = None if q_norm is None else (vary(q_norm[0], axes), q_norm[1])
     stacked_k, stacked_v = k, v
     if layer is not None:
         k, v = (_layer_of(name, x, layer) for name, x in (("k", k), ("v", v)))
@@ -100,7 +111,7 @@ def attend(
             f"{q.dtype} it must be [B, S, D] = {[*q.shape[:2], q.shape[-1]]} in the same dtype"
         )
     _check_options(q, q_rope, q_norm, window, softcap, scale)
-    mask = _build_mask(q, k, causal, window, q_offset, kv_offset, kv_length, q_segment_ids, kv_segment_ids)
+    mask = vary(_build_mask(q, k, causal, window, *positions), axes)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     call = Call(
         batch=q.shape[0],
@@ -119,6 +130,7 @@ def attend(
         aligned=mask.aligned,
         return_lse=return_lse,
         partitioned=is_partitioned(),
+        block_sizes=block_sizes is not None,
     )
     platform = target_platform(q)
 
@@ -128,6 +140,8 @@ def attend(
         return choice.name
 
     options = {"q_rope": q_rope, "q_norm": q_norm, "softcap": softcap, "scale": scale}
+    if block_sizes is not None:
+        options["block_sizes"] = block_sizes
     name = chosen(call)
     if name == "pallas_tpu_decode":
         o, lse, *shared = IMPLEMENTATIONS[name](
@@ -199,7 +213,7 @@ def _check_arrays(q, k, v, expert_index):
     if isinstance(expert_index, jax.core.Tracer):
         lowest, highest = expert_index.min(), expert_index.max()
         known = (lowest >= 0) & (highest < num_experts)
-        checkify.debug_check(known, rule + ", not {lowest} to {highest}", lowest=lowest, highest=highest)
+        debug_check(known, rule + ", not {lowest} to {highest}", lowest=lowest, highest=highest)
         return
     with jax.ensure_compile_time_eval():  # known here, even where a jit around this call closes over it
         lowest, highest = int(expert_index.min()), int(expert_index.max())

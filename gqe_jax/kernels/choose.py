@@ -36,6 +36,7 @@ class Call:
       aligned: query 0 and key 0 are known to have the same position.
       return_lse: the log-sum-exp is wanted.
       partitioned: XLA splits the computation over several devices.
+      block_sizes: the caller gives those of the TPU kernels.
     """
 
     batch: int
@@ -54,9 +55,10 @@ class Call:
     aligned: bool = True
     return_lse: bool = False
     partitioned: bool = False
+    block_sizes: bool = False
 
     def __str__(self) -> str:
-        flags = ("softcap", "segments", "kv_length", "return_lse", "partitioned")
+        flags = ("softcap", "segments", "kv_length", "return_lse", "partitioned", "block_sizes")
         options = [f"window={self.window}"] if self.window else []
         options += [name for name in flags if getattr(self, name)]
         return (
@@ -112,6 +114,8 @@ def obstacle(name: str, platform: str, call: Call) -> str | None:
     needed, rules = REQUIREMENTS.get(name, (None, None))
     if needed is not None and platform != needed:
         return f"{name} needs {NAMES[needed]}, and this computation is for {NAMES.get(platform, platform)}"
+    if call.block_sizes and name != "pallas_tpu":
+        return f"{name} takes no block_sizes, which are those of pallas_tpu"
     return None if rules is None else rules(call)
 
 
@@ -122,9 +126,15 @@ def choose(platform: str, call: Call) -> Choice:
     Args:
       platform: "cpu", "gpu" (NVIDIA), "rocm", "tpu", or any other, which XLA then compiles for.
       call: its shapes and options.
+
+    Raises:
+      ValueError: block sizes are given, and pallas_tpu, which takes them, cannot compute the call.
     """
     names = PREFERENCE.get(platform, ("xla",))
     obstacles = [obstacle(name, platform, call) for name in names]
+    if None not in obstacles:
+        reason = obstacle("pallas_tpu", platform, call)
+        raise ValueError(f"block_sizes are given, and {reason} (call: {call}): {_what_would_run(platform, call)}")
     name = names[obstacles.index(None)]
     refused = obstacles[: names.index(name)]
     if refused and name == names[-1]:
@@ -141,10 +151,14 @@ def check(name: str, platform: str, call: Call) -> Choice:
     reason = obstacle(name, platform, call)
     if reason is not None:
         raise ValueError(
-            f"implementation={name!r} cannot run: {reason} (call: {call}); implementation=None would take "
-            f"{choose(platform, call).name!r} here"
+            f"implementation={name!r} cannot run: {reason} (call: {call}); {_what_would_run(platform, call)}"
         )
     return Choice(name, "asked for by name")
+
+
+def _what_would_run(platform: str, call: Call) -> str:
+    instead = choose(platform, dataclasses.replace(call, block_sizes=False)).name
+    return f"{'without them ' if call.block_sizes else ''}implementation=None would take {instead!r} here"
 
 
 @functools.cache  # once per platform, call and choice

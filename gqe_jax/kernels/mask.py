@@ -32,3 +32,11 @@ class Mask:
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     aligned: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def has_length(self) -> bool:
+        return self.kv_length is not None
+
+    @property
+    def has_segments(self) -> bool:
+        return self.q_segment_ids is not None

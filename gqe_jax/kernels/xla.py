@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gqe_jax.kernels.choose import target_platform
 from gqe_jax.kernels.kv_bounds import kv_bounds, seen_keys
 from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels.mesh_axes import vary, varying_axes
 from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.queries import prepare_queries
 
@@ -40,6 +41,7 @@ class _Plan:
     few_rows: bool  # decode: K and V are read once, where they lie
     long: bool  # worth a second form of the forward loop
     on_cpu: bool
+    varying: tuple[str, ...]  # axes of a mesh, inside `jax.shard_map`
 
     @property
     def head_by_head(self) -> bool:
@@ -92,6 +94,7 @@ def _xla(q, k, v, expert_index, mask, q_rope, q_norm, softcap, scale, block_q, b
         few_rows=q_len * num_slots <= 16,
         long=k.shape[1] >= 1024,
         on_cpu=on_cpu,
+        varying=varying_axes(q),
     )
     o, lse2 = _attend(plan, mask, q, k, v)
     return o, jnp.maximum(lse2 / LOG2_E, EMPTY_LSE)
@@ -256,7 +259,7 @@ def _over_heads(plan, q, some_heads, outputs):
     def one_head(n, outputs):
         return some_heads(_Heads(n // num_groups, n % num_groups, 1, 1, ()), outputs)
 
-    return lax.fori_loop(0, batch * num_groups, one_head, outputs)
+    return _loop(plan, 0, batch * num_groups, one_head, outputs)
 
 
 def _over_q_blocks(plan, mask, q, k, one_q_block, outputs):
@@ -269,7 +272,11 @@ def _over_q_blocks(plan, mask, q, k, one_q_block, outputs):
     def body(i, outputs):
         return one_q_block(i, q_starts[i], [bound[i] for bound in bounds], outputs)
 
-    return lax.fori_loop(0, num_blocks, body, outputs)
+    return _loop(plan, 0, num_blocks, body, outputs)
+
+
+def _loop(plan, first, end, body, carry):
+    return lax.fori_loop(first, end, body, vary(carry, plan.varying))
 
 
 def _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry):
@@ -303,15 +310,15 @@ def _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry):
         carry = masked_step(carry, 0, start, half_k, fresh_start)
         return masked_step(carry, half_q, start + half_k, plan.block_k - half_k, fresh_start)
 
-    carry = lax.fori_loop(whole_first, whole_end, whole_step, carry)
+    carry = _loop(plan, whole_first, whole_end, whole_step, carry)
     if not (plan.halves and plan.head_by_head):
-        return lax.fori_loop(first, cut_end, cut_step, carry)
+        return _loop(plan, first, cut_end, cut_step, carry)
     # Where the last block lies on the diagonal, the first half of the queries sees none of its second half.
     start, _ = cut_block(cut_end - 1)
     halved = mask.q_offset[0] + q_start + half_q <= mask.kv_offset[0] + start + half_k
     halved_first = jnp.where(halved, jnp.maximum(first, cut_end - 1), cut_end)
-    carry = lax.fori_loop(first, halved_first, cut_step, carry)
-    return lax.fori_loop(halved_first, cut_end, halved_step, carry)
+    carry = _loop(plan, first, halved_first, cut_step, carry)
+    return _loop(plan, halved_first, cut_end, halved_step, carry)
 
 
 def _block_reader(plan, heads, x, *, transposed=False):

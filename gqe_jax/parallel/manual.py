@@ -6,6 +6,7 @@ calls the function as it is.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,6 +79,9 @@ def on_mesh(
       out_axes: logical axes of the results, the same way. "partial" is an axis of size 1 to the function, and to the
         caller one of as many summands as `expert` has devices: `total` adds them.
       dtype: parameters are gathered in it, those of `rules.EXACT` apart; None: in their own.
+
+    Raises:
+      ValueError: a parameter that does not divide over the devices which share it out.
     """
     shard = current_shard()
     if shard is None:
@@ -85,6 +89,8 @@ def on_mesh(
     graphdef, state = nnx.split(module)
     paths, treedef = jax.tree.flatten_with_path(state)
     names, leaves = [parameter_name(path) for path, _ in paths], [leaf for _, leaf in paths]
+    for name, leaf in zip(names, leaves, strict=True):
+        _check_divides(name, leaf.shape, shard)
     kept = [spec_of(parameter_axes(name, leaf.ndim)) for name, leaf in zip(names, leaves, strict=True)]
 
     def compute(leaves, *inputs):
@@ -103,6 +109,18 @@ def on_mesh(
 def total(partial: jax.Array) -> jax.Array:
     """[n, ...] → [...], the sum of the summands, in their dtype; over a mesh this is one reduction."""
     return jax.lax.reduce_sum(partial, axes=(0,))  # jnp.sum would send bfloat16 as float32
+
+
+def _check_divides(name: str, shape: Sequence[int], shard: Shard) -> None:
+    for dim, (size, axis) in enumerate(zip(shape, parameter_axes(name, len(shape)), strict=True)):
+        over = (RULES[axis],) if isinstance(RULES[axis], str) else RULES[axis] or ()
+        parts = math.prod(shard.size(axis) for axis in over)
+        if size % parts:
+            devices = " × ".join(f"{axis}={shard.size(axis)}" for axis in over if shard.size(axis) > 1)
+            raise ValueError(
+                f"the mesh's {devices} devices do not divide {size}, the size of axis {dim} of the parameter {name} "
+                f"{tuple(shape)}, which lies along them: choose divisors of {size}, or make it a multiple of {parts}"
+            )
 
 
 def _gather(leaf: jax.Array, name: str, shard: Shard, dtype: jax.typing.DTypeLike | None) -> jax.Array:

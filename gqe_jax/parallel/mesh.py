@@ -1,6 +1,7 @@
 """The device mesh: its axes, what a configuration must satisfy to be split over it, and where a batch lives on it."""
 
 import math
+import re
 from collections.abc import Sequence
 
 import jax
@@ -9,7 +10,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from gqe_jax.config import ConfigError, MeshConfig, ModelConfig
-from gqe_jax.config_files import parse_argument
 from gqe_jax.parallel.rules import AXES, spec_of
 from gqe_jax.parallel.zigzag import zigzag
 
@@ -30,10 +30,11 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
     shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes.values())
     if math.prod(shape) != len(devices):
         asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
-        raise ConfigError(
-            f"{asked} need {'a multiple of ' if -1 in sizes.values() else ''}{fixed} devices, but there are "
-            f"{len(devices)}: make the product of the sizes {len(devices)}, or set one of them to -1 (what is left)"
-        )
+        if -1 in sizes.values():
+            need, remedy = "a multiple of ", f"make the product of the others a divisor of {len(devices)}"
+        else:
+            need, remedy = "", f"make the product of the sizes {len(devices)}, or set one of them to -1 (what is left)"
+        raise ConfigError(f"{asked} need {need}{fixed} devices, but there are {len(devices)}: {remedy}")
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if shape[0] % slices:
         raise ConfigError(
@@ -49,12 +50,21 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """ "fsdp=2,expert=4" → the configuration of a mesh, axes not named being 1.
+    """ "fsdp=2,expert=4", as `--mesh` has it → the configuration of a mesh, axes not named being 1.
 
     Raises:
       ConfigError: no such axis, or no number.
     """
-    return MeshConfig(**parse_argument(text, **dict.fromkeys(AXES, 1)))
+    sizes = dict.fromkeys(AXES, 1)
+    for assignment in text.split(","):
+        axis, _, size = assignment.partition("=")
+        if axis not in sizes or not re.fullmatch(r"-?\d+", size):
+            raise ConfigError(
+                f"--mesh {text}: {assignment!r} is no AXIS=DEVICES: the axes are {', '.join(AXES)}, and -1 devices are "
+                f"what the others leave, as in --mesh data=-1,expert=2"
+            )
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)
 
 
 def describe(mesh: Mesh) -> str:

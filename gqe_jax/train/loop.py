@@ -33,19 +33,20 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
     Args:
       config: of the run.
       directory: of the run: receives `config.json`, `metrics.jsonl` and `checkpoints/`.
-      previous_checkpoint: if the newest checkpoint is damaged, set it aside and go on from the one before.
+      previous_checkpoint: if the newest checkpoint is damaged, set it aside and go on from the newest that is whole.
 
     Returns:
       The evaluation of the final state on all held-out text.
 
     Raises:
-      ConfigError: settings, data or an existing run that do not fit; nothing was written.
+      ConfigError: settings, data or an existing run that do not fit, or another process trains there; nothing was
+        written.
       CheckpointDamaged: the newest checkpoint is not what was written.
       OSError: something could not be written (full disk, say); CheckpointFailed, if it was a checkpoint.
       NonFiniteLoss: loss or gradient became infinite or NaN.
       Interrupted: SIGTERM or SIGINT, after saving.
     """
-    directory = epath.Path(directory)
+    directory = runs.check_directory(directory)
     steps = config.train.steps
 
     # ---------------------------------------------------------------- mesh
@@ -75,6 +76,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(runs.write_failures_named(directory))
+        stack.enter_context(runs.locked(directory))
         stack.enter_context(jax.set_mesh(mesh))
 
         # ------------------------------------------------------------ restore
@@ -190,8 +192,9 @@ def _restore(
     except CheckpointDamaged as damage:
         if not previous_checkpoint:
             raise
-        say(f"{damage}\nas --previous-checkpoint asks, it is kept aside as {checkpoints.set_aside(newest)}")
-        return _restore(checkpoints, directory, step, data, previous_checkpoint)
+        aside = checkpoints.set_aside_damaged(newest)
+        say(f"{damage}\nas --previous-checkpoint asks, kept aside: {', '.join(map(str, aside))}")
+        return _restore(checkpoints, directory, step, data, previous_checkpoint=False)
     say(f"resuming {directory} from step {newest}")
     for line in runs.differences(saved, step.config):
         say(f"changed since: {line}")

@@ -3,9 +3,12 @@
 import contextlib
 import dataclasses
 import json
+import os
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +18,23 @@ from flax import nnx
 from gqe_jax.attention import RouterBias
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build, to_dict
+from gqe_jax.data.manifest import MANIFEST_FILE
+from gqe_jax.data.mixture import MIXTURE_FILE
 from gqe_jax.data.tokenizer import Tokenizer, tokenizer_from_files
 from gqe_jax.models.transformer import Transformer
 from gqe_jax.parallel.mesh import check_model, make_mesh
+from gqe_jax.parallel.processes import first_says
 from gqe_jax.parallel.rules import state_shardings
 from gqe_jax.train.checkpoint import CheckpointFailed, Checkpoints
 from gqe_jax.train.step import Step, TrainState
 
+try:
+    import fcntl
+except ImportError:  # an operating system without it
+    fcntl = None
+
 CONFIG_FILE = "config.json"
+LOCK_FILE = "train.lock"
 CHECKPOINTS = "checkpoints"
 PROFILE = "profile"
 FREE_TO_CHANGE = {  # how the model is computed, not what it is
@@ -30,6 +42,8 @@ FREE_TO_CHANGE = {  # how the model is computed, not what it is
     "model.attention.implementation",
     "model.attention.context_parallel",
 }
+
+_LOCK_WAIT = 5.0  # seconds for the process that had the run before to end: it may have been told to a moment ago
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +126,83 @@ def state_from_items(items: dict[str, Any]) -> TrainState:
         router_bias=train["router_bias"],
         key=jax.random.wrap_key_data(train["key"]),
     )
+
+
+def check_directory(directory: str | Path) -> epath.Path:
+    """The directory as a path. Raises ConfigError if it can be no run's: it has no name, or holds prepared data."""
+    if not str(directory).strip():
+        raise ConfigError(f"--run={str(directory)!r} names no directory: give one, for instance --run runs/smoke")
+    path = epath.Path(directory)
+    for name in (MANIFEST_FILE, MIXTURE_FILE):
+        if (path / name).exists():
+            raise ConfigError(
+                f"--run={str(directory)!r} is a folder of prepared data, for it has {name}: choose another directory "
+                f"for the run; --config.data.path={directory} trains on the data"
+            )
+    return path
+
+
+@contextlib.contextmanager
+def locked(directory: epath.Path) -> Iterator[None]:
+    """Inside, no other process trains in the directory. Process 0 holds the lock for all; it dies with the process.
+
+    There is none in a bucket, on a file system without locks or on an operating system without `fcntl`.
+
+    Raises:
+      ConfigError: another process trains there; every process raises the same.
+      OSError: the directory cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        holder = ""
+        if jax.process_index() == 0 and "://" not in str(directory) and fcntl is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            holder = stack.enter_context(_lock(Path(directory / LOCK_FILE)))
+        if holder := first_says(holder):
+            raise ConfigError(
+                f"another process ({holder}) is training in --run={str(directory)!r}: stop it, or choose another "
+                f"directory"
+            )
+        yield
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[str]:
+    """Gives "", and inside this process holds the lock; or the one that holds it, and goes on holding it.
+
+    Who holds it removes the file at the end, so it has to be opened anew at every try; after a kill it stays, unlocked.
+    """
+    deadline = time.monotonic() + _LOCK_WAIT
+    while True:
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
+                file.seek(0)
+                yield file.read().strip() or "which has not said yet who it is"
+                return
+            except OSError:  # a file system without locks
+                pass
+            if not _names(path, file) and time.monotonic() < deadline:
+                continue
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            try:
+                yield ""
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _names(path: Path, file: IO[str]) -> bool:
+    """Whether the open file is still the one of that name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

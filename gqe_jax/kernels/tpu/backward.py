@@ -23,7 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from gqe_jax.kernels.mask import Mask
-from gqe_jax.kernels.tpu.backward_blocks import BackwardBlocks, backward_blocks
+from gqe_jax.kernels.mesh_axes import result, vary, varying_axes
+from gqe_jax.kernels.tpu.backward_blocks import BackwardBlocks
 from gqe_jax.kernels.tpu.backward_step import Step
 from gqe_jax.kernels.tpu.plan import Plan
 from gqe_jax.kernels.tpu.q_bounds import q_bounds
@@ -39,13 +40,13 @@ def backward(
       operands: q, k, v, expert_index, rope, norm_scale, segments as the forward takes them.
       o, do: [B, S, G·K·D]; lse, dlse: float32 [B, G·K, 1, S].
     """
-    blocks = plan.backward_blocks or backward_blocks(plan)
+    blocks = plan.backward_blocks
     call = Call(plan, blocks, operands)
     bounds = q_bounds(mask, plan.q_len, plan.kv_len, blocks.block_q, blocks.block_kv).reshape(-1)
     limits = [operands["limits"]] if "limits" in operands else []
     inputs = dict(operands, o=o, do=do, lse=lse, dlse=dlse)
     arrays = [inputs[name] for name in call.inputs]
-    dq, dk, dv = (jax.ShapeDtypeStruct(operands[name].shape, plan.dtype) for name in "qkv")
+    dq, dk, dv = (result(operands[name].shape, plan.dtype, operands["q"]) for name in "qkv")
 
     if call.num_chunks == 1:
         chunk = jnp.zeros((1,), jnp.int32)
@@ -56,6 +57,7 @@ def backward(
             jnp.zeros((plan.batch, whole_q, dq.shape[2]), plan.dtype),
             *(jnp.zeros((plan.batch, whole_kv, dk.shape[2]), jnp.float32) for _ in range(2)),
         )
+        gradients = vary(gradients, call.varying)
         kernel = call.kernel(gradients)
 
         def one_chunk(chunk, carry):
@@ -63,7 +65,7 @@ def backward(
             dq, dk, dv, *added = kernel(chunk[None], bounds, *limits, *arrays, *gradients)
             return (dq, dk, dv), [x + y for x, y in zip(d_scale, added, strict=True)]
 
-        d_scale = [jnp.zeros(x.shape, x.dtype) for x in call.d_scale_shape]
+        d_scale = vary([jnp.zeros(x.shape, x.dtype) for x in call.d_scale_shape], call.varying)
         gradients, d_scale = lax.fori_loop(0, call.num_chunks, one_chunk, (gradients, d_scale))
         dq, dk, dv = (x[:, : like.shape[1]].astype(plan.dtype) for x, like in zip(gradients, (dq, dk, dv), strict=True))
     if not d_scale:
@@ -85,7 +87,8 @@ class Call:
         self.cuts_kv = plan.kv_len % blocks.block_kv != 0
         self.inputs = self._input_specs(operands)
         count = plan.batch * plan.num_groups // plan.groups_per_block
-        self.d_scale_shape = [jax.ShapeDtypeStruct((count, 1, plan.width), jnp.float32)] * self.has_norm
+        self.d_scale_shape = [result((count, 1, plan.width), jnp.float32, operands["q"])] * self.has_norm
+        self.varying = varying_axes(operands["q"])
 
     def _q_block(self, t, chunk, *, again):
         """The q block of a step, from the prologue and, if it is wanted `again`, in the epilogue."""
@@ -195,7 +198,7 @@ class Call:
                 out_specs=out_specs,
                 scratch_shapes=list(scratch.values()),
             ),
-            out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in gradients), *self.d_scale_shape],
+            out_shape=[*(result(x.shape, x.dtype, x) for x in gradients), *self.d_scale_shape],
             input_output_aliases={first_alias + n: n for n in range(3)} if adds else {},
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=plan.vmem_limit_bytes

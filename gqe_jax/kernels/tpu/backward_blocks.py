@@ -3,6 +3,7 @@
 import dataclasses
 
 from gqe_jax.kernels.tpu.blocks import LANES, even_blocks
+from gqe_jax.kernels.tpu.vmem import backward_bytes, too_large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,42 +35,46 @@ _BACKWARD = {
 
 
 def backward_blocks(plan) -> BackwardBlocks:
-    """The tuned blocks, no larger than the lengths need, and the longest chunk of queries that VMEM holds."""
-    block_q, block_kv, piece_q, piece_kv = _BACKWARD.get(plan.generation, _BACKWARD["v5e"])
+    """The blocks given, or tuned ones that fit; no larger than the lengths need, with the longest chunk that fits.
+
+    Raises:
+      ValueError: given blocks exceed VMEM, or the smallest do.
+    """
+    given = plan.block_sizes
+    is_given = bool(given.backward_block_q or given.backward_block_kv or given.backward_chunk_q)
+    for shrink in (1,) if is_given else (1, 2, 4):
+        block_q, block_kv, piece_q, piece_kv = _sizes(plan, shrink)
+        fixed, per_block = backward_bytes(plan, block_q, block_kv, piece_q, piece_kv)
+        num_q_blocks = -(-plan.q_len // block_q)
+        most = min((plan.vmem_limit_bytes - fixed) // per_block, num_q_blocks)
+        if most >= min(given.backward_chunk_q or 1, num_q_blocks):
+            num_chunks = -(-num_q_blocks // min(given.backward_chunk_q or most, num_q_blocks))
+            return BackwardBlocks(block_q, block_kv, piece_q, piece_kv, -(-num_q_blocks // num_chunks))
+
+    def need(sizes: dict[str, int]) -> int:
+        block_q, block_kv = sizes["backward_block_q"], sizes["backward_block_kv"]
+        fixed, per_block = backward_bytes(plan, block_q, block_kv, min(piece_q, block_q), min(piece_kv, block_kv))
+        return fixed + sizes.get("backward_chunk_q", 1) * per_block
+
+    sizes = {"backward_block_q": block_q, "backward_block_kv": block_kv}
+    if given.backward_chunk_q:
+        sizes["backward_chunk_q"] = min(given.backward_chunk_q, num_q_blocks)
+    raise too_large(plan, "backward", sizes, need)
+
+
+def _sizes(plan, shrink: int) -> tuple[int, int, int, int]:
+    """block_q, block_kv, piece_q, piece_kv: given, or tuned and divided by `shrink`."""
+    given = plan.block_sizes
     if plan.dtype.itemsize == 4:
-        block_q, block_kv, piece_q, piece_kv = block_q // 2, block_kv // 2, piece_q // 2, piece_kv // 2
+        shrink *= 2
+    tuned = _BACKWARD.get(plan.generation, _BACKWARD["v5e"])
+    block_q, block_kv, piece_q, piece_kv = (max(LANES, size // shrink) for size in tuned)
     # A block is unrolled over its pieces and heads: four keep the matrix unit busy, more are only longer code.
     if plan.num_slots * plan.groups_per_block > 1:
         block_q = piece_q
     if plan.num_slots * plan.groups_per_block > 2:
         block_kv = piece_kv
-    block_q, block_kv = even_blocks(plan.q_len, block_q), even_blocks(plan.kv_len, block_kv)
-    num_q_blocks = -(-plan.q_len // block_q)
-    resident = plan.vmem_limit_bytes - fixed_bytes(plan, block_q, block_kv)
-    most = resident // bytes_per_q_block(plan, block_q)
-    if most < 1:
-        raise ValueError(
-            f"the backward kernel's blocks of {block_q} queries and {block_kv} keys need "
-            f"{fixed_bytes(plan, block_q, block_kv) + bytes_per_q_block(plan, block_q):,} bytes of VMEM, and "
-            f"{plan.vmem_limit_bytes:,} are there: pass smaller blocks"
-        )
-    num_chunks = -(-num_q_blocks // most)
-    return BackwardBlocks(block_q, block_kv, piece_q, piece_kv, -(-num_q_blocks // num_chunks))
-
-
-def bytes_per_q_block(plan, block_q: int) -> int:
-    """VMEM that a block of queries holds from its prologue to its epilogue."""
-    heads = plan.num_slots * plan.groups_per_block
-    sublanes = -(-2 * heads // 8) * 8 + (8 if plan.mask.has_segments else 0)
-    return block_q * (plan.num_slots * plan.width * (2 * plan.dtype.itemsize + 4) + 4 * sublanes)
-
-
-def fixed_bytes(plan, block_q: int, block_kv: int) -> int:
-    """VMEM for the windows onto HBM (two buffers each), the accumulators and the values of a block in flight."""
-    size, width = plan.dtype.itemsize, max(plan.width, LANES)
-    heads = plan.groups_per_block * (2 * plan.num_experts + 2 * plan.num_slots) * plan.head_dim
-    q_windows = 2 * block_q * (size * heads + 4 * (LANES + 2 * width))
-    kv_windows = 2 * block_kv * width * (2 * size + 4 * 4)
-    scratch = block_kv * (width * (8 + 3 * size) + 4 * LANES)
-    in_flight = 6 * block_q * block_kv + 8 * block_q * width
-    return q_windows + kv_windows + scratch + in_flight
+    block_q = even_blocks(plan.q_len, given.backward_block_q or block_q)
+    block_kv = even_blocks(plan.kv_len, given.backward_block_kv or block_kv)
+    piece_q, piece_kv = given.backward_piece_q or piece_q, given.backward_piece_kv or piece_kv
+    return block_q, block_kv, min(piece_q, block_q), min(piece_kv, block_kv)

@@ -32,6 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels.mesh_axes import result
 from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.queries import prepare_queries
 
@@ -239,8 +240,8 @@ def _attend(plan: _Plan, mask: Mask, rows, k, v, first_row):
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, plan.rows, width), rows.dtype),
-            jax.ShapeDtypeStruct((batch, plan.rows, LANES), jnp.float32),
+            result((batch, plan.rows, width), rows.dtype, rows),
+            result((batch, plan.rows, LANES), jnp.float32, rows),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES

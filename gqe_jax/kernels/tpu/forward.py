@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from gqe_jax.kernels.mesh_axes import result
 from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.tpu.plan import LN_2, MASKED, Plan
 from gqe_jax.kernels.tpu.schedule import divide
@@ -91,8 +92,8 @@ def forward(plan: Plan, operands) -> tuple[jax.Array, jax.Array]:
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, plan.padded_q_len, num_heads * plan.head_dim), plan.dtype),
-            jax.ShapeDtypeStruct((batch, num_heads, 1, plan.padded_q_len), jnp.float32),
+            result((batch, plan.padded_q_len, num_heads * plan.head_dim), plan.dtype, operands["q"]),
+            result((batch, num_heads, 1, plan.padded_q_len), jnp.float32, operands["q"]),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),

@@ -12,14 +12,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.tpu.backward import backward
-from gqe_jax.kernels.tpu.backward_blocks import BackwardBlocks
-from gqe_jax.kernels.tpu.blocks import LANES, Blocks, forward_blocks, tpu_generation
+from gqe_jax.kernels.tpu.blocks import LANES, BlockSizes, tpu_generation
 from gqe_jax.kernels.tpu.forward import forward
 from gqe_jax.kernels.tpu.plan import MaskKind, Plan
-from gqe_jax.kernels.tpu.schedule import make_schedule, row_bounds
-
-VMEM_LIMIT_BYTES = {"v4": 14 << 20, "v5p": 60 << 20, "7x": 60 << 20}
-OTHER_VMEM_LIMIT_BYTES = 100 << 20
+from gqe_jax.kernels.tpu.schedule import row_bounds
 
 
 def obstacle(call) -> str | None:
@@ -46,14 +42,12 @@ def pallas_tpu(
     q_norm: tuple[jax.Array, float] | None,
     softcap: float | None,
     scale: float,
-    blocks: Blocks | None = None,
-    backward_blocks: BackwardBlocks | None = None,
+    block_sizes: BlockSizes | None = None,
     interpret: object = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention by Pallas kernels; arguments and results as in `attend`.
+    """Attention by Pallas kernels; arguments, results and errors as in `attend`.
 
-    `blocks` and `backward_blocks` override the tuned sizes. `interpret` runs the kernels on a CPU, for tests: True or
-    `pltpu.InterpretParams`.
+    `interpret` runs the kernels on a CPU, for tests: True or `pltpu.InterpretParams`.
     """
     batch, q_len, num_groups, num_experts, head_dim = q.shape
     kv_len, num_slots = k.shape[1], num_experts if expert_index is None else expert_index.shape[-1]
@@ -61,11 +55,6 @@ def pallas_tpu(
     lone = num_groups == 1 and head_dim == 64 and num_experts == 1
     padded_dim = head_dim if paired or lone else -(-head_dim // LANES) * LANES
     groups_per_block = 2 if paired else 1
-    generation = "v5e" if interpret else tpu_generation()
-    if blocks is None:
-        blocks = forward_blocks(
-            generation, groups_per_block * padded_dim, q.dtype.itemsize, num_slots, q_len, kv_len
-        )
     plan = Plan(
         batch=batch,
         num_groups=num_groups,
@@ -81,14 +70,9 @@ def pallas_tpu(
         scale=scale,
         softcap=softcap,
         dtype=q.dtype,
-        mask=MaskKind(
-            mask.causal, mask.window, mask.aligned, mask.kv_length is not None, mask.q_segment_ids is not None
-        ),
-        schedule=make_schedule(mask, q_len, kv_len, blocks.block_q, blocks.block_kv, blocks.unit),
-        blocks=blocks,
-        generation=generation,
-        backward_blocks=backward_blocks,
-        vmem_limit_bytes=VMEM_LIMIT_BYTES.get(generation, OTHER_VMEM_LIMIT_BYTES),
+        mask=MaskKind(mask.causal, mask.window, mask.aligned, mask.has_length, mask.has_segments),
+        generation="v5e" if interpret else tpu_generation(),
+        block_sizes=BlockSizes() if block_sizes is None else block_sizes,
         interpret=interpret,
     )
     norm_scale = None if q_norm is None else q_norm[0]

@@ -1,14 +1,16 @@
 """What is static about one call of the TPU kernels, and how its scalars are read."""
 
 import dataclasses
+import functools
 import math
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from gqe_jax.kernels.tpu.backward_blocks import BackwardBlocks
-from gqe_jax.kernels.tpu.blocks import LANES, Blocks
-from gqe_jax.kernels.tpu.schedule import Schedule
+from gqe_jax.kernels.tpu import vmem
+from gqe_jax.kernels.tpu.backward_blocks import BackwardBlocks, backward_blocks
+from gqe_jax.kernels.tpu.blocks import LANES, Blocks, BlockSizes
+from gqe_jax.kernels.tpu.schedule import Schedule, make_schedule
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -39,8 +41,8 @@ class Plan:
       rope_batch: batch rows of the rotary tables.
       norm_eps: of the queries' RMS norm.
       scale, softcap: as in `attend`.
-      generation: of the TPU; the tuned blocks of the backward are looked up by it when there is a backward.
-      backward_blocks: in place of the tuned ones.
+      generation: of the TPU.
+      block_sizes: in place of the tuned ones.
       interpret: what `pallas_call` takes.
     """
 
@@ -59,12 +61,30 @@ class Plan:
     softcap: float | None
     dtype: jnp.dtype
     mask: MaskKind
-    schedule: Schedule
-    blocks: Blocks
     generation: str
-    backward_blocks: BackwardBlocks | None
-    vmem_limit_bytes: int
+    block_sizes: BlockSizes
     interpret: object
+
+    @functools.cached_property
+    def blocks(self) -> Blocks:
+        """Of the forward kernel."""
+        return vmem.fitting_blocks(self)
+
+    @functools.cached_property
+    def backward_blocks(self) -> BackwardBlocks:
+        """Of the backward kernel."""
+        return backward_blocks(self)
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """Of the forward kernel."""
+        blocks = self.blocks
+        return make_schedule(self.mask, self.q_len, self.kv_len, blocks.block_q, blocks.block_kv, blocks.unit)
+
+    @property
+    def vmem_limit_bytes(self) -> int:
+        """What a kernel may take of a core's VMEM."""
+        return vmem.LIMIT_BYTES.get(self.generation, vmem.OTHER_LIMIT_BYTES)
 
     @property
     def width(self) -> int:

@@ -135,8 +135,8 @@ def divide(x: jax.Array | int, by: int) -> jax.Array | int:
     return lax.shift_right_logical(x, by.bit_length() - 1) if by & (by - 1) == 0 else lax.div(x, by)
 
 
-def make_schedule(mask: Mask, q_len: int, kv_len: int, block_q: int, block_kv: int, unit: int) -> Schedule:
-    """The schedule of a mask, from what is static about it."""
+def make_schedule(mask, q_len: int, kv_len: int, block_q: int, block_kv: int, unit: int) -> Schedule:
+    """The schedule of a `Mask`, or of its static part, a `MaskKind`."""
     folded = mask.causal and mask.aligned and mask.window is None and q_len == kv_len
     cut = (mask.causal or mask.window is not None) and not folded
     width = -(-kv_len // block_kv)
@@ -150,7 +150,7 @@ def make_schedule(mask: Mask, q_len: int, kv_len: int, block_q: int, block_kv: i
         block_kv,
         unit,
         folded=folded,
-        bounded=cut or mask.q_segment_ids is not None or mask.kv_length is not None,
+        bounded=cut or mask.has_segments or mask.has_length,
         width=width,
     )
 
