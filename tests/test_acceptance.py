@@ -167,7 +167,7 @@ def test_rehearsal_with_two_processes(config, tmp_path):
         "devices": True, "host_batches": True, "equal_losses": True, "kernel": True, "preempted_run": True,
         "other_host_count": True, "mfu": None,
     }  # fmt: skip
-    assert item(record, "host_batches")["measured"]["rows_per_host"] == 2
+    assert item(record, "host_batches")["measured"]["rows_per_host"] == 1
     assert item(record, "equal_losses")["measured"]["hosts"] == 2
     assert 20 <= item(record, "preempted_run")["measured"]["resumed_from"] < 60
     assert item(record, "mfu")["measured"]["not shown"] == "the peak of cpu is not known"
