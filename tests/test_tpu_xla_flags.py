@@ -1,12 +1,13 @@
 """The XLA flag sets of tpu_scripts/, against the libtpu that is installed. Compiling needs no TPU."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from gqe_jax.bench.tpu_compile import child_environment
 
 FLAGS = Path(__file__).parents[1] / "tpu_scripts" / "xla_flags"
 SETS = sorted(path.stem for path in FLAGS.glob("*.flags"))
@@ -44,14 +45,7 @@ def flags(name: str) -> dict[str, str]:
 
 
 def run_without_tpu(program: str, *arguments: str, init_args: str = "") -> subprocess.CompletedProcess:
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "LIBTPU_INIT_ARGS": init_args,
-    }
+    environment = child_environment(init_args)
     return subprocess.run(
         [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True, check=False
     )

@@ -102,7 +102,7 @@ def _cell(part: str, backward: bool, rival: Rival, s: Setting, target: str, comp
     for result in (whole, counts):
         if isinstance(result, CompileError):
             return Cell(**common, cost=None, flops=work, share=None, note=str(result))
-    if whole.xla_cycles >= 2**60:  # -1 as XLA writes it
+    if whole.xla_cycles >= 2**60:  # XLA writes the largest int64 where it has none
         note = f"XLA has no estimates for some of it on {target}"
         return Cell(**common, cost=None, flops=work, share=None, note=note)
     heads = s.attending_heads(rival.kind) / s.attending_heads(counted.kind)

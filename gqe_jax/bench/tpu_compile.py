@@ -160,7 +160,7 @@ def compile_all(
         if job.target not in TOPOLOGIES:
             raise CompileError(f"target {job.target!r} is unknown: choose one of {', '.join(TOPOLOGIES)}")
     if importlib.util.find_spec("libtpu") is None:
-        raise CompileError("libtpu is not installed: pip install 'jax[tpu]'")
+        raise CompileError("libtpu is not installed: pip install 'gqe_jax[tpu]'")
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for n in sorted(range(len(jobs)), key=lambda n: not jobs[n].schedules):  # a child starts anew where this changes
         waiting.put(n)

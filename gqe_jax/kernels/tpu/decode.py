@@ -35,6 +35,7 @@ from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.mesh_axes import result
 from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.queries import prepare_queries
+from gqe_jax.kernels.tpu.blocks import round_up
 
 if typing.TYPE_CHECKING:
     from gqe_jax.kernels.choose import Call
@@ -76,11 +77,11 @@ class _Plan:
 
     @property
     def routed_rows(self) -> int:
-        return _round_up(self.q_len * self.num_groups * self.num_slots, SUBLANES)
+        return round_up(self.q_len * self.num_groups * self.num_slots, SUBLANES)
 
     @property
     def rows(self) -> int:
-        return self.routed_rows + (_round_up(self.q_len, SUBLANES) if self.has_shared else 0)
+        return self.routed_rows + (round_up(self.q_len, SUBLANES) if self.has_shared else 0)
 
     @property
     def columns(self) -> int:
@@ -103,10 +104,6 @@ def obstacle(call: Call) -> str | None:
     if call.partitioned:
         return "XLA cannot split pallas_tpu_decode over devices: call it within jax.shard_map"
     return None
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 @functools.partial(jax.jit, static_argnames=("softcap", "scale", "block_kv"))
@@ -177,9 +174,9 @@ def decode(
 def _block_kv(q, k) -> int:
     """Tokens per block: a multiple of 128, 1 MiB of K and of the scores of all rows at most."""
     _, q_len, num_groups, num_slots, head_dim = q.shape
-    rows = _round_up(q_len * num_groups * num_slots, SUBLANES) + _round_up(q_len, SUBLANES)
-    token_bytes = num_groups * max(k.dtype.itemsize * _round_up(head_dim, LANES), 4 * rows * SCORE_BYTES // BLOCK_BYTES)
-    return min(max(BLOCK_BYTES // token_bytes // LANES, 1) * LANES, _round_up(k.shape[1], LANES))
+    rows = round_up(q_len * num_groups * num_slots, SUBLANES) + round_up(q_len, SUBLANES)
+    token_bytes = num_groups * max(k.dtype.itemsize * round_up(head_dim, LANES), 4 * rows * SCORE_BYTES // BLOCK_BYTES)
+    return min(max(BLOCK_BYTES // token_bytes // LANES, 1) * LANES, round_up(k.shape[1], LANES))
 
 
 def _attend(plan: _Plan, mask: Mask, rows, k, v, first_row):
