@@ -28,7 +28,7 @@ NEAR_LIMIT = {"block_kv": 90112}
         ({"backward_piece_kv": 64}, "block_sizes: backward_piece_kv=64 must be a multiple of 128"),
         ({"tile": 0}, "block_sizes: tile=0 must be a positive int, or None for the tuned size"),
         ({"backward_chunk_q": 1.5}, "block_sizes: backward_chunk_q=1.5 must be a positive int"),
-        ({"row_parts": 3}, "block_sizes: row_parts=3 must be 1, 2, 4 or 8"),
+        ({"row_part": 64}, "block_sizes: row_part=64 must be a multiple of 128"),
         ({"block_q": 256, "block_kv": 384}, "block_sizes: block_q=256 must divide block_kv=384"),
         ({"tile": 512, "block_kv": 768}, "block_sizes: tile=512 must divide block_kv=768"),
         ({"unit": 256, "tile": 384}, "block_sizes: unit=256 must divide tile=384"),
@@ -44,14 +44,17 @@ def test_a_given_size_must_fit_the_tuned_ones():
     """Nothing that was given is rounded: the message says which other size stands in its way, and that it was tuned."""
     message = "block_q=1024 must divide block_kv=1536 (block_q is the tuned size: give it too)"
     with pytest.raises(ValueError, match=re.escape(message)):
-        forward_blocks("v5e", 128, 2, 1, 8192, 8192, BlockSizes(block_kv=1536))
+        forward_blocks("v5e", 1, 8192, 8192, BlockSizes(block_kv=1536))
+    message = "row_part=384 must divide the rows of a block: K=2 times block_q=512 (block_q is the tuned size"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        forward_blocks("v5e", 2, 8192, 8192, BlockSizes(row_part=384))
 
 
 def test_given_sizes_are_taken_and_cut_to_the_lengths():
-    sizes = {"block_q": 512, "block_kv": 3072, "tile": 1536, "unit": 256, "diagonal_part": 128, "row_parts": 2}
-    given = BlockSizes(**sizes, ones_column=True)
-    assert vars(forward_blocks("v5e", 128, 2, 1, 8192, 8192, given)) == sizes | {"ones_column": True}
-    short = forward_blocks("v5e", 128, 2, 1, 300, 300, given)
+    sizes = {"block_q": 512, "block_kv": 3072, "tile": 1536, "unit": 256, "diagonal_part": 128, "row_part": 128}
+    given = BlockSizes(**sizes, ones_row=True)
+    assert vars(forward_blocks("v5e", 1, 8192, 8192, given)) == sizes | {"ones_row": True}
+    short = forward_blocks("v5e", 1, 300, 300, given)
     assert (short.block_q, short.block_kv, short.tile) == (384, 384, 384)
 
 

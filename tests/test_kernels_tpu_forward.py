@@ -19,9 +19,10 @@ from gqe_jax.kernels.tpu.schedule import make_schedule
 
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
 TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3}
-# Small blocks, so that short sequences have several of everything: 2 units to a tile, 2 parts of a diagonal.
-SMALL = BlockSizes(block_q=256, block_kv=256, tile=256, unit=128, diagonal_part=128, row_parts=2)
-ONES = BlockSizes(block_q=128, block_kv=256, tile=256, unit=128, diagonal_part=128, ones_column=True)
+# Small blocks, so that short sequences have several of everything: 2 units to a tile or several tiles in a row, 2 parts
+# of the rows and of a diagonal.
+SMALL = BlockSizes(block_q=256, block_kv=256, tile=256, unit=128, diagonal_part=128, row_part=128)
+ONES = BlockSizes(block_q=256, block_kv=512, tile=128, unit=128, diagonal_part=128, row_part=128, ones_row=True)
 
 
 def check(
@@ -84,7 +85,7 @@ FEATURES = {
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("blocks", [SMALL, ONES], ids=["lane sums", "column of ones"])
+@pytest.mark.parametrize("blocks", [SMALL, ONES], ids=["vector sums", "rows of ones"])
 def test_features(feature, blocks):
     """S = 300 is no multiple of a block, so every feature meets ragged blocks, and rows that see nothing."""
     check(**FEATURES[feature], blocks=blocks)
@@ -143,8 +144,8 @@ def test_any_lengths_and_blocks(data):
     tile = units * data.draw(st.sampled_from([1, 2]))
     block_kv = 128 * tile * data.draw(st.sampled_from([1, 2]))
     blocks = BlockSizes(
-        block_q=128 * units, block_kv=block_kv, tile=128 * tile, unit=128 * units, diagonal_part=128, row_parts=1,
-        ones_column=data.draw(st.booleans()),
+        block_q=128 * units, block_kv=block_kv, tile=128 * tile, unit=128 * units, diagonal_part=128, row_part=128,
+        ones_row=data.draw(st.booleans()),
     )  # fmt: skip
     q_len = data.draw(st.integers(1, 700))
     kv_len = data.draw(st.sampled_from([q_len, 1, 400]))
@@ -155,7 +156,7 @@ def test_any_lengths_and_blocks(data):
 @pytest.mark.parametrize("ratio", [1, 2, 4])
 def test_a_folded_schedule_visits_every_block_below_the_diagonal_once(num_blocks, ratio):
     """Counted on the host: each row's steps are consecutive, begin and end it once, and cover exactly the keys before
-    its diagonal block. The grid has at most one step per row more than there are blocks."""
+    its diagonal block, which its last step has in memory. The grid has at most one step per row more than there are blocks."""
     mask = Mask(q_offset=jnp.zeros(1, int), kv_offset=jnp.zeros(1, int), aligned=True)
     length = 128 * num_blocks
     schedule = make_schedule(mask, length, length, 128, 128 * ratio, 128)
@@ -168,6 +169,7 @@ def test_a_folded_schedule_visits_every_block_below_the_diagonal_once(num_blocks
             begun.append(i)
         if schedule.is_last(*step):
             ended.append(i)
+            assert j == schedule.fetched(*step, None) == i // ratio
         first, _, _, end = (int(x) for x in schedule.units(jnp.int32(i), jnp.int32(j), None))
         assert begun[-1] == i
         for unit in range(first, end):
@@ -181,12 +183,13 @@ def test_a_folded_schedule_visits_every_block_below_the_diagonal_once(num_blocks
 @pytest.mark.parametrize("generation", ["v4", "v5e", "v5p", "v6e", "7x"])
 @pytest.mark.parametrize("length", [1, 128, 1000, 8192, 12345])
 @pytest.mark.parametrize("slots", [1, 2, 8])
-def test_blocks_fit_together(generation, length, slots):
+@pytest.mark.parametrize("bounded", [False, True])
+def test_blocks_fit_together(generation, length, slots, bounded):
     """What the kernel takes for granted about sizes: each divides the next, and none is far above the length."""
-    blocks = forward_blocks(generation, 128, 2, slots, length, length)
+    blocks = forward_blocks(generation, slots, length, length, bounded=bounded)
     assert blocks.block_kv % blocks.block_q == blocks.block_kv % blocks.tile == blocks.tile % blocks.unit == 0
     assert blocks.block_q % blocks.unit == blocks.block_q % blocks.diagonal_part == 0
-    assert blocks.block_q * slots % (8 * blocks.row_parts) == 0
+    assert blocks.block_q * slots % blocks.row_part == 0
     assert blocks.block_q <= max(128, -(-length // 128) * 128)
 
 

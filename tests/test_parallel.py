@@ -18,7 +18,7 @@ from gqe_jax.bench.tpu_compile import child_environment
 from gqe_jax.config import ConfigError, GQAConfig, GQEConfig, MeshConfig, ModelConfig
 from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.tpu.blocks import forward_blocks
-from gqe_jax.kernels.tpu.schedule import make_schedule, row_bounds
+from gqe_jax.kernels.tpu.schedule import is_bounded, make_schedule, row_bounds
 from gqe_jax.parallel.mesh import check_batch, check_model, make_mesh, parse_mesh
 from gqe_jax.parallel.rules import parameter_axes, parameter_name, spec_of
 from gqe_jax.parallel.zigzag import natural, zigzag
@@ -82,10 +82,10 @@ def test_zigzag_needs_two_chunks_for_each_device():
 def executed_pairs(q_len, kv_len, offset, num_slots):
     """(query, key) pairs whose scores the TPU kernel computes per slot, for a causal mask: whole units of keys for
     every block of queries, and on the diagonal of a plain causal call its parts."""
-    blocks = forward_blocks("v5p", 128, 2, num_slots, q_len, kv_len)
     mask = Mask(
         q_offset=jnp.full(1, offset, jnp.int32), kv_offset=jnp.zeros(1, jnp.int32), aligned=q_len == kv_len
     )
+    blocks = forward_blocks("v5p", num_slots, q_len, kv_len, bounded=is_bounded(mask, q_len, kv_len))
     schedule = make_schedule(mask, q_len, kv_len, blocks.block_q, blocks.block_kv, blocks.unit)
     if schedule.folded:
         parts = blocks.block_q // blocks.diagonal_part

@@ -75,10 +75,11 @@ class Kernel:
 
     @property
     def tiles(self) -> tuple[bundles.Block, ...]:
-        """The blocks of most work for the matrix unit, those with fewest vector selects for it (masks) first."""
+        """The blocks of most work for the matrix unit, those with fewest vector selects for it (masks) first, and
+        the largest of these."""
         most = max(block.mxu_cycles for block in self.blocks)
-        tiles = [block for block in self.blocks if block.visits and block.mxu_cycles > most / 8]
-        return tuple(sorted(tiles, key=lambda block: block.selects / block.mxu_cycles))
+        tiles = [block for block in self.blocks if block.visits and block.mxu_cycles > most / 16]
+        return tuple(sorted(tiles, key=lambda block: (block.selects / block.mxu_cycles, -block.mxu_cycles)))
 
     @property
     def prologues(self) -> tuple[bundles.Block, ...]:

@@ -11,7 +11,7 @@ LANES = 128
 class BlockSizes:
     """Block sizes of the `pallas_tpu` kernels in place of the tuned ones. None, the default, keeps the tuned size.
 
-    Tokens, multiples of 128, but for row_parts, backward_chunk_q and the flag. Sizes are cut to the call's lengths.
+    Tokens, multiples of 128, but for backward_chunk_q and the flag. Sizes are cut to the call's lengths.
 
     Attributes:
       block_q: queries in memory; a tile's rows are K times as many.
@@ -19,9 +19,10 @@ class BlockSizes:
       tile: keys whose scores are computed at one time where no query needs a mask.
       unit: the same where one does, and what values are multiplied by; divides tile and block_q.
       diagonal_part: queries and keys of a step on the diagonal; divides block_q.
-      row_parts: a tile's rows go through in so many parts: 1, 2, 4 or 8.
-      ones_column: the row sum comes from a tile of ones beside V (matrix unit), not from adding lanes (vector unit);
-        without effect where K and V have fewer than 128 lanes.
+      row_part: rows, K for each query, that go through a tile at one time, one part's exponentials beside another's
+        scores; divides K · block_q.
+      ones_row: the row sums come from rows of ones below the transposed values (matrix unit), not from adding
+        probabilities (vector unit).
       backward_block_q, backward_block_kv: of the backward kernel: tokens per block of scores.
       backward_piece_q, backward_piece_kv: a block is computed in pieces of at most this size, unrolled.
       backward_chunk_q: blocks of queries that one call of the backward kernel holds in memory; by default as many as
@@ -36,8 +37,8 @@ class BlockSizes:
     tile: int | None = None
     unit: int | None = None
     diagonal_part: int | None = None
-    row_parts: int | None = None
-    ones_column: bool | None = None
+    row_part: int | None = None
+    ones_row: bool | None = None
     backward_block_q: int | None = None
     backward_block_kv: int | None = None
     backward_piece_q: int | None = None
@@ -47,13 +48,11 @@ class BlockSizes:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            if value is None or name == "ones_column":
+            if value is None or name == "ones_row":
                 continue
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"block_sizes: {name}={value!r} must be a positive int, or None for the tuned size")
-            if name == "row_parts" and value not in (1, 2, 4, 8):
-                raise ValueError(f"block_sizes: row_parts={value} must be 1, 2, 4 or 8")
-            if name not in ("row_parts", "backward_chunk_q") and value % LANES:
+            if name != "backward_chunk_q" and value % LANES:
                 raise ValueError(f"block_sizes: {name}={value} must be a multiple of {LANES}, the lanes of a register")
         self.check_divisors(vars(self))
 
@@ -82,57 +81,71 @@ class Blocks:
     tile: int
     unit: int
     diagonal_part: int
-    row_parts: int = 1
-    ones_column: bool = False
+    row_part: int
+    ones_row: bool = False
 
 
-# (rows of q, keys in memory, tile, row parts, ones_column) by generation and lanes W: bfloat16.
+# (rows of q, keys in memory, tile, part of a diagonal block, ones_row) by generation.
 _FORWARD = {
-    ("v4", 128): (512, 2048, 1024, 1, False),
-    ("v5e", 128): (1024, 4096, 1024, 1, False),
-    ("v5p", 128): (1024, 4096, 1024, 1, False),
-    ("v6e", 128): (2048, 4096, 2048, 4, True),
-    ("7x", 128): (1024, 4096, 2048, 1, False),
+    "v4": (512, 2048, 512, 128, False),
+    "v5e": (1024, 16384, 1024, 128, False),
+    "v5p": (1024, 16384, 1024, 128, False),
+    "v6e": (2048, 16384, 2048, 256, True),
+    "7x": (2048, 16384, 2048, 256, True),
 }
 
 
 def forward_blocks(
     generation: str,
-    width: int,
-    itemsize: int,
     num_slots: int,
     q_len: int,
     kv_len: int,
     given: BlockSizes = BlockSizes(),
-    shrink: int = 1,
+    *,
+    bounded: bool = False,
+    halvings: int = 0,
 ) -> Blocks:
-    """The blocks of the forward kernel, given or tuned (divided by `shrink`), no larger than the lengths need.
+    """The blocks of the forward kernel, given or tuned, no larger than the lengths need.
+
+    Args:
+      bounded: the mask cuts blocks elsewhere than on the diagonal, so that large ones are computed, and fetched, in
+        vain.
+      halvings: of tuned sizes, for want of memory: of the keys in memory first, as that costs least.
 
     Raises:
       ValueError: given and tuned sizes do not divide each other.
     """
-    tuned = _FORWARD.get((generation, width), _FORWARD.get((generation, 128), _FORWARD["v5e", 128]))
-    rows, tuned_kv, tuned_tile, row_parts, ones_column = tuned
+    rows, tuned_kv, tuned_tile, diagonal_part, ones_row = _FORWARD.get(generation, _FORWARD["v5e"])
+    tuned_unit = 512
+    if bounded:
+        rows, tuned_kv, tuned_tile = rows // 2, min(tuned_kv, 8192), tuned_tile // 2
+        tuned_unit = tuned_tile
+    shrink = 2 ** max(0, halvings - 2)
     most_q = given.block_q or max(LANES, rows // (num_slots * shrink) // LANES * LANES)
-    most_kv, most_tile = given.block_kv or tuned_kv // shrink, given.tile or tuned_tile // shrink
+    most_kv, most_tile = given.block_kv or tuned_kv // 2**halvings, given.tile or tuned_tile // shrink
+    if given.row_part and most_q * num_slots % given.row_part:
+        raise ValueError(
+            f"block_sizes: row_part={given.row_part} must divide the rows of a block: K={num_slots} times "
+            f"block_q={most_q}" + ("" if given.block_q else " (block_q is the tuned size: give it too)")
+        )
 
     def sizes(block_q: int, most_kv: int) -> dict[str, int]:
         block_kv = round_up(most_kv, block_q)
-        unit = _largest_divisor(block_q, given.unit or 512)
+        unit = _largest_divisor(block_q, given.unit or tuned_unit)
         return {
             "block_q": block_q,
             "block_kv": block_kv,
             "tile": max(x for x in range(unit, max(most_tile, unit) + 1, unit) if block_kv % x == 0),
             "unit": unit,
-            "diagonal_part": _largest_divisor(block_q, given.diagonal_part or 256),
+            "diagonal_part": _largest_divisor(block_q, given.diagonal_part or diagonal_part),
+            "row_part": _largest_divisor(block_q * num_slots, given.row_part or 256),
         }
 
     uncut = sizes(most_q, most_kv)
     given.check_divisors({name: getattr(given, name) or size for name, size in uncut.items()})
     return Blocks(
         **sizes(even_blocks(q_len, most_q), min(most_kv, kv_len)),
-        row_parts=given.row_parts or row_parts,
-        ones_column=(ones_column if given.ones_column is None else given.ones_column) and width % LANES == 0,
+        ones_row=ones_row if given.ones_row is None else given.ones_row,
     )
 
 

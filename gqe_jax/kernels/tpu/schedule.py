@@ -80,21 +80,20 @@ class Schedule:
         return jnp.where(c < self.row_length(r), r, self.num_q_blocks - 1 - r)
 
     def block(self, r: jax.Array, c: jax.Array, bounds) -> jax.Array:
-        """The kv block of a step: folded rows begin at the diagonal and go back, others begin at their first block.
-        A step with nothing to compute has one outside the row."""
+        """The kv block of a step: folded rows end at the diagonal, and all begin at their first block. A step with
+        nothing to compute has one outside the row."""
         if self.folded:
             length = self.row_length(r)
-            second = (c >= length) & ~self._alone(r)
-            return jnp.where(second, self.row_length(self.num_q_blocks - 1 - r) - 1 - (c - length), length - 1 - c)
+            return jnp.where((c >= length) & ~self._alone(r), c - length, c)
         return divide(bounds[0] * self.unit, self.block_kv) + c if self.bounded else c
 
     def fetched(self, r: jax.Array, c: jax.Array, bounds) -> jax.Array:
-        """The kv block that a step has in memory: its own, or for a step that computes nothing the one before's."""
+        """The kv block that a step has in memory: its own, or for a step that computes nothing the row's last."""
         j = self.block(r, c, bounds)
         if self.num_kv_blocks == 1:
             return 0 * j
         if self.folded:
-            return jnp.maximum(j, 0)
+            return jnp.minimum(j, self.row_length(self.row(r, c)) - 1)
         if self.bounded:
             return jnp.minimum(j, divide(jnp.maximum(bounds[3] * self.unit, 1) - 1, self.block_kv))
         return j
@@ -109,7 +108,9 @@ class Schedule:
         """Whether a row of blocks ends with this step."""
         if not self.folded:
             return c == self.width - 1
-        return (c == self.row_length(r) - 1) | ((c == self.grid[1] - 1) & ~self._alone(r))
+        length = self.row_length(r)
+        second = self.row_length(self.num_q_blocks - 1 - r)
+        return (c == length - 1) | ((c == length + second - 1) & ~self._alone(r))
 
     def units(self, i: jax.Array, j: jax.Array, bounds) -> tuple[jax.Array, ...]:
         """(first, whole_first, whole_end, end) as of `kv_bounds`, in units from the start of kv block j, within it.
@@ -135,10 +136,19 @@ def divide(x: jax.Array | int, by: int) -> jax.Array | int:
     return lax.shift_right_logical(x, by.bit_length() - 1) if by & (by - 1) == 0 else lax.div(x, by)
 
 
+def is_folded(mask, q_len: int, kv_len: int) -> bool:
+    """Whether the schedule of a `Mask`, or of its static part, a `MaskKind`, is the folded triangle."""
+    return mask.causal and mask.aligned and mask.window is None and q_len == kv_len
+
+
+def is_bounded(mask, q_len: int, kv_len: int) -> bool:
+    """Whether the keys that a row sees come from scalar memory."""
+    cut = (mask.causal or mask.window is not None) and not is_folded(mask, q_len, kv_len)
+    return cut or mask.has_segments or mask.has_length
+
+
 def make_schedule(mask, q_len: int, kv_len: int, block_q: int, block_kv: int, unit: int) -> Schedule:
     """The schedule of a `Mask`, or of its static part, a `MaskKind`."""
-    folded = mask.causal and mask.aligned and mask.window is None and q_len == kv_len
-    cut = (mask.causal or mask.window is not None) and not folded
     width = -(-kv_len // block_kv)
     if mask.window is not None:
         keys = block_q + (mask.window - 1) * (1 if mask.causal else 2)
@@ -149,8 +159,8 @@ def make_schedule(mask, q_len: int, kv_len: int, block_q: int, block_kv: int, un
         block_q,
         block_kv,
         unit,
-        folded=folded,
-        bounded=cut or mask.has_segments or mask.has_length,
+        folded=is_folded(mask, q_len, kv_len),
+        bounded=is_bounded(mask, q_len, kv_len),
         width=width,
     )
 

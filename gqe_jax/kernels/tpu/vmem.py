@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 
 from gqe_jax.kernels.tpu.blocks import LANES, Blocks, forward_blocks, round_up
+from gqe_jax.kernels.tpu.schedule import is_bounded
 
 LIMIT_BYTES = {"v4": 14 << 20, "v5e": 100 << 20, "v5p": 60 << 20, "v6e": 100 << 20, "7x": 60 << 20}
 """Generation → what a kernel may take of a core's 16, 64 or 128 MiB."""
@@ -24,13 +25,14 @@ def fitting_blocks(plan) -> Blocks:
     """
     given = plan.block_sizes
 
-    def blocks_of(given, shrink):
-        sizes = plan.width, plan.dtype.itemsize, plan.num_slots, plan.q_len, plan.kv_len
-        return forward_blocks(plan.generation, *sizes, given, shrink)
+    def blocks_of(given, halvings):
+        lengths = plan.q_len, plan.kv_len
+        bounded = is_bounded(plan.mask, *lengths)
+        return forward_blocks(plan.generation, plan.num_slots, *lengths, given, bounded=bounded, halvings=halvings)
 
     is_given = bool(given.block_q or given.block_kv or given.tile)
-    for shrink in (1,) if is_given else (1, 2, 4, 8, 16):
-        blocks = blocks_of(given, shrink)
+    for halvings in (0,) if is_given else range(7):
+        blocks = blocks_of(given, halvings)
         if forward_bytes(plan, blocks) <= plan.vmem_limit_bytes:
             return blocks
     sizes = {name: getattr(blocks, name) for name in ("block_q", "block_kv", "tile")}
@@ -38,7 +40,7 @@ def fitting_blocks(plan) -> Blocks:
         plan,
         "forward",
         sizes,
-        lambda sizes: forward_bytes(plan, blocks_of(dataclasses.replace(given, **sizes), shrink)),
+        lambda sizes: forward_bytes(plan, blocks_of(dataclasses.replace(given, **sizes), halvings)),
     )
 
 
@@ -48,12 +50,14 @@ def forward_bytes(plan, blocks: Blocks) -> int:
     block_q, rows = blocks.block_q, groups * slots * blocks.block_q
     q_lanes = round_up(groups * plan.num_experts * plan.head_dim, LANES)
     windows = block_q * (_q_side_bytes(plan) + size * q_lanes) + blocks.block_kv * 2 * width * size
-    scratch = rows * (width * size + 4 * (width + 2 * LANES))
+    acc = plan.head_dim + 16
+    scratch = rows * (width * size + 4 * (blocks.tile + acc + 2 * 8)) + width * size * blocks.tile
+    scratch += width * size * block_q  # what stands on the diagonal
     if plan.mask.has_segments:
         windows += 4 * 8 * (block_q + blocks.block_kv)
-        scratch += 4 * block_q * LANES
-    keys = max(blocks.tile, (block_q + blocks.diagonal_part) // 2)
-    scores = rows * (keys * (9 if plan.exact else 4) + 4 * width)  # float32 is split into several of bfloat16
+    # Scores of a unit, or of the block on the diagonal; float32 is split into several of bfloat16.
+    keys = max(blocks.unit, (block_q + blocks.diagonal_part) // 2)
+    scores = (rows * keys + 2 * 256 * blocks.row_part) * (10 if plan.exact else 4)
     selection = _selection_bytes(block_q, q_lanes)
     return 2 * windows + scratch + max(scores, selection) + selection // 8 + SMALL_BYTES
 
