@@ -156,7 +156,7 @@ def test_any_lengths_and_blocks(data):
 @pytest.mark.parametrize("ratio", [1, 2, 4])
 def test_a_folded_schedule_visits_every_block_below_the_diagonal_once(num_blocks, ratio):
     """Counted on the host: each row's steps are consecutive, begin and end it once, and cover exactly the keys before
-    its diagonal block, which its last step has in memory. The grid has at most one step per row more than there are blocks."""
+    its diagonal block, which its last step has in memory. The grid has at most one step per row more than blocks."""
     mask = Mask(q_offset=jnp.zeros(1, int), kv_offset=jnp.zeros(1, int), aligned=True)
     length = 128 * num_blocks
     schedule = make_schedule(mask, length, length, 128, 128 * ratio, 128)
