@@ -96,9 +96,9 @@ def test_a_comparison_is_put_together_from_its_compiles(monkeypatch, capsys):
 
 
 def test_quantities_of_a_known_kernel():
-    """From hand-made blocks: tiles by their masks, the prologue by its place and visits; totals by visits."""
+    """From hand-made blocks: tiles by their masks, the prologue by its place and matmul; totals by visits."""
     step = Block("0", 10, 10, 0, 0, 0, visits=100)
-    row = Block("1", 50, 50, 0, 0, 0, visits=20)
+    row = Block("1", 50, 50, 16, 0, 0, visits=20)
     whole, masked = Block("2", 900, 950, 800, 0, 0, visits=60), Block("3", 990, 999, 800, 0, 512, visits=20)
     start = Block("4", 5, 5, 0, 0, 0, visits=1)
     kernel = Kernel("gqe_forward.1", (start, step, row, masked, whole))

@@ -83,10 +83,9 @@ class Kernel:
 
     @property
     def prologues(self) -> tuple[bundles.Block, ...]:
-        """The blocks before the first tile that do not execute in every grid step: what a row of steps starts with."""
+        """The blocks before the first tile that use the matrix unit: there the selection reads its index."""
         before = self.blocks[: min(self.blocks.index(tile) for tile in self.tiles)] if self.tiles else ()
-        most = max((block.visits for block in before), default=0)
-        return tuple(block for block in before if 1 < block.visits < 0.9 * most)
+        return tuple(block for block in before if block.mxu_cycles)
 
 
 @dataclasses.dataclass(frozen=True)
