@@ -159,10 +159,11 @@ def quantities(static: Static) -> dict[str, float]:
         seq_len = max((s for *_, s in static.compiled), default=0)
         k = kernel(backward, seq_len, name)
         if k is not None and k.tiles:
-            whole, on_diagonal = k.tiles[0], k.tiles[-1]  # of as many queries and keys
+            whole, on_diagonal = k.tiles[0], k.tiles[-1]
             found[f"{what}, unmasked tile: matrix-unit cycles over bound"] = whole.mxu_cycles / whole.bound
             if on_diagonal.selects and not backward:
-                found["forward, masked tile over unmasked"] = on_diagonal.bound / whole.bound
+                per_cycle = [tile.bound / tile.mxu_cycles for tile in (whole, on_diagonal)]
+                found["forward, masked tile over unmasked"] = per_cycle[1] / per_cycle[0]
     k = kernel(False, 8192, FORWARD_KERNEL)
     if k is not None:
         share = sum(block.total for block in k.prologues) / k.total

@@ -71,7 +71,7 @@ class Step:
 
         # What fills no tile: units that the mask cuts, and whole ones.
         masked = schedule.bounded or not schedule.folded
-        if masked or units_per_tile > 1 or len(self.parts) == 1:
+        if masked or self.blocks.block_q % self.blocks.tile or len(self.parts) == 1:
 
             @pl.loop(0, end - first - in_tiles)
             def _(n):

@@ -1,8 +1,7 @@
 """How much VMEM the kernels' blocks need, how much there is, and what to say where blocks exceed it.
 
 Needs are estimated from above: windows onto HBM, of two buffers each, scratch, and scores in flight, which do not fit
-the registers. The forward's is within a fifth of what the compiler takes, mostly within a twentieth, the backward's
-within a third.
+the registers. The forward's is within a tenth of what the compiler takes, the backward's within a third.
 """
 
 import dataclasses
@@ -59,7 +58,7 @@ def forward_bytes(plan, blocks: Blocks) -> int:
     # Scores of a unit, or of the block on the diagonal; float32 is split into several of bfloat16.
     keys = max(blocks.unit, (block_q + blocks.diagonal_part) // 2)
     scores = (rows * keys + 2 * 256 * blocks.row_part) * (10 if plan.exact else 4)
-    selection = _selection_bytes(block_q, q_lanes)
+    selection = _selection_bytes(block_q, q_lanes) // 2  # no gradients
     return 2 * windows + scratch + max(scores, selection) + selection // 8 + SMALL_BYTES
 
 
