@@ -10,9 +10,9 @@ from flax import nnx
 
 from gqe_jax.attention import RouterBias
 from gqe_jax.config import RunConfig
-from gqe_jax.convert.new_run import fresh_optimizer_state, save_run
 from gqe_jax.data.tokenizer import ByteTokenizer
-from gqe_jax.train.run import load_model
+from gqe_jax.runs.directory import load_model
+from gqe_jax.runs.new_run import fresh_optimizer_state, save_run
 
 BYTES = {"vocab_size": 300}  # more than the byte tokenizer has, as padded vocabularies do
 

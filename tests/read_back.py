@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gqe_jax.data.pipeline import PreparedRows
+from gqe_jax.data.reading.pipeline import PreparedRows
 from gqe_jax.data.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()

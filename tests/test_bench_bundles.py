@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from gqe_jax.bench import bundles
-from gqe_jax.bench.scalar_unit import count_visits, words
+from gqe_jax.aot import bundles
+from gqe_jax.aot.scalar_unit import count_visits, words
 
 # In libtpu's format: for each i < 4 a loop of rows[i] trips with a matmul, left out where rows[i] == 0; v4 has one
 # delay slot behind each branch.

@@ -5,12 +5,12 @@ import csv
 import numpy as np
 import pytest
 
+from gqe_jax.aot.bundles import Block
+from gqe_jax.aot.tpu_compile import Compiled, CompileError, Kernel, compile_all, compile_for
 from gqe_jax.bench import static, table
-from gqe_jax.bench.bundles import Block
 from gqe_jax.bench.rivals import RIVALS, Setting, flops, useful_cycles
 from gqe_jax.bench.table import Cell
-from gqe_jax.bench.tpu_compile import Compiled, CompileError, Kernel, compile_all, compile_for
-from gqe_jax.cli import main
+from gqe_jax.cli.main import main
 
 DENSE, OTHER, OURS = RIVALS["tpu"]
 

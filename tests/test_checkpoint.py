@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from gqe_jax.config import ConfigError, OptimizerConfig
-from gqe_jax.train.checkpoint import CheckpointDamaged, CheckpointFailed, Checkpoints
-from gqe_jax.train.integrity import RECORD
+from gqe_jax.runs.checkpoint import CheckpointDamaged, CheckpointFailed, Checkpoints
+from gqe_jax.runs.integrity import RECORD
 from gqe_jax.train.optimizer import make_optimizer
 
 CONFIG = {"name": "test", "model": {"d_model": 8, "attention": {"window": None}}}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqe_jax.train.checkpoint import Checkpoints
+from gqe_jax.runs.checkpoint import Checkpoints
 
 
 def abstract(tree):
@@ -25,7 +25,7 @@ def abstract(tree):
 CHILD = """
 import sys
 import numpy as np, jax, jax.numpy as jnp
-from gqe_jax.train.checkpoint import Checkpoints
+from gqe_jax.runs.checkpoint import Checkpoints
 
 def make_params(step):
     rng = np.random.default_rng(step)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tiny_run import prepare_tiny, quick_compiles, write_config
 
-from gqe_jax import cli
+from gqe_jax.cli import main as cli
 from gqe_jax.config_files import load_config
 from gqe_jax.train import log, loop
 
@@ -83,7 +83,8 @@ def test_help_of_gqe(gqe):
 
 def test_importing_the_command_is_light():
     """`gqe --help` imports no library that reads data or checkpoints."""
-    code = "import sys, gqe_jax.cli; print([m for m in ('orbax', 'grain', 'torch', 'tensorflow') if m in sys.modules])"
+    heavy = ("orbax", "grain", "torch", "tensorflow")
+    code = f"import sys, gqe_jax.cli.main; print([m for m in {heavy} if m in sys.modules])"
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert out.stdout == "[]\n"

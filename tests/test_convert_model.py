@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from gqe_jax.config import GQAConfig, GQEConfig, ModelConfig, RouterConfig
-from gqe_jax.convert import names
-from gqe_jax.convert.model import abstract_parameters, to_write, torch_tensors
 from gqe_jax.flops import parameter_count
+from gqe_jax.pytorch import names
+from gqe_jax.pytorch.model import abstract_parameters, to_write, torch_tensors
 
 GOLDEN = Path(__file__).with_name("pytorch_names.txt")
 SIZES = {"vocab_size": 11, "d_model": 6, "num_layers": 2, "d_ff": 10, "context": 16}

@@ -10,11 +10,11 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 
 from gqe_jax.config import ConfigError, DataConfig, ModelConfig
-from gqe_jax.data.corpus import files_corpus
 from gqe_jax.data.manifest import Manifest, verify
-from gqe_jax.data.pipeline import PreparedRows, train_batches
-from gqe_jax.data.prepare import prepare
-from gqe_jax.data.prepared import open_data
+from gqe_jax.data.preparing.prepare import prepare
+from gqe_jax.data.reading.pipeline import PreparedRows, train_batches
+from gqe_jax.data.reading.prepared import open_data
+from gqe_jax.data.sources.corpus import files_corpus
 from gqe_jax.data.tokenizer import ByteTokenizer
 
 SETTINGS = {"tokenizer": ByteTokenizer(), "seq_len": 16, "heldout_fraction": 0.2}

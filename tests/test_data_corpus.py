@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gqe_jax.config import ConfigError
-from gqe_jax.data.corpus import files_corpus, stdlib_corpus
-from gqe_jax.data.sources import Document, decode_utf8
+from gqe_jax.data.sources.corpus import files_corpus, stdlib_corpus
+from gqe_jax.data.sources.files import Document, decode_utf8
 
 
 def write(path: Path, content: str | bytes) -> Path:

@@ -9,12 +9,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gqe_jax.config import ConfigError, DataConfig, ModelConfig
-from gqe_jax.data.corpus import files_corpus
 from gqe_jax.data.manifest import Manifest
-from gqe_jax.data.mixture import Part, Schedule, parse_mixture, quotas, rounded_shares, write_mixture
-from gqe_jax.data.pipeline import train_batches
-from gqe_jax.data.prepare import prepare
-from gqe_jax.data.prepared import open_data
+from gqe_jax.data.preparing.prepare import prepare
+from gqe_jax.data.reading.mixture import Part, Schedule, parse_mixture, quotas, rounded_shares, write_mixture
+from gqe_jax.data.reading.pipeline import train_batches
+from gqe_jax.data.reading.prepared import open_data
+from gqe_jax.data.sources.corpus import files_corpus
 from gqe_jax.data.tokenizer import ByteTokenizer
 
 SEQ_LEN = 16
@@ -228,7 +228,7 @@ def test_damaged_shards_stop_the_run_or_are_counted(tmp_path, monkeypatch):
 
     What is left is a stream of the other shards' rows, each once per epoch.
     """
-    from gqe_jax.data import units
+    from gqe_jax.data.preparing import units
 
     monkeypatch.setattr(units, "_SHARD_TOKENS", SEQ_LEN * 50)
     directory = make_set(tmp_path / "a", "a", 600)

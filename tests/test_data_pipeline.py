@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gqe_jax.config import ConfigError, DataConfig, ModelConfig
-from gqe_jax.data.corpus import files_corpus
-from gqe_jax.data.pipeline import EpochOrder, PreparedRows, heldout_batches, train_batches
-from gqe_jax.data.prepare import prepare
-from gqe_jax.data.prepared import PreparedData, open_data
+from gqe_jax.data.preparing.prepare import prepare
+from gqe_jax.data.reading.pipeline import EpochOrder, PreparedRows, heldout_batches, train_batches
+from gqe_jax.data.reading.prepared import PreparedData, open_data
+from gqe_jax.data.sources.corpus import files_corpus
 from gqe_jax.data.tokenizer import ByteTokenizer
 
 SEQ_LEN = 16
@@ -168,9 +168,9 @@ def test_many_shards_stay_open(tmp_path):
     script = (
         "import pathlib, resource, sys\n"
         "from gqe_jax.data import units\n"
-        "from gqe_jax.data.corpus import files_corpus\n"
-        "from gqe_jax.data.pipeline import PreparedRows\n"
-        "from gqe_jax.data.prepare import prepare\n"
+        "from gqe_jax.data.sources.corpus import files_corpus\n"
+        "from gqe_jax.data.reading.pipeline import PreparedRows\n"
+        "from gqe_jax.data.preparing.prepare import prepare\n"
         "from gqe_jax.data.tokenizer import ByteTokenizer\n"
         "units._SHARD_TOKENS = 16\n"
         "folder = pathlib.Path(sys.argv[1])\n"

@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 from read_back import all_files, texts_of
 
+from gqe_jax.cli import prepare as prepare_cli
 from gqe_jax.config import ConfigError
-from gqe_jax.data import prepare as prepare_module
-from gqe_jax.data import prepare_cli
-from gqe_jax.data import units as units_module
-from gqe_jax.data.compressors import compression_baselines
-from gqe_jax.data.corpus import files_corpus, stdlib_corpus
 from gqe_jax.data.manifest import Manifest, heldout_documents, prepared_tokenizer, verify
-from gqe_jax.data.pipeline import PreparedRows
-from gqe_jax.data.prepare import default_corpus_dir, prepare
+from gqe_jax.data.preparing import prepare as prepare_module
+from gqe_jax.data.preparing import units as units_module
+from gqe_jax.data.preparing.prepare import default_corpus_dir, prepare
+from gqe_jax.data.reading.compressors import compression_baselines
+from gqe_jax.data.reading.pipeline import PreparedRows
+from gqe_jax.data.sources.corpus import files_corpus, stdlib_corpus
 from gqe_jax.data.tokenizer import ByteTokenizer, Tokenizer
 
 BYTES = ByteTokenizer()
@@ -168,8 +168,8 @@ def test_killed_leaves_no_out_and_is_swept_up(corpus, tmp_path):
     """After kill -9 there is no `out`; the next run removes what was left beside it and succeeds."""
     script = (
         "import os, signal, sys\n"
-        "from gqe_jax.data.corpus import files_corpus\n"
-        "from gqe_jax.data.prepare import prepare\n"
+        "from gqe_jax.data.sources.corpus import files_corpus\n"
+        "from gqe_jax.data.preparing.prepare import prepare\n"
         "from gqe_jax.data.tokenizer import ByteTokenizer\n"
         "class Killing(ByteTokenizer):\n"
         "    def encode(self, text):\n"
@@ -192,8 +192,8 @@ def test_full_disk_is_an_os_error(corpus, tmp_path):
     """
     script = (
         "import resource, signal, sys\n"
-        "from gqe_jax.data.corpus import files_corpus\n"
-        "from gqe_jax.data.prepare import prepare\n"
+        "from gqe_jax.data.sources.corpus import files_corpus\n"
+        "from gqe_jax.data.preparing.prepare import prepare\n"
         "from gqe_jax.data.tokenizer import ByteTokenizer\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))\n"

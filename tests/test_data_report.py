@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from gqe_jax.bench import data as bench
-from gqe_jax.cli import main
-from gqe_jax.data.corpus import files_corpus, stdlib_corpus
+from gqe_jax.cli.main import main
 from gqe_jax.data.manifest import Manifest
-from gqe_jax.data.mixture import Part, write_mixture
-from gqe_jax.data.pipeline import PreparedRows
-from gqe_jax.data.prepare import prepare
+from gqe_jax.data.preparing.prepare import prepare
+from gqe_jax.data.reading.mixture import Part, write_mixture
+from gqe_jax.data.reading.pipeline import PreparedRows
+from gqe_jax.data.sources.corpus import files_corpus, stdlib_corpus
 from gqe_jax.data.tokenizer import ByteTokenizer, train_sentencepiece
 from gqe_jax.evaluate.data_report import histogram, histogram_edges, segment_lengths, show_row
 

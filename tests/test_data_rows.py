@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gqe_jax.data.packing import RowCutter
+from gqe_jax.data.preparing.packing import RowCutter
 from gqe_jax.data.rows import Row, decode_rows, encode_row, token_dtype
 
 EOS = 1

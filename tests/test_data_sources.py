@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from gqe_jax.config import ConfigError
-from gqe_jax.data import sources
-from gqe_jax.data.corpus import files_corpus
-from gqe_jax.data.sources import Document, SourceFile
+from gqe_jax.data.sources import files as sources
+from gqe_jax.data.sources.corpus import files_corpus
+from gqe_jax.data.sources.files import Document, SourceFile
 
 TEXTS = ["one\r\ntwo\n", "", "drei é\u2028\x00\n", "\ufeffvier"]
 

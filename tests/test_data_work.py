@@ -12,12 +12,12 @@ import pytest
 from read_back import all_files, texts_of
 
 from gqe_jax.config import ConfigError
-from gqe_jax.data import units
-from gqe_jax.data.corpus import files_corpus
 from gqe_jax.data.manifest import heldout_documents, verify
-from gqe_jax.data.pipeline import PreparedRows
-from gqe_jax.data.prepare import prepare
-from gqe_jax.data.progress import progress_text
+from gqe_jax.data.preparing import units
+from gqe_jax.data.preparing.prepare import prepare
+from gqe_jax.data.preparing.progress import progress_text
+from gqe_jax.data.reading.pipeline import PreparedRows
+from gqe_jax.data.sources.corpus import files_corpus
 from gqe_jax.data.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -89,9 +89,9 @@ def test_duplicates_are_left_out(folder, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from gqe_jax.data import units
-from gqe_jax.data.corpus import files_corpus
-from gqe_jax.data.prepare import prepare
+from gqe_jax.data.preparing import units
+from gqe_jax.data.sources.corpus import files_corpus
+from gqe_jax.data.preparing.prepare import prepare
 from gqe_jax.data.tokenizer import ByteTokenizer
 units._UNIT_BYTES = 4000
 write = units.Job.write_unit

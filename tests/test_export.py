@@ -13,11 +13,12 @@ import torch_folder
 from converted import BYTES, logits, tokens, write_run
 from safetensors.numpy import load_file
 
-from gqe_jax import cli
+from gqe_jax.cli import main as cli
 from gqe_jax.config import GQAConfig, GQEConfig, RopeScaling, RouterConfig
-from gqe_jax.convert import exporting, layer_to_torch, safetensors_io
-from gqe_jax.convert.exporting import export_hf, export_layers
-from gqe_jax.convert.saved_model import open_model
+from gqe_jax.convert import layer_to_torch
+from gqe_jax.pytorch import exporting, safetensors_io
+from gqe_jax.pytorch.exporting import export_hf, export_layers
+from gqe_jax.runs.saved_model import open_model
 
 
 def stretched(kind):
@@ -259,7 +260,7 @@ def test_no_torch_is_needed(tmp_path):
 
     write_run(tmp_path / "run", GQE)
     code = (
-        "import sys; from gqe_jax import cli; code = cli.main(sys.argv[1:]); "
+        "import sys; from gqe_jax.cli import main as cli; code = cli.main(sys.argv[1:]); "
         "print(code, [m for m in ('torch', 'transformers', 'tokenizers', 'sentencepiece') if m in sys.modules])"
     )
     arguments = ["export", "--run", tmp_path / "run", "--out", tmp_path / "out"]

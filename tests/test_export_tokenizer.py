@@ -10,13 +10,13 @@ import pytest
 import torch_folder  # noqa: F401 (keeps transformers off the network: before transformers)
 
 from gqe_jax.config import ConfigError
-from gqe_jax.convert.hf_tokenizer import read_tokenizer, start_token, tokenizer_files
 from gqe_jax.data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     train_sentencepiece,
 )
+from gqe_jax.pytorch.hf_tokenizer import read_tokenizer, start_token, tokenizer_files
 
 # Real text that every machine has. Longer documents may differ: SentencePiece sums their scores in float32, and takes
 # another of two nearly equal ways to cut a word.

@@ -10,10 +10,10 @@ from flax import nnx
 from tiny import jit
 
 from gqe_jax.config import DataConfig, GQEConfig, ModelConfig
-from gqe_jax.data.corpus import files_corpus
-from gqe_jax.data.pipeline import PreparedRows
-from gqe_jax.data.prepare import prepare
-from gqe_jax.data.prepared import open_data
+from gqe_jax.data.preparing.prepare import prepare
+from gqe_jax.data.reading.pipeline import PreparedRows
+from gqe_jax.data.reading.prepared import open_data
+from gqe_jax.data.sources.corpus import files_corpus
 from gqe_jax.data.tokenizer import ByteTokenizer
 from gqe_jax.evaluate.heldout import batch_loss, compare_with_compressors, evaluate, report
 from gqe_jax.models.transformer import Transformer

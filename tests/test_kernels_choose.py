@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from gqe_jax import cli
+from gqe_jax.cli import main as cli
 from gqe_jax.config import GQEConfig, ModelConfig, RunConfig
 from gqe_jax.evaluate.kernel_report import layer_calls, report, training_line
 from gqe_jax.kernels import attend

@@ -10,10 +10,10 @@ from flax import nnx
 from tiny_run import quick_compiles
 
 from gqe_jax.config import ConfigError, GQAConfig, GQEConfig
-from gqe_jax.convert.exporting import export_hf
-from gqe_jax.convert.saved_model import open_model
 from gqe_jax.data.tokenizer import ByteTokenizer
-from gqe_jax.train.run import load_model
+from gqe_jax.pytorch.exporting import export_hf
+from gqe_jax.runs.directory import load_model
+from gqe_jax.runs.saved_model import open_model
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance

@@ -11,12 +11,12 @@ import pytest
 from converted import write_run
 from tiny_run import quick_compiles
 
-from gqe_jax import cli
+from gqe_jax.cli import main as cli
 from gqe_jax.config import ConfigError
-from gqe_jax.convert.exporting import export_hf
-from gqe_jax.convert.saved_model import open_model
 from gqe_jax.evaluate import tasks
-from gqe_jax.train.run import load_model
+from gqe_jax.pytorch.exporting import export_hf
+from gqe_jax.runs.directory import load_model
+from gqe_jax.runs.saved_model import open_model
 
 pytest.importorskip("lm_eval")
 import lm_eval.tasks
@@ -223,7 +223,7 @@ def test_lm_eval_is_an_extra(gqe, monkeypatch):
 def test_no_torch_is_needed(place, tmp_path):
     """The command as users call it, with all of lm-eval's tasks known, imports neither torch nor transformers."""
     script = (
-        "import sys; from gqe_jax import cli; "
+        "import sys; from gqe_jax.cli import main as cli; "
         f"code = cli.main(['eval', '--run', {str(place / 'run')!r}, '--tasks', 'ai2_arc', '--limit', '2', "
         f"'--data-dir', {str(tmp_path)!r}, '--out', {str(tmp_path / 'deep' / 'out.json')!r}]); "
         "assert not {'torch', 'transformers'} & sys.modules.keys(); sys.exit(code)"

@@ -11,7 +11,7 @@ import pytest
 from test_data_bucket import bucket  # noqa: F401
 
 from gqe_jax.config import ConfigError
-from gqe_jax.train.metrics import (
+from gqe_jax.runs.metrics import (
     MetricWriter,
     Stopwatch,
     balance,

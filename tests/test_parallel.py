@@ -14,7 +14,7 @@ import on_meshes
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gqe_jax.bench.tpu_compile import child_environment
+from gqe_jax.aot.tpu_compile import child_environment
 from gqe_jax.config import ConfigError, GQAConfig, GQEConfig, MeshConfig, ModelConfig
 from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.tpu.blocks import forward_blocks

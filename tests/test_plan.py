@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from gqe_jax import cli
+from gqe_jax.aot.topologies import CHIPS, GIB, topology
+from gqe_jax.cli import main as cli
 from gqe_jax.config import ConfigError, GQAConfig, MeshConfig
 from gqe_jax.config_files import load_config
 from gqe_jax.flops import parameter_count
@@ -17,7 +18,6 @@ from gqe_jax.plan.compile import Request, compile_plan
 from gqe_jax.plan.memory import estimate
 from gqe_jax.plan.roofline import Roofline, ici_seconds, roofline
 from gqe_jax.plan.search import remedies, search
-from gqe_jax.plan.topologies import CHIPS, GIB, topology
 from gqe_jax.plan.verb import dense_twin
 
 MESH = {"data": 2, "fsdp": 4, "expert": 1, "context": 1}  # device = 4 · data + fsdp

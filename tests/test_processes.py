@@ -16,10 +16,10 @@ import pytest
 from tiny_run import QUICK_FLAGS, losses, prepare_tiny, write_config
 
 from gqe_jax.config import ConfigError
-from gqe_jax.parallel import roll_call
-from gqe_jax.parallel.place import Place, StartFailed, place_from
-from gqe_jax.train.checkpoint import Checkpoints
-from gqe_jax.train.metrics import read_metrics
+from gqe_jax.processes import roll_call
+from gqe_jax.processes.place import Place, StartFailed, place_from
+from gqe_jax.runs.checkpoint import Checkpoints
+from gqe_jax.runs.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[1]
 BOUND = 30  # seconds in which the others must have ended; measured: 1 on a quiet machine
@@ -164,7 +164,7 @@ def test_numbers_that_do_not_fit(tmp_path):
 )
 def test_arguments(words, message, monkeypatch):
     """Incomplete and contradictory ones are named, with what is missing."""
-    from gqe_jax.cli import _add_train
+    from gqe_jax.cli.main import _add_train
 
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     parser = argparse.ArgumentParser()
@@ -227,10 +227,10 @@ def ends(child, seconds=BOUND):
 
 JOINED = """
 import sys, time
-from gqe_jax.cli import _report
+from gqe_jax.cli.main import _report
 from gqe_jax.config import ConfigError
-from gqe_jax.parallel.place import Place
-from gqe_jax.parallel.processes import check_equal, every_text, joined
+from gqe_jax.processes.place import Place
+from gqe_jax.processes.joined import check_equal, every_text, joined
 import functools
 port, count, number, directory, what = sys.argv[1:]
 number = int(number)
@@ -298,7 +298,7 @@ def test_what_differs_after_the_start(tmp_path):
 TRAIN = """
 import os, sys, time
 import numpy as np
-from gqe_jax.cli import main
+from gqe_jax.cli.main import main
 from gqe_jax.train import loop
 
 record, pause = sys.argv[1], float(sys.argv[2])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_run import leaf_hashes, losses, prepare_tiny, start_gqe, write_config
 
-from gqe_jax.train.checkpoint import Checkpoints
+from gqe_jax.runs.checkpoint import Checkpoints
 
 STEPS = 80
 CHANGES = (f"--config.train.steps={STEPS}", "--config.model.attention.implementation=None")  # what users train with

@@ -14,13 +14,13 @@ from etils import epath
 from tiny_run import prepare_tiny, tiny_config
 
 from gqe_jax.config import ConfigError
-from gqe_jax.train import run as runs
+from gqe_jax.runs import directory as runs
 from gqe_jax.train.loop import train
 
 HOLD = """
 import sys
 from etils import epath
-from gqe_jax.train.run import locked
+from gqe_jax.runs.directory import locked
 
 with locked(epath.Path(sys.argv[1])):
     print("held", flush=True)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gqe_jax.config import ConfigError
-from gqe_jax.convert.safetensors_io import (
+from gqe_jax.pytorch.safetensors_io import (
     INDEX_FILE,
     WEIGHTS_FILE,
     Tensor,

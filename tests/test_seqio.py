@@ -17,11 +17,12 @@ seqio = pytest.importorskip("seqio")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gqe_jax.cli import prepare as prepare_cli
 from gqe_jax.config import ConfigError, DataConfig, ModelConfig
-from gqe_jax.data import prepare_cli, seqio_source, seqio_tasks
 from gqe_jax.data.manifest import Manifest, prepared_tokenizer, verify
-from gqe_jax.data.pipeline import PreparedRows, train_batches
-from gqe_jax.data.prepared import open_data
+from gqe_jax.data.reading.pipeline import PreparedRows, train_batches
+from gqe_jax.data.reading.prepared import open_data
+from gqe_jax.data.sources import seqio_source, seqio_tasks
 from gqe_jax.data.tokenizer import ByteTokenizer, train_sentencepiece
 
 SEQ_LEN = 64

@@ -17,8 +17,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from gqe_jax.aot.tpu_compile import Compiled, CompileError, Job, compile_all
 from gqe_jax.bench.rivals import RIVALS, Setting
-from gqe_jax.bench.tpu_compile import Compiled, CompileError, Job, compile_all
 
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install 'jax[tpu]'")
 pytestmark = pytest.mark.slow

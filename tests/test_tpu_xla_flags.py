@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gqe_jax.bench.tpu_compile import child_environment
+from gqe_jax.aot.tpu_compile import child_environment
 
 FLAGS = Path(__file__).parents[1] / "tpu_scripts" / "xla_flags"
 SETS = sorted(path.stem for path in FLAGS.glob("*.flags"))

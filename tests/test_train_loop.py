@@ -19,16 +19,16 @@ from flax import nnx
 from tiny_run import CONTEXT, QUICK_FLAGS, leaf_hashes, losses, prepare_tiny, quick_compiles, read_arrays, tiny_config
 
 from gqe_jax.config import ConfigError
-from gqe_jax.data.pipeline import PreparedRows
-from gqe_jax.data.prepared import open_data
+from gqe_jax.data.reading.pipeline import PreparedRows
+from gqe_jax.data.reading.prepared import open_data
 from gqe_jax.evaluate.heldout import evaluate_model
 from gqe_jax.parallel.mesh import make_mesh
+from gqe_jax.runs.checkpoint import CheckpointDamaged, CheckpointFailed, Checkpoints
+from gqe_jax.runs.directory import load_model
+from gqe_jax.runs.metrics import read_metrics
 from gqe_jax.train import loop
-from gqe_jax.train.checkpoint import CheckpointDamaged, CheckpointFailed, Checkpoints
 from gqe_jax.train.log import NonFiniteLoss
 from gqe_jax.train.loop import train
-from gqe_jax.train.metrics import read_metrics
-from gqe_jax.train.run import load_model
 from gqe_jax.train.step import Step
 
 REPOSITORY = Path(__file__).parents[1]

@@ -19,12 +19,12 @@ from tiny import QUICK
 
 from gqe_jax.config import RunConfig
 from gqe_jax.config_files import load_config
-from gqe_jax.data.corpus import files_corpus
 from gqe_jax.data.manifest import Manifest
-from gqe_jax.data.prepare import prepare
+from gqe_jax.data.preparing.prepare import prepare
+from gqe_jax.data.sources.corpus import files_corpus
 from gqe_jax.data.tokenizer import ByteTokenizer
-from gqe_jax.train.checkpoint import Checkpoints
-from gqe_jax.train.metrics import read_metrics
+from gqe_jax.runs.checkpoint import Checkpoints
+from gqe_jax.runs.metrics import read_metrics
 
 CONTEXT = 64
 QUICK_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items())

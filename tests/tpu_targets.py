@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 
-from gqe_jax.bench.tpu_compile import child_environment
+from gqe_jax.aot.tpu_compile import child_environment
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 

@@ -19,8 +19,8 @@ from jax.experimental import multihost_utils
 
 from gqe_jax.config import RunConfig
 from gqe_jax.config_files import load_config
-from gqe_jax.data.pipeline import train_batches
-from gqe_jax.data.prepared import PreparedData, open_data
+from gqe_jax.data.reading.pipeline import train_batches
+from gqe_jax.data.reading.prepared import PreparedData, open_data
 from gqe_jax.kernels import attend
 from gqe_jax.parallel.mesh import make_mesh, shard_batch
 from gqe_jax.train.step import Step

@@ -16,7 +16,7 @@ from gqe_jax.config import AttentionConfig
 from gqe_jax.kernels import rms_norm, rotate
 from gqe_jax.kernels.mesh_axes import check_not_explicit
 from gqe_jax.linear import PRODUCT, Linear
-from gqe_jax.parallel.manual import Shard, axis_size, on_mesh, total
+from gqe_jax.parallel.on_mesh import Shard, axis_size, on_mesh, total
 from gqe_jax.parallel.zigzag import zigzag
 
 default_kernel_init = nnx.initializers.normal(0.02)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from gqe_jax.attention.context_parallel import Queries, attend_over_context, chunk_offsets
 from gqe_jax.kernels import Mask, attend, mean_head, prepare_queries, visible
-from gqe_jax.parallel.manual import Shard
+from gqe_jax.parallel.on_mesh import Shard
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

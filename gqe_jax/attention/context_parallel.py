@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gqe_jax.kernels import EMPTY_LSE, attend, merge_partials
-from gqe_jax.parallel.manual import Shard
+from gqe_jax.parallel.on_mesh import Shard
 from gqe_jax.parallel.zigzag import natural
 
 GATHERED_BYTES = 1 << 30

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gqe_jax.config import ConfigError, DataConfig, ModelConfig
-from gqe_jax.data.corpus import Corpus, files_corpus, stdlib_corpus
-from gqe_jax.data.pipeline import TrainingStream, train_batches
-from gqe_jax.data.prepare import prepare
-from gqe_jax.data.prepared import PreparedData, open_data
+from gqe_jax.data.preparing.prepare import prepare
+from gqe_jax.data.reading.pipeline import TrainingStream, train_batches
+from gqe_jax.data.reading.prepared import PreparedData, open_data
+from gqe_jax.data.sources.corpus import Corpus, files_corpus, stdlib_corpus
 from gqe_jax.data.tokenizer import SentencePieceTokenizer, load_tokenizer, train_sentencepiece
 
 _SEQ_LEN, _BATCH_SIZE, _STEP_SECONDS = 2048, 16, 0.05

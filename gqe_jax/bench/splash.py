@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-from gqe_jax.bench.tpu_compile import CompileError, Job, compile_all
+from gqe_jax.aot.tpu_compile import CompileError, Job, compile_all
 from gqe_jax.kernels import prepare_queries
 
 Blocks = tuple[int, int, int]

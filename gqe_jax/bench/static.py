@@ -1,6 +1,6 @@
 """`gqe bench attention --target`: the comparison without a TPU, from what its compiler schedules.
 
-Cycles of kernels come from their instructions (`gqe_jax.bench.tpu_compile`); those of everything else are XLA's own
+Cycles of kernels come from their instructions (`gqe_jax.aot.tpu_compile`); those of everything else are XLA's own
 estimates. A model, not a clock: waiting for memory is not in it.
 """
 
@@ -10,10 +10,10 @@ import sys
 
 import jax
 
+from gqe_jax.aot.tpu_compile import Compiled, CompileError, Job, Kernel, compile_all
 from gqe_jax.bench import table
 from gqe_jax.bench.rivals import RIVALS, Rival, Setting, flops, useful_cycles
 from gqe_jax.bench.table import Cell
-from gqe_jax.bench.tpu_compile import Compiled, CompileError, Job, Kernel, compile_all
 
 SEQ_LENS = (2048, 8192, 32768, 65536)
 FORWARD_KERNEL, BACKWARD_KERNEL = "gqe_forward", "gqe_backward"

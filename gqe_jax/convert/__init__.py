@@ -1,5 +1,5 @@
 """Parameters to PyTorch and back, without torch."""
 
-from gqe_jax.convert.layer import layer_from_torch, layer_to_torch
+from gqe_jax.pytorch.layer import layer_from_torch, layer_to_torch
 
 __all__ = ["layer_from_torch", "layer_to_torch"]

@@ -1,12 +1,12 @@
 """Data: tokenizers, offline preparation of rows, and the batches that training and evaluation read."""
 
-from gqe_jax.data.compressors import compression_baselines
-from gqe_jax.data.corpus import Corpus, files_corpus, stdlib_corpus
 from gqe_jax.data.manifest import Manifest, heldout_documents, prepared_tokenizer, verify
-from gqe_jax.data.pipeline import Batches, PreparedRows, heldout_batches, train_batches
-from gqe_jax.data.prepare import default_corpus_dir
-from gqe_jax.data.prepared import PreparedData, PreparedSet, open_data
-from gqe_jax.data.sources import Document
+from gqe_jax.data.preparing.prepare import default_corpus_dir
+from gqe_jax.data.reading.compressors import compression_baselines
+from gqe_jax.data.reading.pipeline import Batches, PreparedRows, heldout_batches, train_batches
+from gqe_jax.data.reading.prepared import PreparedData, PreparedSet, open_data
+from gqe_jax.data.sources.corpus import Corpus, files_corpus, stdlib_corpus
+from gqe_jax.data.sources.files import Document
 from gqe_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files, train_sentencepiece
 
 __all__ = [  # noqa: RUF022 (grouped by subject)

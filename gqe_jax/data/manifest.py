@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from gqe_jax.config import ConfigError
-from gqe_jax.data.corpus import Corpus
-from gqe_jax.data.sources import Document
+from gqe_jax.data.sources.corpus import Corpus
+from gqe_jax.data.sources.files import Document
 from gqe_jax.data.tokenizer import Tokenizer, tokenizer_from_files
 
 FORMAT_VERSION = 2

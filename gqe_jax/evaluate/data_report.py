@@ -12,8 +12,8 @@ from etils import epath
 
 from gqe_jax.config import ConfigError
 from gqe_jax.data.manifest import SPLITS, Manifest, check_sizes, prepared_tokenizer
-from gqe_jax.data.mixture import quotas, read_mixture
-from gqe_jax.data.pipeline import PreparedRows
+from gqe_jax.data.reading.mixture import quotas, read_mixture
+from gqe_jax.data.reading.pipeline import PreparedRows
 from gqe_jax.data.tokenizer import Tokenizer
 
 _BAR = 40  # characters of the longest bar

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gqe_jax.data.compressors import compression_baselines
 from gqe_jax.data.manifest import SplitInfo, heldout_documents
-from gqe_jax.data.pipeline import heldout_batches
-from gqe_jax.data.prepared import PreparedData, PreparedSet
+from gqe_jax.data.reading.compressors import compression_baselines
+from gqe_jax.data.reading.pipeline import heldout_batches
+from gqe_jax.data.reading.prepared import PreparedData, PreparedSet
 from gqe_jax.models.transformer import Transformer
 from gqe_jax.parallel.mesh import shard_batch
 from gqe_jax.parallel.rules import replicated

@@ -24,10 +24,10 @@ from lm_eval.utils import get_rolling_token_windows
 from tqdm import tqdm
 
 from gqe_jax.config import ConfigError
-from gqe_jax.convert.hf_tokenizer import start_token
 from gqe_jax.generate import Generator, Sampling
 from gqe_jax.parallel.mesh import make_mesh
-from gqe_jax.train.run import TrainedModel
+from gqe_jax.pytorch.hf_tokenizer import start_token
+from gqe_jax.runs.directory import TrainedModel
 
 LOGITS_CHUNK = 32  # positions of each row whose logits exist at one time
 DEFAULT_NEW_TOKENS = 256  # of a task that does not say; lm-eval's own

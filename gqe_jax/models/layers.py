@@ -8,7 +8,7 @@ from flax import nnx
 
 from gqe_jax.config import ModelConfig
 from gqe_jax.linear import Linear
-from gqe_jax.parallel.manual import Shard, on_mesh, total
+from gqe_jax.parallel.on_mesh import Shard, on_mesh, total
 
 
 class SwiGLU(nnx.Module):

@@ -10,7 +10,7 @@ from gqe_jax.config import ModelConfig
 from gqe_jax.linear import PRODUCT
 from gqe_jax.models.block import Block
 from gqe_jax.models.layers import Vocabulary
-from gqe_jax.parallel.manual import GATHERED, axis_size
+from gqe_jax.parallel.on_mesh import GATHERED, axis_size
 
 # What a block keeps for its backward pass; the rest is computed again.
 REMAT_POLICIES = {

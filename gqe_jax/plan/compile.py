@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from gqe_jax.bench.tpu_compile import CompileError, child_environment
+from gqe_jax.aot.tpu_compile import CompileError, child_environment
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build, to_dict
 
@@ -169,7 +169,7 @@ def _devices(name: str) -> list:
 
     from jax.experimental import topologies
 
-    from gqe_jax.plan.topologies import topology
+    from gqe_jax.aot.topologies import topology
 
     try:
         version("libtpu")
@@ -186,7 +186,7 @@ def _extents(mesh, name: str) -> dict[str, tuple[int, ...]]:
 
     import numpy as np
 
-    from gqe_jax.plan.topologies import topology
+    from gqe_jax.aot.topologies import topology
 
     dimensions = len(topology(name).shape)
     extents = {}

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from gqe_jax.aot.topologies import GIB, topology
 from gqe_jax.flops import parameter_count
 from gqe_jax.plan.collectives import kernel_calls, read_collectives
 from gqe_jax.plan.compile import Compiled, OutOfMemory, Request
 from gqe_jax.plan.memory import estimate
 from gqe_jax.plan.roofline import Roofline, ici_seconds, roofline, step_flops
 from gqe_jax.plan.search import Candidate
-from gqe_jax.plan.topologies import GIB, topology
 
 DAY = 86400.0
 

@@ -5,12 +5,12 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 
+from gqe_jax.aot.topologies import Topology, topology
 from gqe_jax.config import ConfigError, MeshConfig, RunConfig
 from gqe_jax.parallel.rules import AXES
 from gqe_jax.plan.compile import Request
 from gqe_jax.plan.memory import estimate
 from gqe_jax.plan.roofline import Roofline, expected_collectives, ici_seconds, likely_extents, roofline
-from gqe_jax.plan.topologies import Topology, topology
 
 FILL = 0.9  # of the memory: what the estimate may take, whose error is of that order
 REMAT = ("none", "dots", "attention", "full")  # from the fewest products computed again to the least memory

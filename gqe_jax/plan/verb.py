@@ -6,11 +6,11 @@ import argparse
 import dataclasses
 import pathlib
 
+from gqe_jax.aot.topologies import topology
 from gqe_jax.config import AttentionConfig, ConfigError, GQAConfig, GQEConfig, RunConfig
 from gqe_jax.config_files import load_config
 from gqe_jax.plan import report, search
 from gqe_jax.plan.compile import MODES, Compiled, Request, compile_plan
-from gqe_jax.plan.topologies import topology
 
 COMPILED = 2  # of what the search ranks first
 

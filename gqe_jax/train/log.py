@@ -10,9 +10,9 @@ import jax
 
 from gqe_jax import flops
 from gqe_jax.config import GQEConfig, RunConfig
-from gqe_jax.data.prepared import PreparedData
+from gqe_jax.data.reading.prepared import PreparedData
 from gqe_jax.evaluate.heldout import HeldOut
-from gqe_jax.train.metrics import MetricWriter, Stopwatch, balance, progress_line, router_warnings
+from gqe_jax.runs.metrics import MetricWriter, Stopwatch, balance, progress_line, router_warnings
 
 SECONDS = ("step", "data_wait", "checkpoint", "evaluation", "compile")
 

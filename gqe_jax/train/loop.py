@@ -11,17 +11,17 @@ from etils import epath
 from gqe_jax import flops
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build, to_dict
-from gqe_jax.data.pipeline import train_batches
-from gqe_jax.data.prepared import PreparedData, open_data
+from gqe_jax.data.reading.pipeline import train_batches
+from gqe_jax.data.reading.prepared import PreparedData, open_data
 from gqe_jax.data.tokenizer import tokenizer_from_files
 from gqe_jax.evaluate import kernel_report
 from gqe_jax.evaluate.heldout import HeldOut, evaluate
 from gqe_jax.parallel.mesh import check_batch, check_model, describe, make_mesh, shard_batch
-from gqe_jax.parallel.processes import check_equal, first_says
-from gqe_jax.train import run as runs
-from gqe_jax.train.checkpoint import CheckpointDamaged, Checkpoints
+from gqe_jax.processes.joined import check_equal, first_says
+from gqe_jax.runs import directory as runs
+from gqe_jax.runs.checkpoint import CheckpointDamaged, Checkpoints
+from gqe_jax.runs.metrics import MetricWriter
 from gqe_jax.train.log import Log, say
-from gqe_jax.train.metrics import MetricWriter
 from gqe_jax.train.profile import Profile, memory_line
 from gqe_jax.train.step import Step, TrainState
 from gqe_jax.train.stop import Interrupted, stop_requests

@@ -1,0 +1,369 @@
+"""Compiles functions for a TPU on a machine that has none, and reads what their kernels will cost.
+
+libtpu compiles ahead of time for any TPU on any host, and can be asked for the instructions of every Pallas kernel.
+From these and from the values of a kernel's prefetched scalars follows how many cycles the whole kernel needs at least:
+for each straight run of instructions the bundles in it or the matrix unit's cycles for them, whichever is more, times
+the number of its executions (`gqe_jax.aot.bundles`). Waiting for HBM is not in it. It is a model, not a clock.
+
+The compilers of different TPU generations read the same environment variables before JAX starts, so compiling happens
+in a child process: `compile_all` describes functions by name.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import queue
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gqe_jax.aot import bundles, scalar_unit
+from gqe_jax.aot.traced_kernels import KernelCall, kernel_calls
+from gqe_jax.config import ConfigError
+
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+"""Target → the smallest topology of that generation that libtpu knows. The functions run on one device of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One function to compile.
+
+    Attributes:
+      target: a key of `TOPOLOGIES`.
+      factory: "package.module:name" of a function that returns (function, tuple of jax.ShapeDtypeStruct trees).
+      options: the factory's keyword arguments; values that JSON can hold.
+      schedules: read the kernels too. libtpu takes several times as long to compile where it writes out schedules.
+      compiler_options: for XLA.
+    """
+
+    target: str
+    factory: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    schedules: bool = True
+    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A Pallas kernel of a compiled function."""
+
+    name: str
+    blocks: tuple[bundles.Block, ...]
+
+    @property
+    def total(self) -> int:
+        """Cycles of the whole kernel on one core, at least."""
+        return sum(block.total for block in self.blocks)
+
+    @property
+    def scheduled_total(self) -> int:
+        """The same, counting the bundles that the compiler leaves empty while results are on their way."""
+        return sum(block.scheduled_total for block in self.blocks)
+
+    @property
+    def tiles(self) -> tuple[bundles.Block, ...]:
+        """The blocks of most work for the matrix unit, those with fewest vector selects for it (masks) first, and
+        the largest of these."""
+        most = max(block.mxu_cycles for block in self.blocks)
+        tiles = [block for block in self.blocks if block.visits and block.mxu_cycles > most / 16]
+        return tuple(sorted(tiles, key=lambda block: (block.selects / block.mxu_cycles, -block.mxu_cycles)))
+
+    @property
+    def prologues(self) -> tuple[bundles.Block, ...]:
+        """The blocks before the first tile that use the matrix unit: there the selection reads its index."""
+        before = self.blocks[: min(self.blocks.index(tile) for tile in self.tiles)] if self.tiles else ()
+        return tuple(block for block in before if block.mxu_cycles)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What is known about a compiled function.
+
+    Attributes:
+      libtpu: version of the compiler.
+      arguments, outputs, temporaries: bytes of HBM.
+      kernels: Pallas kernels, in the order of their execution; none where a job does not ask for schedules.
+      xla: cycles that XLA estimates for each operation outside the kernels, largest first.
+    """
+
+    libtpu: str
+    arguments: int
+    outputs: int
+    temporaries: int
+    kernels: tuple[Kernel, ...]
+    xla: tuple[tuple[str, int], ...]
+
+    @property
+    def kernel_cycles(self) -> int:
+        return sum(kernel.total for kernel in self.kernels)
+
+    @property
+    def xla_cycles(self) -> int:
+        return sum(cycles for _, cycles in self.xla)
+
+    @property
+    def total(self) -> int:
+        """Cycles of the kernels, and of the rest by XLA's estimate."""
+        return self.kernel_cycles + self.xla_cycles
+
+    def kernel(self, name: str) -> Kernel:
+        """The only kernel whose name contains `name`."""
+        (found,) = (kernel for kernel in self.kernels if name in kernel.name)
+        return found
+
+
+class CompileError(ConfigError):
+    """The compiler refuses a function: its message."""
+
+
+def compile_for(target: str, factory: str, **options: Any) -> Compiled:
+    """Compiles one function: see `Job` for the arguments.
+
+    Raises:
+      CompileError: the compiler refuses it, or libtpu is missing.
+    """
+    (result,) = compile_all([Job(target, factory, options)])
+    if isinstance(result, CompileError):
+        raise result
+    return result
+
+
+def compile_all(
+    jobs: Sequence[Job],
+    processes: int | None = None,
+    on_result: Callable[[int, Compiled | CompileError, float], None] | None = None,
+) -> list[Compiled | CompileError]:
+    """Compiles functions in child processes; an entry for each function, an error as a value.
+
+    Args:
+      jobs: the functions.
+      processes: children at one time; by default one per core that this process may use, at most four (memory).
+      on_result: called as each result arrives, with the job's index and the seconds; by one thread at a time.
+
+    Raises:
+      CompileError: a target is unknown, or libtpu is missing.
+    """
+    for job in jobs:
+        if job.target not in TOPOLOGIES:
+            raise CompileError(f"target {job.target!r} is unknown: choose one of {', '.join(TOPOLOGIES)}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise CompileError("libtpu is not installed: pip install 'gqe_jax[tpu]'")
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for n in sorted(range(len(jobs)), key=lambda n: not jobs[n].schedules):  # a child starts anew where this changes
+        waiting.put(n)
+    results: list[Compiled | CompileError | None] = [None] * len(jobs)
+    one_at_a_time = threading.Lock()
+
+    def work(_: int) -> None:
+        with _Child() as child, contextlib.suppress(queue.Empty):
+            while True:
+                n = waiting.get_nowait()
+                start = time.monotonic()
+                results[n] = child.compile(jobs[n])
+                if on_result is not None:
+                    with one_at_a_time:
+                        on_result(n, results[n], time.monotonic() - start)
+
+    processes = min(processes or min(4, len(os.sched_getaffinity(0))), len(jobs))
+    if not processes:
+        return []
+    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
+        try:
+            list(pool.map(work, range(processes)))
+        finally:  # interrupted: the threads finish what they have, and take no more
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    waiting.get_nowait()
+    return results
+
+
+def child_environment(libtpu_flags: str | None = None) -> dict[str, str]:
+    """Environment variables of a Python process that compiles for TPUs on a machine that has none."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    return environment if libtpu_flags is None else environment | {"LIBTPU_INIT_ARGS": libtpu_flags}
+
+
+class _Child:
+    """A process that compiles one function after the other; another takes its place where the compiler kills it."""
+
+    def __enter__(self) -> "_Child":
+        self.directory = tempfile.TemporaryDirectory(prefix="gqe_bundles_")
+        self.process: subprocess.Popen | None = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+        self.directory.cleanup()
+
+    def compile(self, job: Job) -> Compiled | CompileError:
+        if self.process is not None and job.schedules != self.schedules:  # libtpu reads its flags as it starts
+            self._end()
+        if self.process is None:
+            self._start(job.schedules)
+        try:
+            self.process.stdin.write(json.dumps(dataclasses.asdict(job)) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            answer = ""
+        else:
+            answer = self.process.stdout.readline()
+        if answer:
+            return _decode(json.loads(answer))
+        code = self._end()
+        log = pathlib.Path(self.directory.name, "log").read_text(errors="replace")
+        return CompileError(
+            f"{job.factory} for {job.target}: the compiler's process ended with exit code {code}:\n{log[-4000:]}"
+        )
+
+    def _start(self, schedules: bool) -> None:
+        self.schedules = schedules
+        dump = pathlib.Path(self.directory.name, "dump")
+        dump.mkdir(exist_ok=True)
+        flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+        if schedules:
+            flags += (
+                f" --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
+                f"--xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra"
+            )
+        with open(pathlib.Path(self.directory.name, "log"), "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gqe_jax.aot.tpu_compile", str(dump)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                env=child_environment(flags.strip()),
+            )  # fmt: skip
+
+    def _end(self) -> int | None:
+        if self.process is None:
+            return None
+        process, self.process = self.process, None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        process.stdout.close()
+        return process.wait()
+
+
+def _decode(entry: dict[str, Any]) -> Compiled | CompileError:
+    if "error" in entry:
+        return CompileError(entry["error"])
+    kernels = tuple(Kernel(name, tuple(bundles.Block(**b) for b in blocks)) for name, blocks in entry.pop("kernels"))
+    return Compiled(kernels=kernels, xla=tuple((name, cycles) for name, cycles in entry.pop("xla")), **entry)
+
+
+# ---- in the child process
+
+
+def _main() -> None:
+    dump = pathlib.Path(sys.argv[1])
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # whatever else prints is not an answer
+        for line in sys.stdin:
+            job = json.loads(line)
+            for file in dump.iterdir():
+                file.unlink()
+            try:
+                entry = _compile(dump, **job)
+            except Exception as error:  # a kernel that does not fit, or is not supported: the caller's to judge
+                entry = {"error": f"{job['factory']} for {job['target']}: {type(error).__name__}: {error}"[:4000]}
+            print(json.dumps(entry), file=answers, flush=True)
+
+
+def _compile(
+    dump: pathlib.Path, target: str, factory: str, options: dict[str, Any], schedules: bool,
+    compiler_options: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    import jax
+    from jax.experimental import topologies
+
+    module, name = factory.split(":")
+    function, args = getattr(importlib.import_module(module), name)(**options)
+    device = topologies.get_topology_desc(TOPOLOGIES[target], platform="tpu").devices[0]
+    mesh = jax.sharding.Mesh(np.array([device]), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    with jax.set_mesh(mesh):  # some lowering rules of Pallas ask the mesh which TPU it is, or else the host
+        compiled = jax.jit(function).lower(*placed).compile(compiler_options=compiler_options)
+        jaxpr = jax.make_jaxpr(function)(*args) if schedules else None
+    calls = kernel_calls(jaxpr) if schedules else []  # evaluates scalars: not for the mesh's devices
+    memory = compiled.memory_analysis()
+    hlo = compiled.as_text()
+    return {
+        "libtpu": importlib.metadata.version("libtpu"),
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "kernels": _kernels(dump, hlo, calls, target) if schedules else [],
+        "xla": _estimates(hlo),
+    }
+
+
+def _estimates(hlo: str) -> list[tuple[str, int]]:
+    """XLA's own estimate of each operation, where it makes one, times the trips of the loop it stands in."""
+    computations = {}
+    for text in hlo.split("\n}\n"):
+        if header := re.search(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$", text, re.MULTILINE):
+            computations[header.group(1)] = text
+    trips = {}
+    for condition, body in re.findall(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", hlo):
+        limit = re.findall(r" constant\((\d+)\)", computations[condition])  # loops of JAX count from 0
+        trips[body] = int(limit[0]) if len(limit) == 1 else 1
+    estimates = [
+        (name, int(cycles) * trips.get(computation, 1))
+        for computation, text in computations.items()
+        for name, cycles in re.findall(
+            r"^ *(?:ROOT )?%?([\w.-]+) = .*\"estimated_cycles\":\"(\d+)\"", text, re.MULTILINE
+        )
+    ]
+    return sorted((x for x in estimates if x[1]), key=lambda estimate: -estimate[1])
+
+
+def _kernels(dump: pathlib.Path, hlo: str, calls: list[KernelCall], target: str) -> list[tuple[str, list[dict]]]:
+    """(name, blocks) of each Pallas kernel in the program, in its order."""
+    programs: dict[str, bundles.Program] = {}
+    traced: dict[str, list[KernelCall]] = {}
+    for name in re.findall(r"^ *(?:ROOT )?%?([\w.-]+) = .*custom_call_target=\"tpu_custom_call\"", hlo, re.MULTILINE):
+        files = [*dump.glob(f"*-{name}-*-packed-bundles-post-ra.txt")]
+        files = [file for file in files if "schedule-analysis" not in file.name]
+        if len(files) != 1:
+            raise ValueError(f"libtpu dumped {len(files)} schedules of kernel {name}, not one")
+        programs[name] = program = bundles.parse(files[0].read_text(errors="replace"), target)
+        shapes = tuple(program.operands[i] for i in sorted(program.operands))
+        same_name = [call for call in calls if call.name in name]  # jvp_NAME_.1 where it is differentiated
+        traced[name] = [call for call in same_name if call.shapes[: len(shapes)] == shapes] or same_name
+
+    kernels = []
+    for name, program in programs.items():
+        alike = [other for other, same in traced.items() if same == traced[name]]
+        runs = [call.scalars for call in traced[name]]
+        if len(alike) == sum(map(len, runs)) != len(runs):  # XLA has unrolled a loop over kernels
+            runs = [[scalars] for run in runs for scalars in run]
+        if len(alike) != len(runs):
+            raise ValueError(f"kernels {alike} are not the {len(runs)} that were traced of {[x.name for x in calls]}")
+        counted = [scalar_unit.count_visits(program, scalars) for scalars in runs[alike.index(name)]]
+        visits = [sum(block.visits for block in same) for same in zip(*counted, strict=True)]
+        blocks = [dataclasses.replace(block, visits=n) for block, n in zip(program.blocks, visits, strict=True)]
+        kernels.append((name, [dataclasses.asdict(block) for block in blocks]))
+    return kernels
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,153 @@
+"""Where preparation works until it is done, and the processes that share the work."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import multiprocessing
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from ctypes import c_bool, c_longlong
+from pathlib import Path
+from typing import Any
+
+from gqe_jax.config import ConfigError
+from gqe_jax.data.preparing.progress import ProgressLine
+from gqe_jax.data.preparing.units import RESULT_FILE, Job
+
+_PLAN_FILE = "plan.json"
+
+
+@contextlib.contextmanager
+def work_folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
+    """A folder beside `out`, gone at the end; what a killed process of this machine left there is gone on with.
+
+    plan: what the work depends on, as JSON, and its number of `units`; leftovers of another plan are deleted. After an
+    error the folder stays if a unit of the work is finished in it, for the next call with the same plan.
+    """
+    prefix = f".{out.name}.partial-{socket.gethostname()}-"
+    folder = out.parent / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
+    for stale in sorted(out.parent.glob(f"{prefix}*")):
+        pid = stale.name.removeprefix(prefix).split("-")[0]
+        if pid.isdigit() and _alive(int(pid)):
+            continue
+        difference = _difference(stale, plan)
+        if difference is None and not folder.exists():
+            with contextlib.suppress(FileNotFoundError):  # another process has taken it
+                stale.rename(folder)
+        else:
+            if difference and any(stale.glob(f"unit-*/{RESULT_FILE}")):
+                print(f"{out}: begun before, but {difference}: starting anew", file=sys.stderr)
+            shutil.rmtree(stale, ignore_errors=True)
+    if not folder.exists():
+        folder.mkdir()
+        (folder / _PLAN_FILE).write_text(json.dumps(plan))
+    try:
+        yield folder
+    except BaseException as error:
+        finished = len([*folder.glob(f"unit-*/{RESULT_FILE}")])
+        refused = isinstance(error, ConfigError) and finished == plan["units"]  # as a whole: going on would not help
+        if finished and not refused:
+            folder.rename(out.parent / f"{prefix}stopped-{secrets.token_hex(4)}")
+            print(f"{out}: {finished} finished part(s) are kept; the same command goes on from there", file=sys.stderr)
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _difference(stale: Path, plan: dict[str, Any]) -> str | None:
+    """What differs between the plan of a stale work folder and this one; None: nothing."""
+    try:
+        before = json.loads((stale / _PLAN_FILE).read_text())
+    except (OSError, ValueError):
+        return "its plan is lost"
+    if before == plan:
+        return None
+    if before["sources"] == plan["sources"]:
+        return "with other settings"
+    names = sorted({*before["sources"], *plan["sources"]})
+    changed = [name for name in names if before["sources"].get(name) != plan["sources"].get(name)]
+    return f"sources have changed since ({', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''})"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class _Stopped(Exception):
+    """Another process has failed, or the user has asked to stop."""
+
+
+def run_units(job: Job, method: str, pending: Sequence[int], workers: int, shown: str | None) -> None:
+    """Calls `job.<method>(number, progress, threads)` for each pending unit, in up to `workers` processes.
+
+    shown: name of the progress line; None: no line. Raises what a unit raises; OSError if a process was killed.
+    """
+    sizes = [sum(job.stamps[file.name][0] for file in unit) for unit in job.units]
+    before = sum(sizes) - sum(sizes[number] for number in pending)
+    line = ProgressLine(shown, sum(sizes), before) if shown else None
+    try:
+        if min(workers, len(pending)) <= 1:
+            for number in pending:
+                done = before
+                getattr(job, method)(number, lambda read, done=done: line and line.update(done + read), workers)
+                before += sizes[number]
+        else:
+            _run_in_processes(job, method, pending, min(workers, len(pending)), before, line)
+    finally:
+        if line:
+            line.close()
+
+
+def _run_in_processes(
+    job: Job, method: str, pending: Sequence[int], workers: int, before: int, line: ProgressLine | None
+) -> None:
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of JAX's threads
+    read, stop = context.RawArray(c_longlong, len(job.units)), context.RawValue(c_bool, False)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (job, method, read, stop))
+    with pool:
+        try:
+            futures = {pool.submit(_run_unit, number) for number in pending}
+            while futures:
+                done, futures = concurrent.futures.wait(futures, 0.2, concurrent.futures.FIRST_EXCEPTION)
+                if line:
+                    line.update(before + sum(read))
+                for future in done:
+                    future.result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise OSError(
+                "a process that prepares data was killed, perhaps for want of memory: go on with fewer --workers"
+            ) from error
+        finally:
+            stop.value = True
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(job: Job, method: str, read: Any, stop: Any) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides, and tells through `stop`
+    os.environ["RAYON_NUM_THREADS"] = "1"  # Hugging Face's tokenizers
+    _worker = (job, method, read, stop)
+
+
+def _run_unit(number: int) -> None:
+    job, method, read, stop = _worker
+
+    def progress(position: int) -> None:
+        read[number] = position
+        if stop.value:
+            raise _Stopped
+
+    getattr(job, method)(number, progress, 1)

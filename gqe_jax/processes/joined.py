@@ -1,0 +1,87 @@
+"""Several processes as one run."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from gqe_jax.config import ConfigError
+from gqe_jax.processes.place import Place
+from gqe_jax.processes.roll_call import difference, meet
+
+
+@contextlib.contextmanager
+def joined(
+    place: Place | None,
+    config: Mapping[str, Any],
+    directory: str | Path,
+    *,
+    timeout: float,
+    report: Callable[[BaseException], int],
+) -> Iterator[None]:
+    """Inside, JAX has the devices of all processes. One that fails inside ends here, and tells the others.
+
+    To be entered before JAX has been asked for its devices. What leaves with an exception cannot end as Python does,
+    for JAX then waits for all the others, which wait for it.
+
+    Args:
+      place: None: one process, and nothing happens.
+      config: of the run, nested; must be equal everywhere.
+      directory: of the run; must be one that all processes see.
+      timeout: seconds within which all processes must have called.
+      report: prints an exception and gives the exit code.
+
+    Raises:
+      ConfigError: versions, configurations or directories differ; every process raises the same.
+      StartFailed: a process, or process 0, is missing.
+    """
+    if place is None:
+        yield
+        return
+    peers = meet(place, config, directory, timeout)
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            place.num_processes,
+            place.process_id,
+            place.local_device_ids,
+            cluster_detection_method="deactivate",
+            initialization_timeout=round(timeout),
+        )
+        yield
+        peers.finish()
+        jax.distributed.shutdown()
+    except BaseException as error:
+        peers.fail(error)
+        code = report(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        peers.wait_for_others()
+        os._exit(code)
+
+
+def every_text(text: str) -> list[str]:
+    """The text of every process, in their order; all have to ask together."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    if jax.process_count() == 1:
+        return [text]
+    lengths = multihost_utils.process_allgather(np.int32(len(data)))
+    rows = multihost_utils.process_allgather(np.pad(data, (0, max(lengths.max(), 1) - len(data))))
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def first_says(text: str) -> str:
+    """The text of process 0, on all; for what is read from a file or a clock. All have to ask together."""
+    return every_text(text)[0]
+
+
+def check_equal(what: str, text: str, remedy: str) -> None:
+    """Raises ConfigError on all processes unless all have the same `text` of `what`."""
+    if found := difference(what, dict(enumerate(every_text(text)))):
+        raise ConfigError(f"the processes differ: {found}: {remedy}")

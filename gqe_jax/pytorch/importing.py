@@ -1,0 +1,300 @@
+"""`gqe import`: a PyTorch model's folder as a run that can be trained on, evaluated and sampled from."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from gqe_jax import flops
+from gqe_jax.config import ConfigError, GQEConfig, RunConfig
+from gqe_jax.config_dict import build
+from gqe_jax.config_files import load_config
+from gqe_jax.data.manifest import prepared_tokenizer
+from gqe_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from gqe_jax.pytorch.exporting import LAYER_PREFIX, LAYERS_CONFIG_FILE, LAYERS_FILE
+from gqe_jax.pytorch.folder import new_folder
+from gqe_jax.pytorch.hf_config import from_hf
+from gqe_jax.pytorch.hf_tokenizer import read_tokenizer
+from gqe_jax.pytorch.model import TorchTensor, abstract_parameters, torch_tensors
+from gqe_jax.pytorch.names import ATTENTION_PREFIX, STACKED
+from gqe_jax.pytorch.safetensors_io import FLOATING, StoredTensor, read_file, read_folder, refuse_pickle
+from gqe_jax.runs.new_run import TOKENIZER, fill, fresh_optimizer_state, parameter_bytes, save_run
+from gqe_jax.train.step import Step
+
+CONFIG_FILE = "config.py"
+# What folders hold beside the parameters: tables that can be computed, the head where it is tied to the embedding.
+COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
+HEAD = "lm_head.weight"
+
+EPILOG = """examples:
+  gqe import --from exported/smoke --run runs/back
+  gqe import --from ../Qwen3-0.6B --run runs/qwen3 --dtype bfloat16
+  gqe import --from exported/layers/attention.safetensors --pattern 'layers.{layer}.' --config smoke --run runs/mine
+
+The folder is one that gqe export wrote, or a Llama, Mistral, Qwen2, Qwen3 or SmolLM: config.json, safetensors and the
+tokenizer. With --pattern, only the attention layers are read, from a checkpoint of your own that uses the package gqe;
+the rest of the model that --config names starts from its initialisation. PyTorch is not needed."""
+
+
+def import_folder(
+    source: str | Path, run: str | Path, *, tokenizer: str | None = None, dtype: str = "float32"
+) -> RunConfig:
+    """Makes a run of the model in a folder; its parameters are read tensor by tensor.
+
+    Args:
+      source: with config.json, safetensors and a tokenizer.
+      run: the directory to make: a checkpoint of step 0, `config.py` to train on with, the tokenizer's files.
+      tokenizer: file, or "bytes"; None: the folder's own.
+      dtype: "float32" or "bfloat16", of the parameters. Training needs float32; generation computes in bfloat16 unless
+        the folder's weights are float32.
+
+    Returns:
+      The run's configuration.
+
+    Raises:
+      ConfigError: a folder that cannot be used, every tensor that does not fit, a tokenizer that does not, an existing
+        run. Nothing is written then.
+      OSError: the run cannot be written; nothing is left of it.
+    """
+    source, run = Path(source), Path(run)
+    model, attention = from_hf(_read_config(source), source / "config.json")
+    stored = read_folder(source)
+    spoken = read_tokenizer(source) if tokenizer is None else load_tokenizer(tokenizer)
+    wide = any(tensor.dtype in ("F32", "F64") for name, tensor in stored.items() if "embed" in name)
+    model |= {"dtype": "float32" if wide else "bfloat16", "param_dtype": dtype}
+    spec = "bytes" if isinstance(spoken, ByteTokenizer) else str(run / TOKENIZER / next(iter(spoken.files())))
+    settings = {
+        "name": run.name,
+        "model": model | {"attention": attention},
+        "data": {"batch_size": 8, "tokenizer": spec},
+        "optimizer": {"learning_rate": 1e-5, "min_learning_rate": 1e-6},
+    }
+    try:
+        config = build(settings)
+    except ConfigError as error:
+        raise ConfigError(f"{source / 'config.json'}, in this project's terms: {error}") from error
+    _check_vocabulary(config, spoken, source if tokenizer is None else tokenizer)
+
+    abstract = abstract_parameters(config.model)
+    tensors = torch_tensors({path: leaf.shape for path, leaf in abstract.items()})
+    extra = {name for name in stored if COMPUTED.fullmatch(name) or (name == HEAD and config.model.tie_embeddings)}
+    _check_fit(config, tensors, {name: tensor for name, tensor in stored.items() if name not in extra}, source)
+    with new_folder(run, "--run", parameter_bytes(abstract)) as folder:
+        arrays = fill(abstract, tensors, stored)
+        save_run(folder, config, spoken, arrays, fresh_optimizer_state(config))
+        (folder / CONFIG_FILE).write_text(_config_file(source, run, settings), encoding="utf-8")
+    return config
+
+
+def import_layers(
+    source: str | Path, run: str | Path, config: RunConfig, *, pattern: str, tokenizer: str | None = None
+) -> RunConfig:
+    """Makes a run of `config` whose attention layers come from a checkpoint that uses the package gqe.
+
+    Args:
+      source: a safetensors file, or a folder of them.
+      run: the directory to make.
+      config: of the run; its model's other parameters start as `config.train.seed` makes them.
+      pattern: what stands before a layer's names, with `{layer}` for its number: "model.layers.{layer}.attn.".
+      tokenizer: file, or "bytes"; None: that of `config.data`.
+
+    Raises: as `import_folder`.
+    """
+    source = Path(source)
+    if pattern.count("{layer}") != 1:
+        raise ConfigError(f"--pattern={pattern!r} must have {{layer}} in it once, where the number of the layer stands")
+    if source.is_dir():
+        stored = read_folder(source)
+    elif source.is_file():
+        refuse_pickle(source)
+        stored = read_file(source)
+    else:
+        raise ConfigError(f"--from={str(source)!r} is no safetensors file, nor a folder of them: correct the path")
+    numbers = re.compile(re.escape(pattern).replace(r"\{layer\}", r"\d+") + ".*")
+    stored = {name: tensor for name, tensor in stored.items() if numbers.fullmatch(name)}
+    if not stored:
+        raise ConfigError(f"--pattern={pattern!r} fits no tensor of {source}: correct it ({_some_names(source)})")
+    if tokenizer is not None or config.data.path is None:
+        spoken = load_tokenizer(tokenizer or config.data.tokenizer)
+    else:
+        spoken = prepared_tokenizer(config.data.path)
+    _check_vocabulary(config, spoken, tokenizer or config.data.path or config.data.tokenizer)
+
+    abstract = abstract_parameters(config.model)
+    abstract = {path: leaf for path, leaf in abstract.items() if path.startswith(f"{STACKED}.attention.")}
+    tensors = []
+    for tensor in torch_tensors({path: leaf.shape for path, leaf in abstract.items()}):
+        own = tensor.name.removeprefix(ATTENTION_PREFIX.format(layer=tensor.layer))
+        tensors.append(dataclasses.replace(tensor, name=pattern.replace("{layer}", str(tensor.layer)) + own))
+    _check_fit(config, tensors, stored, source)
+    with new_folder(run, "--run", 3 * parameter_bytes(abstract)) as folder:
+        state = jax.jit(Step(config).init)()
+        fresh = {
+            ".".join(path): leaf
+            for tree in (state.params, state.router_bias)
+            for path, leaf in nnx.traversals.flatten_mapping(tree).items()
+        }
+        save_run(folder, config, spoken, fresh | fill(abstract, tensors, stored), state.opt_state)
+    return config
+
+
+# ---------------------------------------------------------------------------- checks
+
+
+def _read_config(source: Path) -> dict[str, Any]:
+    if source.is_file():
+        refuse_pickle(source)
+        raise ConfigError(
+            f"--from={str(source)!r} is a file: give the folder with its config.json, or say with --pattern and "
+            f"--config which attention layers to take from it"
+        )
+    if (source / LAYERS_CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"--from={str(source)!r} holds attention layers alone, as gqe export --format gqe writes them: read them "
+            f"into a whole model with --from {shlex.quote(str(source / LAYERS_FILE))} --pattern '{LAYER_PREFIX}' "
+            f"--config FILE, the configuration that the run had"
+        )
+    path = source / "config.json"
+    if not path.is_file():
+        what = "has no config.json" if source.is_dir() else "does not exist"
+        raise ConfigError(
+            f"--from={str(source)!r} {what}: give a folder that gqe export or transformers' save_pretrained wrote, or "
+            f"one downloaded from the Hub"
+        )
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON ({error}): copy or download it again") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds no JSON object: copy or download it again")
+    return config
+
+
+def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer, origin: object) -> None:
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer of {origin} has ids up to {tokenizer.vocab_size - 1}, but the model's vocabulary has "
+            f"vocab_size={config.model.vocab_size}: give the tokenizer that the model was trained with (--tokenizer)"
+        )
+
+
+def _check_fit(
+    config: RunConfig, tensors: Iterable[TorchTensor], stored: Mapping[str, StoredTensor], source: Path
+) -> None:
+    """Raises ConfigError that lists every tensor that is missing, unexpected, of another shape or no floating point."""
+    wanted = {tensor.name: tensor for tensor in tensors}
+    attention = config.model.attention
+    problems = [f"{name}: missing, expected {list(wanted[name].shape)}" for name in wanted if name not in stored]
+    for name, found in stored.items():
+        where = f"{name} in {found.file.name}"
+        shape = wanted[name].shape if name in wanted else None
+        if shape is None and isinstance(attention, GQEConfig) and name.endswith("router.weight"):
+            # The routers that learn nothing are exported with zeros.
+            shape = (attention.num_query_experts, config.model.d_model)
+            if found.shape == shape and found.read().any():
+                problems.append(f"{where}: not zero, but the router_kind {attention.router.kind!r} learns nothing")
+        if shape is None:
+            problems.append(f"{where}: unexpected, of shape {list(found.shape)}")
+        elif found.shape != shape:
+            problems.append(f"{where}: shape {list(found.shape)}, expected {list(shape)}")
+        elif found.dtype not in FLOATING:
+            problems.append(f"{where}: dtype {found.dtype}, expected one of {', '.join(FLOATING)}")
+    if problems:
+        raise ConfigError(
+            f"the tensors of {source} do not fit its configuration ({len(problems)} problems); use the configuration "
+            f"that belongs to them:\n  " + "\n  ".join(problems)
+        )
+
+
+def _some_names(source: Path) -> str:
+    names = list(read_folder(source) if source.is_dir() else read_file(source))
+    return f"its names are {', '.join(names[:4])} …" if names else "it holds none"
+
+
+def _config_file(source: Path, run: Path, settings: Mapping[str, Any]) -> str:
+    model = dict(settings["model"])
+
+    def arguments(values: Mapping[str, Any], indent: int) -> str:
+        return "".join(f"{' ' * indent}{key}={value!r},\n" for key, value in values.items())
+
+    attention = arguments(model.pop("attention"), 8)
+    return (
+        f'"""The model that gqe import read from {source}.\n\n'
+        f"  gqe train --config {run / CONFIG_FILE} --run {run} --config.data.path=DIR\n"
+        f'"""\n\nfrom gqe_jax.config_dict import defaults\n\n\ndef get_config(argument=None):\n'
+        f"    config = defaults(\n{attention}    )\n"
+        f"    config.name = {settings['name']!r}\n"
+        f"    config.model.update(\n{arguments(model, 8)}    )\n"
+        f"    config.data.update(\n{arguments(settings['data'], 8)}    )\n"
+        f"    config.optimizer.update(\n{arguments(settings['optimizer'], 8)}    )\n"
+        f"    return config\n"
+    )
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `gqe import`."""
+    parser.epilog = EPILOG
+    parser.add_argument("--from", required=True, metavar="DIR", dest="source", help="the folder to read")
+    parser.add_argument("--run", required=True, metavar="DIR", help="run to make; must not exist, or be empty")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="'bytes', a SentencePiece .model or a tokenizer.json (default: the folder's; with --pattern the config's)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the parameters; bfloat16 halves the run, but does not train well (default: float32)",
+    )
+    parser.add_argument(
+        "--pattern",
+        metavar="PREFIX",
+        help="read attention layers of the package gqe only: what stands before q_proj.weight, {layer} for the number",
+    )
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="with --pattern: the configuration of the whole model")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Imports and says what came of it; returns the exit code 0. Raises as `import_folder`."""
+    if (args.pattern is None) != (args.config is None):
+        given, other = ("--pattern", "--config") if args.config is None else ("--config", "--pattern")
+        raise ConfigError(
+            f"{given} needs {other}: --pattern says which attention layers to read, --config which model they are for; "
+            f"leave both out to import a folder with a config.json"
+        )
+    if args.pattern is None:
+        config = import_folder(args.source, args.run, tokenizer=args.tokenizer, dtype=args.dtype)
+        train = str(Path(args.run) / CONFIG_FILE)
+    else:
+        config = load_config(args.config, args.overrides)
+        import_layers(args.source, args.run, config, pattern=args.pattern, tokenizer=args.tokenizer)
+        print("only the attention layers were read: the rest of the model starts from its initialisation")
+        train = " ".join([shlex.quote(args.config), *(shlex.quote(f"--config.{item}") for item in args.overrides)])
+    attention = config.model.attention
+    name, heads = attention.query_heads
+    print(
+        f"{flops.parameter_count(config.model)['total']:,} parameters, {config.model.num_layers} layers, attention "
+        f"{attention.kind} ({name} {heads}, num_kv_heads {attention.num_kv_heads}, head_dim {attention.head_dim}), "
+        f"written to {args.run}. Next:"
+    )
+    quoted = shlex.quote(args.run)
+    (tokenizer, *_) = sorted((Path(args.run) / TOKENIZER).iterdir())
+    spec = "bytes" if tokenizer.name == "bytes.json" else shlex.quote(str(tokenizer))
+    print(f"  gqe generate --run {quoted} --prompt 'The '")
+    length = min(512, config.model.context)
+    print(f"  gqe prepare --data 'path/**/*.txt' --tokenizer {spec} --seq-len {length} --out data/mine")
+    print(f"  gqe train --config {train} --run {quoted} --config.data.path=data/mine")
+    return 0

@@ -1,0 +1,147 @@
+"""A whole model's parameters as PyTorch's tensors, one at a time, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+from gqe_jax.attention import RouterBias
+from gqe_jax.config import GQEConfig, ModelConfig
+from gqe_jax.models.transformer import Transformer
+from gqe_jax.pytorch.names import (
+    ATTENTION_PREFIX,
+    BLOCK_PREFIX,
+    BLOCK_ROWS,
+    MODEL_ROWS,
+    STACKED,
+    Part,
+    Rows,
+)
+from gqe_jax.pytorch.safetensors_io import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchTensor:
+    """A tensor of the PyTorch model, and the parts of our parameters that it is made of.
+
+    Attributes:
+      name: PyTorch's.
+      shape: PyTorch's.
+      parts: rows of the name table; their paths are whole ones.
+      shapes: of the parts, without the axis of layers.
+      layer: the slice of the stacked parameters; None outside the blocks.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    layer: int | None
+
+    def gather(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
+        """The tensor; `read` gives our parameters by path."""
+        columns = [part.to_torch(self._slice(read(part.path))) for part in self.parts]
+        return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=-1)
+
+    def scatter(self, value: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes the tensor into our parameters, in place; each keeps its dtype."""
+        begin = 0
+        for part, shape in zip(self.parts, self.shapes, strict=True):
+            end = begin + part.torch_shape(shape)[-1]
+            self._slice(arrays[part.path])[...] = part.from_torch(value[..., begin:end], shape)
+            begin = end
+
+    def _slice(self, array: np.ndarray) -> np.ndarray:
+        return array if self.layer is None else array[self.layer]
+
+
+def torch_tensors(shapes: Mapping[str, tuple[int, ...]]) -> list[TorchTensor]:
+    """The tensors of the PyTorch model, in the order in which it computes.
+
+    Args:
+      shapes: path → shape of our parameters, the blocks' with their leading axis of layers; some of them will do.
+
+    Raises:
+      ValueError: a parameter that the name table does not know.
+    """
+    blocks = {path.removeprefix(f"{STACKED}."): shape for path, shape in shapes.items() if path.startswith(STACKED)}
+    outside = {path: shape for path, shape in shapes.items() if not path.startswith(STACKED)}
+    known = {part.path for rows in (BLOCK_ROWS, MODEL_ROWS) for parts in rows.values() for part in parts}
+    unknown = sorted((blocks.keys() | outside.keys()) - known)
+    if unknown:
+        raise ValueError(f"PyTorch's names are not known for the parameters {', '.join(unknown)}")
+    embedding, *last = _tensors(MODEL_ROWS, outside, "", None) or [None]
+    result = [embedding] if embedding else []
+    num_layers = next(iter(blocks.values()))[0] if blocks else 0
+    one = {path: shape[1:] for path, shape in blocks.items()}
+    for layer in range(num_layers):
+        result += _tensors(BLOCK_ROWS, one, BLOCK_PREFIX.format(layer=layer), layer)
+    return result + last
+
+
+def _tensors(rows: Rows, shapes: Mapping[str, tuple[int, ...]], prefix: str, layer: int | None) -> list[TorchTensor]:
+    result = []
+    for name, parts in rows.items():
+        parts = tuple(part for part in parts if part.path in shapes)
+        if parts:
+            ours = tuple(shapes[part.path] for part in parts)
+            folded = [part.torch_shape(shape) for part, shape in zip(parts, ours, strict=True)]
+            shape = *folded[0][:-1], sum(shape[-1] for shape in folded)
+            if layer is not None:
+                parts = tuple(Part(f"{STACKED}.{part.path}", part.axes) for part in parts)
+            result.append(TorchTensor(prefix + name, shape, parts, ours, layer))
+    return result
+
+
+def abstract_parameters(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path → shape and dtype of a model's parameters, the biases of loss-free balancing among them."""
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    state = nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, RouterBias)))
+    return {".".join(map(str, path)): variable.get_value() for path, variable in state}
+
+
+def to_write(
+    config: ModelConfig, read: Callable[[str], np.ndarray], dtype: np.dtype | None, *, zero_biases: bool = False
+) -> list[Tensor]:
+    """The tensors to export, made one by one when they are written.
+
+    The router's stay float32 whatever `dtype` is: it computes in float32, and rounding would change its choices. A
+    router without parameters ("fixed", "random") gets a weight of zeros, as in `layer_to_torch`.
+
+    Args:
+      config: of the model.
+      read: path → parameter, with its axis of layers; asked for each path once, or a few times if that is cheap.
+      dtype: of the tensors; None: the parameters' own.
+      zero_biases: give the attention's projections that have no bias one of zeros, for a class that has all or none.
+    """
+    abstract = abstract_parameters(config)
+    result = []
+    for tensor in torch_tensors({path: leaf.shape for path, leaf in abstract.items()}):
+        own = abstract[tensor.parts[0].path].dtype
+        target = np.dtype(own if dtype is None or ".router." in tensor.name else dtype)
+        make = functools.partial(tensor.gather, read)
+        result.append(Tensor(tensor.name, tensor.shape, target, make, source=tensor.parts[0].path))
+    for name, shape in _zeros(config, zero_biases):
+        target = np.dtype(np.float32 if ".router." in name else dtype or config.param_dtype)
+        result.append(Tensor(name, shape, target, functools.partial(np.zeros, shape, target)))
+    return result
+
+
+def _zeros(config: ModelConfig, zero_biases: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of tensors that stand for nothing in our parameters."""
+    attention = config.attention
+    heads, kv_heads = attention.query_heads[1], attention.num_kv_heads
+    for layer in range(config.num_layers):
+        prefix = ATTENTION_PREFIX.format(layer=layer)
+        if isinstance(attention, GQEConfig) and attention.router.kind != "learned":
+            yield f"{prefix}router.weight", (heads, config.d_model)
+        if zero_biases and not attention.bias:
+            for name, count in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
+                yield f"{prefix}{name}.bias", (count * attention.head_dim,)
+        if zero_biases and not attention.has_out_bias:
+            yield f"{prefix}o_proj.bias", (config.d_model,)
