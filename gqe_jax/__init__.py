@@ -1,15 +1,21 @@
 """Grouped Query Experts (GQE): mixture-of-experts on grouped-query attention, in JAX and Flax."""
 
 from gqe_jax import convert
-from gqe_jax.attention import GQAttention, GQEAttention, KVCache, RouterStats, rotary_tables
+from gqe_jax.attention import (
+    GQAConfig,
+    GQAttention,
+    GQEAttention,
+    GQEConfig,
+    KVCache,
+    RouterConfig,
+    RouterStats,
+    rotary_tables,
+)
 from gqe_jax.config import (
     ConfigError,
-    GQAConfig,
-    GQEConfig,
     MeshConfig,
     ModelConfig,
     RopeScaling,
-    RouterConfig,
     RunConfig,
 )
 from gqe_jax.kernels import EMPTY_LSE, BlockSizes, attend, merge_partials

@@ -5,11 +5,18 @@ Every error names the field, its value, the rule and the remedy. `config_dict` m
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import difflib
 import re
 import typing
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    import jax
+
+    from gqe_jax.kernels import Call
 
 # The names in gqe_jax.kernels.attend, which this module is below.
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "pallas_tpu", "pallas_tpu_decode")
@@ -26,37 +33,37 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def _require(rule: bool, message: str) -> None:
+def require(rule: bool, message: str) -> None:
     if not rule:
         raise ConfigError(message)
 
 
-def _require_positive(config: Any, *names: str) -> None:
+def require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, f"{name}={value} must be positive: set {name} to {_least(value)}")
+        require(value > 0, f"{name}={value} must be positive: set {name} to {least(value)}")
 
 
-def _least(value: float) -> str:
+def least(value: float) -> str:
     return "at least 1" if isinstance(value, int) else "a value above 0"
 
 
-def _require_known(config: Any) -> None:
+def require_known(config: Any) -> None:
     """Every field with a closed list of values has one of them."""
     for name, hint in typing.get_type_hints(type(config)).items():
         if typing.get_origin(hint) is Literal:
             value, allowed = getattr(config, name), typing.get_args(hint)
-            _require(value in allowed, f"{name}={value!r} is unknown: use one of {', '.join(map(repr, allowed))}")
+            require(value in allowed, f"{name}={value!r} is unknown: use one of {', '.join(map(repr, allowed))}")
 
 
-def _require_seed(config: Any, path: str) -> None:
-    _require(0 <= config.seed < 2**32, f"{path}.seed={config.seed} must lie in [0, 2**32): choose another seed")
+def require_seed(config: Any, path: str) -> None:
+    require(0 <= config.seed < 2**32, f"{path}.seed={config.seed} must lie in [0, 2**32): choose another seed")
 
 
-def _require_fraction(config: Any, *names: str) -> None:
+def require_fraction(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(0.0 <= value < 1.0, f"{name}={value} must lie in [0, 1): choose a value in that range")
+        require(0.0 <= value < 1.0, f"{name}={value} must lie in [0, 1): choose a value in that range")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,10 +80,10 @@ class RopeScaling:
     attention_factor: float | None = None  # yarn: multiplies cos and sin; None = 0.1 ln(factor) + 1
 
     def __post_init__(self):
-        _require_known(self)
-        _require(self.factor >= 1.0, f"rope_scaling.factor={self.factor} must be at least 1: it stretches the context")
-        _require_positive(self, "original_context")
-        _require(
+        require_known(self)
+        require(self.factor >= 1.0, f"rope_scaling.factor={self.factor} must be at least 1: it stretches the context")
+        require_positive(self, "original_context")
+        require(
             self.low_freq_factor < self.high_freq_factor,
             f"rope_scaling.low_freq_factor={self.low_freq_factor} must be below "
             f"high_freq_factor={self.high_freq_factor}: swap or separate them",
@@ -84,52 +91,131 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RouterConfig:
-    """How each KV group chooses k of its M query experts for a token (spec, layer steps 3 and 7)."""
+class AttentionConfig(abc.ABC):
+    """What every kind of attention has, and what each kind answers for itself (`gqe_jax.attention.KINDS`).
 
-    kind: Literal["learned", "fixed", "random"] = "learned"  # fixed: experts 0..k-1; random: a uniform draw per token
-    init_std: float = 0.02  # 0 makes every token pick expert 0, and the balance loss then moves all of them together
-    load_balance_weight: float = 0.01
-    z_loss_weight: float = 0.0
-    jitter: float = 0.0  # training only: router input times U(1 - jitter, 1 + jitter)
-    bias_update_rate: float = 0.0  # loss-free balancing: step of the selection bias against the load error; 0 = off
-    seed: int = 0  # of the `random` router where no rngs are given (evaluation, generation)
+    The fields are also the layers' constructor arguments. Nothing outside `gqe_jax.attention` asks which kind it is:
+    counts, plans, reports and conversions ask for the answers below, which a kind has to state in full.
+    """
 
-    def __post_init__(self):
-        _require_known(self)
-        _require_fraction(self, "jitter")
-        _require_seed(self, "router")
-        for name in ("init_std", "load_balance_weight", "z_loss_weight", "bias_update_rate"):
-            value = getattr(self, name)
-            _require(value >= 0, f"router.{name}={value} must not be negative: use 0 to switch it off")
-        _require(
-            self.kind == "learned" or (self.jitter == 0 and self.bias_update_rate == 0),
-            f"router.kind={self.kind!r} has nothing to learn or to balance: set router.jitter and "
-            f"router.bias_update_rate to 0, or use router.kind='learned'",
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """What every kind of attention has. The keys are also the layers' constructor arguments."""
+    POSITIONAL: ClassVar[tuple[str, ...]]  # fields that the layer's constructor takes by position, after d_model
 
     kind: str
     num_kv_heads: int
-    head_dim: int | None = None  # None: d_model / number of query heads
-    rope_theta: float | None = 10_000.0  # None: no rotary embedding
-    rope_scaling: RopeScaling = RopeScaling()
-    qk_norm: bool = False  # RMS norm of each query and key head before the rotary embedding
-    qk_norm_eps: float = 1e-6
-    bias: bool = False
+    head_dim: int | None = None  # D; None: d_model / number of query heads
+    rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no rotary embedding
+    rope_scaling: RopeScaling = RopeScaling()  # stretches it to longer contexts
+    qk_norm: bool = False  # RMS norm of each query and key head before the rotary embedding; one scale [D] each
+    qk_norm_eps: float = 1e-6  # added to the mean square under that norm's root
+    bias: bool = False  # on the projections of q, k, v, o and a shared query; never on a router
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     window: int | None = None  # a token sees itself and the window - 1 tokens before it
     implementation: str | None = None  # of attend(), one of IMPLEMENTATIONS; None: by platform
     context_parallel: Literal["auto", "gather", "ring"] = "auto"  # K and V over the mesh's `context`; auto: by memory
 
     @property
+    @abc.abstractmethod
     def query_heads(self) -> tuple[str, int]:
-        """(name of the field, its value) of the number of query heads of the kind."""
-        raise TypeError(f"{type(self).__name__} states no query heads: use a kind of attention from ATTENTION_CONFIGS")
+        """(name of the field, its value): query heads that are projected for each token, a shared one not counted."""
+
+    @property
+    @abc.abstractmethod
+    def attending_heads(self) -> int:
+        """Heads that attend for each token."""
+
+    @property
+    @abc.abstractmethod
+    def output_slots(self) -> int:
+        """Head-sized inputs of the output projection."""
+
+    @property
+    @abc.abstractmethod
+    def summary(self) -> str:
+        """The settings that tell one model's attention from another's, in one line."""
+
+    @abc.abstractmethod
+    def parameters(self, d_model: int) -> dict[str, int]:
+        """Parameters of one layer by part: "attention", "norm" and, where there is one, "router"."""
+
+    @abc.abstractmethod
+    def flops(self, d_model: int, tokens: int, pairs: int) -> dict[str, int]:
+        """FLOPs of one layer's forward pass by part.
+
+        Args:
+          d_model: width of its input.
+          tokens: that pass through its projections.
+          pairs: (query, key) pairs that one attending head scores.
+
+        Returns:
+          FLOPs of "projections", "router", "attention" (scores and weighted sums) and "shared_head".
+        """
+
+    @abc.abstractmethod
+    def dense_twin(self) -> AttentionConfig | None:
+        """The same layer with every query head attending, the measure of what is saved; None: it is dense itself."""
+
+    @abc.abstractmethod
+    def saved_bytes(self, policy: str, *, d_model: int, itemsize: int, expert: int = 1) -> int:
+        """Bytes that one layer keeps of one token for its backward pass, beside its input.
+
+        Args:
+          policy: a key of `gqe_jax.remat.POLICIES`.
+          d_model: width of the layer.
+          itemsize: bytes of a number in the computation's dtype.
+          expert: devices on that axis of the mesh, which share out the KV heads.
+        """
+
+    @abc.abstractmethod
+    def cached_numbers(self, expert: int = 1) -> int:
+        """Numbers that generation keeps of one token in a layer, on one of `expert` devices that share the KV heads."""
+
+    @abc.abstractmethod
+    def attend_calls(
+        self, dtype: str, *, batch: int, q_len: int, kv_len: int, cached: bool, partitioned: bool
+    ) -> dict[str, Call]:
+        """What one layer asks of `gqe_jax.attend`, by the heads' name.
+
+        Args:
+          dtype: of the computation.
+          batch, q_len, kv_len: B, S and T.
+          cached: the tokens continue a cache (prefill and decode); otherwise they are rows of training data.
+          partitioned: XLA splits the computation over several devices.
+        """
+
+    @property
+    @abc.abstractmethod
+    def transformers_classes(self) -> tuple[str, ...]:
+        """Model types of transformers whose own attention is this kind; a model's other settings may still differ."""
+
+    @abc.abstractmethod
+    def modelling_settings(self) -> dict[str, Any] | None:
+        """What config.json tells the modelling file of an export about this kind; None: that file cannot compute it."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_modelling_settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The reverse: this kind's own fields from a config.json. Raises KeyError for a setting that is missing."""
+
+    @abc.abstractmethod
+    def zero_tensors(self, d_model: int) -> dict[str, tuple[int, ...]]:
+        """PyTorch's name → shape of tensors that are zeros, for the layer has no parameter in their place."""
+
+    @abc.abstractmethod
+    def updated_buffers(self, buffers: dict[str, Any], metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """The layers' buffers (state without gradient) after a training step.
+
+        Args:
+          buffers: those of the attention layers before the step, stacked over layers; empty where a kind has none.
+          metrics: the layers' own, of the whole step, stacked over layers.
+        """
+
+    @abc.abstractmethod
+    def progress_note(self, metrics: Mapping[str, Any]) -> str | None:
+        """What the progress line says of the layers' metrics of a step, in a few words."""
+
+    @abc.abstractmethod
+    def warnings(self, metrics: Mapping[str, Any]) -> list[str]:
+        """What is wrong with the layers' metrics of a step, in words; nothing where all is well."""
 
     @property
     def has_out_bias(self) -> bool:
@@ -137,11 +223,11 @@ class AttentionConfig:
         return self.bias
 
     def __post_init__(self):
-        _require_known(self)
+        require_known(self)
         name, heads = self.query_heads
-        _require(heads > 0, f"{name}={heads} must be positive: set it to a multiple of num_kv_heads")
-        _require_positive(self, "num_kv_heads")
-        _require(
+        require(heads > 0, f"{name}={heads} must be positive: set it to a multiple of num_kv_heads")
+        require_positive(self, "num_kv_heads")
+        require(
             heads % self.num_kv_heads == 0,
             f"{name}={heads} is not a multiple of num_kv_heads={self.num_kv_heads}: every KV group needs the same "
             f"number of query heads; change either",
@@ -150,26 +236,26 @@ class AttentionConfig:
                    "window": "all tokens before"}  # fmt: skip
         for field, meaning in without.items():
             value = getattr(self, field)
-            _require(
+            require(
                 value is None or value > 0,
-                f"{field}={value} must be positive: set {field} to {_least(value)}, or to None for {meaning}",
+                f"{field}={value} must be positive: set {field} to {least(value)}, or to None for {meaning}",
             )
-        _require(
+        require(
             self.implementation is None or self.implementation in IMPLEMENTATIONS,
             f"implementation={self.implementation!r} is unknown: use one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
             f"or None to choose by platform",
         )
-        _require(
+        require(
             self.rope_theta is None or self.head_dim is None or self.head_dim % 2 == 0,
             f"head_dim={self.head_dim} is odd, but rotary embedding (rope_theta={self.rope_theta}) turns pairs of "
             f"dimensions: make head_dim even, or set rope_theta=None",
         )
-        _require(
+        require(
             self.rope_scaling.kind != "dynamic" or self.head_dim is None or self.head_dim > 2,
             f"head_dim={self.head_dim} leaves rope_scaling.kind='dynamic' no frequency to stretch (its exponent is "
             f"D / (D - 2)): raise head_dim, or choose another rope_scaling.kind",
         )
-        _require(
+        require(
             self.rope_scaling.kind == "none" or self.rope_theta is not None,
             f"rope_scaling.kind={self.rope_scaling.kind!r} has nothing to scale, since rope_theta=None switches rotary "
             f"embedding off: set rope_theta, or rope_scaling.kind='none'",
@@ -180,59 +266,11 @@ class AttentionConfig:
         if self.head_dim is not None:
             return self
         name, heads = self.query_heads
-        _require(
+        require(
             d_model % heads == 0,
             f"head_dim=None means d_model / {name}, but {d_model} / {heads} is no integer: set head_dim",
         )
         return dataclasses.replace(self, head_dim=d_model // heads)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GQEConfig(AttentionConfig):
-    """Grouped Query Experts: per token, `top_k` of each group's num_query_experts / num_kv_heads attend."""
-
-    kind: str = "gqe"
-    num_query_experts: int
-    top_k: int = 1
-    variant: Literal["gqe", "hard_concat", "weighted_concat"] = "gqe"
-    router: RouterConfig = RouterConfig()
-
-    @property
-    def query_heads(self) -> tuple[str, int]:
-        return "num_query_experts", self.num_query_experts
-
-    @property
-    def experts_per_group(self) -> int:
-        return self.num_query_experts // self.num_kv_heads
-
-    def __post_init__(self):
-        super().__post_init__()
-        _require_positive(self, "top_k")
-        _require(
-            self.top_k <= self.experts_per_group,
-            f"top_k={self.top_k} exceeds experts_per_group={self.experts_per_group} (num_query_experts="
-            f"{self.num_query_experts} / num_kv_heads={self.num_kv_heads}): lower top_k or raise num_query_experts",
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GQAConfig(AttentionConfig):
-    """Dense attention by head counts: MHA (H = G), GQA (H > G), MQA (G = 1), SQA (fewer query heads than usual)."""
-
-    kind: str = "gqa"
-    num_query_heads: int
-    out_bias: bool | None = None  # on the output projection; None: as `bias`. Qwen2 has biases on q, k and v only
-
-    @property
-    def query_heads(self) -> tuple[str, int]:
-        return "num_query_heads", self.num_query_heads
-
-    @property
-    def has_out_bias(self) -> bool:
-        return self.bias if self.out_bias is None else self.out_bias
-
-
-ATTENTION_CONFIGS: dict[str, type[AttentionConfig]] = {"gqe": GQEConfig, "gqa": GQAConfig}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,11 +288,11 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "attention", "dots", "full"] = "none"  # recomputed in the backward pass
-    attention: AttentionConfig = GQEConfig(num_query_experts=16, num_kv_heads=8)
+    attention: AttentionConfig
 
     def __post_init__(self):
-        _require_known(self)
-        _require_positive(self, "vocab_size", "d_model", "num_layers", "d_ff", "context")
+        require_known(self)
+        require_positive(self, "vocab_size", "d_model", "num_layers", "d_ff", "context")
         object.__setattr__(self, "attention", self.attention.resolve(self.d_model))
 
 
@@ -272,10 +310,10 @@ class DataConfig:
     skip_damaged: bool = False  # leave damaged shards out, with a warning, rather than stop
 
     def __post_init__(self):
-        _require_positive(self, "batch_size")
-        _require_seed(self, "data")
-        _require(self.workers >= 0, f"data.workers={self.workers} must not be negative: set it to 0 or more")
-        _require(
+        require_positive(self, "batch_size")
+        require_seed(self, "data")
+        require(self.workers >= 0, f"data.workers={self.workers} must not be negative: set it to 0 or more")
+        require(
             self.path is None or self.mixture is None,
             f"data.path={self.path!r} and data.mixture={self.mixture!r} exclude each other: set one of them",
         )
@@ -301,13 +339,13 @@ class OptimizerConfig:
     zclip_warmup_steps: int = 25  # steps that only observe
 
     def __post_init__(self):
-        _require_known(self)
-        _require_positive(self, "learning_rate", "eps", "clip_norm", "zclip_threshold", "zclip_warmup_steps")
-        _require_fraction(self, "b1", "b2", "zclip_decay")
+        require_known(self)
+        require_positive(self, "learning_rate", "eps", "clip_norm", "zclip_threshold", "zclip_warmup_steps")
+        require_fraction(self, "b1", "b2", "zclip_decay")
         for name in ("warmup_steps", "decay_steps", "weight_decay", "min_learning_rate"):
             value = getattr(self, name)
-            _require(value >= 0, f"optimizer.{name}={value} must not be negative: set it to 0 or more")
-        _require(
+            require(value >= 0, f"optimizer.{name}={value} must not be negative: set it to 0 or more")
+        require(
             self.min_learning_rate <= self.learning_rate,
             f"min_learning_rate={self.min_learning_rate} exceeds learning_rate={self.learning_rate}: lower the floor",
         )
@@ -325,13 +363,13 @@ class MeshConfig:
     def __post_init__(self):
         sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name, size in sizes.items():
-            _require(
+            require(
                 size > 0 or size == -1,
                 f"mesh.{name}={size} is no number of devices: set mesh.{name} to at least 1, or to -1 for what the "
                 f"other axes leave",
             )
         left = [name for name, size in sizes.items() if size == -1]
-        _require(len(left) <= 1, f"mesh.{' and mesh.'.join(left)} are -1: only one axis can take what is left")
+        require(len(left) <= 1, f"mesh.{' and mesh.'.join(left)} are -1: only one axis can take what is left")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -361,17 +399,17 @@ class TrainConfig:
         return int(first), int(last)
 
     def __post_init__(self):
-        _require_positive(self, "steps", "accumulate", "loss_chunk", "log_every", "checkpoint_every", "keep")
-        _require_seed(self, "train")
+        require_positive(self, "steps", "accumulate", "loss_chunk", "log_every", "checkpoint_every", "keep")
+        require_seed(self, "train")
         window = self.profile_steps and re.fullmatch(r"([1-9]\d*):([1-9]\d*)", self.profile_steps)
-        _require(
+        require(
             self.profile_steps is None or (bool(window) and int(window[1]) <= int(window[2])),
             f"train.profile_steps={self.profile_steps!r} is no window of steps: write FIRST:LAST, counted from 1, such "
             f"as 10:13",
         )
         for name in ("eval_every", "eval_batches"):
             value = getattr(self, name)
-            _require(value >= 0, f"train.{name}={value} must not be negative: set it to 0 or more")
+            require(value >= 0, f"train.{name}={value} must not be negative: set it to 0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -379,7 +417,7 @@ class RunConfig:
     """All of a run; saved beside its checkpoints."""
 
     name: str = "gqe"
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
@@ -388,12 +426,12 @@ class RunConfig:
     def __post_init__(self):
         steps, optimizer = self.train.steps, self.optimizer
         decay = optimizer.decay_steps if optimizer.schedule == "wsd" else 0
-        _require(
+        require(
             optimizer.warmup_steps + decay <= steps,
             f"optimizer.warmup_steps={optimizer.warmup_steps} + decay_steps={decay} exceed train.steps={steps}: "
             f"shorten warm-up or decay, or train longer",
         )
-        _require(
+        require(
             self.data.batch_size % self.train.accumulate == 0,
             f"data.batch_size={self.data.batch_size} is not a multiple of train.accumulate={self.train.accumulate}: "
             f"every microbatch needs the same number of rows; change either",

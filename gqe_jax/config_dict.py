@@ -15,7 +15,11 @@ from typing import Any, Literal
 
 import ml_collections
 
-from gqe_jax.config import ATTENTION_CONFIGS, AttentionConfig, ConfigError, RunConfig, nearest
+from gqe_jax.attention.kinds import kind_named
+from gqe_jax.config import AttentionConfig, ConfigError, RunConfig, nearest
+
+DEFAULT_ATTENTION = {"kind": "gqe", "num_query_experts": 16, "num_kv_heads": 8}
+"""The paper's main setting, for a configuration that says nothing of attention."""
 
 
 def defaults(**attention: Any) -> ml_collections.ConfigDict:
@@ -24,24 +28,39 @@ def defaults(**attention: Any) -> ml_collections.ConfigDict:
     Args:
       **attention: fields of `model.attention`, its `kind` first of all ("gqe" unless given).
     """
-    config = _to_config_dict(RunConfig())
+    config = _default_fields(RunConfig)
     config.model.attention = _to_config_dict(_build(AttentionConfig, {"kind": "gqe"} | attention, "model.attention."))
     return config
 
 
+def _default_fields(cls: type) -> ml_collections.ConfigDict:
+    """The defaults of a config class, groups of fields included; those that have none are left out."""
+    hints = typing.get_type_hints(cls)
+    result = ml_collections.ConfigDict()
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]) and field.default is dataclasses.MISSING:
+            result[field.name] = _default_fields(hints[field.name])
+        elif field.default is not dataclasses.MISSING:
+            _set(result, field.name, field.default, hints[field.name])
+    return result
+
+
 def _to_config_dict(config: Any) -> ml_collections.ConfigDict:
-    # A field that is None gets a placeholder, so that an override from the command line is read as the field's type.
     hints = typing.get_type_hints(type(config))
     result = ml_collections.ConfigDict()
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            result[field.name] = _to_config_dict(value)
-        elif value is None:
-            result[field.name] = ml_collections.config_dict.placeholder(_without_none(hints[field.name]))
-        else:
-            result[field.name] = value
+        _set(result, field.name, getattr(config, field.name), hints[field.name])
     return result
+
+
+def _set(result: ml_collections.ConfigDict, name: str, value: Any, hint: Any) -> None:
+    # A field that is None gets a placeholder, so that an override from the command line is read as the field's type.
+    if dataclasses.is_dataclass(value):
+        result[name] = _to_config_dict(value)
+    elif value is None:
+        result[name] = ml_collections.config_dict.placeholder(_without_none(hint))
+    else:
+        result[name] = value
 
 
 def _without_none(hint: Any) -> Any:
@@ -60,20 +79,16 @@ def build(mapping: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
     Raises:
       ConfigError: unknown key (with the nearest known one), wrong type, or a rule broken.
     """
-    return _build(RunConfig, mapping, "")
-
-
-def _lookup_kind(kind: Any) -> type[AttentionConfig]:
-    if not isinstance(kind, str) or kind not in ATTENTION_CONFIGS:
-        raise ConfigError(
-            f"model.attention.kind={kind!r} is unknown: use one of {', '.join(map(repr, ATTENTION_CONFIGS))}"
-        )
-    return ATTENTION_CONFIGS[kind]
+    values = dict(mapping)
+    model = values.get("model", {})
+    if isinstance(model, Mapping | ml_collections.ConfigDict):
+        values["model"] = {"attention": DEFAULT_ATTENTION} | dict(model)
+    return _build(RunConfig, values, "")
 
 
 def _build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
     if cls is AttentionConfig:
-        cls = _lookup_kind(mapping.get("kind"))
+        cls = kind_named(mapping.get("kind")).config
     hints = typing.get_type_hints(cls)
     known = {field.name for field in dataclasses.fields(cls)}
     for key in mapping:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from gqe_jax.config import GQEConfig, ModelConfig
+from gqe_jax.config import ModelConfig
 
 # Peak dense bf16 FLOP/s of what JAX counts as one device, by the start of its `device_kind`; the longest match holds.
 PEAK_FLOPS = {
@@ -48,22 +48,16 @@ class ForwardFlops:
 
 def parameter_count(model: ModelConfig) -> dict[str, int]:
     """Parameters by part: embedding (with an untied output head), attention, mlp, norm, router, and their total."""
-    attention, d = model.attention, model.d_model
-    dim = _head_dim(model)
-    heads, kv_heads, slots = _query_heads(model), attention.num_kv_heads, _output_slots(model)
-    shared = int(_has_shared_head(model))
-    per_layer = d * dim * (heads + 2 * kv_heads + shared + slots)
-    if attention.bias:
-        per_layer += dim * (heads + 2 * kv_heads + shared)
-    if attention.has_out_bias:
-        per_layer += d
+    d, layers = model.d_model, model.num_layers
     counts = {
         "embedding": model.vocab_size * d * (1 if model.tie_embeddings else 2),
-        "attention": model.num_layers * per_layer,
-        "mlp": model.num_layers * 3 * d * model.d_ff,
-        "norm": (2 * model.num_layers + 1) * d + (2 * model.num_layers * dim if attention.qk_norm else 0),
-        "router": model.num_layers * d * heads if _is_learned(model) else 0,
+        "attention": 0,
+        "mlp": layers * 3 * d * model.d_ff,
+        "norm": (2 * layers + 1) * d,
+        "router": 0,
     }
+    for part, count in model.attention.parameters(d).items():
+        counts[part] += layers * count
     return counts | {"total": sum(counts.values())}
 
 
@@ -81,25 +75,17 @@ def forward_flops(
     Args:
       model: the model.
       sequence: tokens.
-      kind: "active", or "dense_equivalent": each of the N query heads attends and fills one output slot; no router, no
-        shared head. The two are the same for a dense model.
+      kind: "active", or "dense_equivalent": of the attention's dense twin, in which every query head attends. The two
+        are the same for a dense model.
     """
-    attention, d = model.attention, model.d_model
-    dim = _head_dim(model)
-    heads, kv_heads = _query_heads(model), attention.num_kv_heads
-    active = kind == "active"
-    shared = int(active and _has_shared_head(model))
-    attending = attention.num_kv_heads * attention.top_k if active and isinstance(attention, GQEConfig) else heads
-    slots = _output_slots(model) if active else heads
-    per_pair = 2 * 2 * dim * scored_pairs(sequence, attention.window)
-    layers = model.num_layers
+    attention = model.attention
+    if kind == "dense_equivalent":
+        attention = attention.dense_twin() or attention
+    layer = attention.flops(model.d_model, sequence, scored_pairs(sequence, attention.window))
     return ForwardFlops(
-        projections=layers * sequence * 2 * d * dim * (heads + 2 * kv_heads + shared + slots),
-        router=layers * sequence * 2 * d * heads if active and _is_learned(model) else 0,
-        attention=layers * attending * per_pair,
-        shared_head=layers * shared * per_pair,
-        mlp=layers * sequence * 2 * 3 * d * model.d_ff,
-        logits=sequence * 2 * d * model.vocab_size,
+        **{part: model.num_layers * count for part, count in layer.items()},
+        mlp=model.num_layers * sequence * 2 * 3 * model.d_model * model.d_ff,
+        logits=sequence * 2 * model.d_model * model.vocab_size,
     )
 
 
@@ -141,27 +127,3 @@ def mfu(flops: float, seconds: float, num_devices: int, device_kind: str) -> flo
     """
     peak = peak_flops(device_kind)
     return None if peak is None else flops / (seconds * num_devices * peak)
-
-
-def _head_dim(model: ModelConfig) -> int:
-    assert model.attention.head_dim is not None  # ModelConfig resolves it
-    return model.attention.head_dim
-
-
-def _query_heads(model: ModelConfig) -> int:
-    return model.attention.query_heads[1]
-
-
-def _has_shared_head(model: ModelConfig) -> bool:
-    return isinstance(model.attention, GQEConfig) and model.attention.variant == "gqe"
-
-
-def _is_learned(model: ModelConfig) -> bool:
-    return isinstance(model.attention, GQEConfig) and model.attention.router.kind == "learned"
-
-
-def _output_slots(model: ModelConfig) -> int:
-    """Head-sized slots into the output projection: k·G of the selected experts, ō and the shared head; dense: heads."""
-    if isinstance(model.attention, GQEConfig):
-        return model.attention.num_kv_heads * model.attention.top_k + 2 * _has_shared_head(model)
-    return _query_heads(model)

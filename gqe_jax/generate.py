@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gqe_jax.attention import KVCache
+from gqe_jax.attention import Cache
 from gqe_jax.config import ConfigError
 from gqe_jax.data.tokenizer import Tokenizer
 from gqe_jax.models.transformer import Transformer
+from gqe_jax.parallel.rules import is_exact
 
 Method = Literal["greedy", "plain", "filtered"]
 MIN_BUCKET = 32  # shorter prompts and caches are not worth a compilation of their own
@@ -144,8 +145,8 @@ class Generator:
                 "that range, or None"
             )
         self._check_tokens("eos_id", np.asarray([eos_id]))
-        self._graphdef, state = nnx.split(model)
-        self._params = cast_weights(nnx.to_pure_dict(state), jnp.dtype(self.config.dtype))
+        self._graphdef = nnx.split(model)[0]
+        self._params = cast_weights(model, jnp.dtype(self.config.dtype))
         self._prefill = jax.jit(self._prefill_step, static_argnames=("capacity", "method"))
         self._decode = jax.jit(self._decode_step, static_argnames="method", donate_argnames="cache")
 
@@ -231,11 +232,11 @@ class Generator:
         last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
         return sample(model.logits(last), lengths, arrays, method), cache
 
-    def _decode_step(self, params, token: jax.Array, cache: KVCache, arrays, *, method: Method):
+    def _decode_step(self, params, token: jax.Array, cache: Cache, arrays, *, method: Method):
         """token [B] → next token [B], cache."""
         model = self._model(params)
         x, _, cache = model(token[:, None], cache=cache)
-        return sample(model.logits(x[:, 0]), cache.length[0], arrays, method), cache
+        return sample(model.logits(x[:, 0]), cache.at(0).lengths, arrays, method), cache
 
     def _model(self, params: dict[str, Any]) -> Transformer:
         return nnx.merge(self._graphdef, params)
@@ -283,17 +284,22 @@ def _bucket(length: int, limit: int) -> int:
     return min(max(MIN_BUCKET, 1 << (length - 1).bit_length()), limit)
 
 
-def cast_weights(params: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
-    """Matrices in the dtype that the layers cast them to at each use; the router's, which computes in float32, stays.
+def cast_weights(model: Transformer, dtype: np.dtype) -> dict[str, Any]:
+    """The model's parameters and buffers, matrices in the dtype that the layers cast them to at each use.
 
-    Decoding reads all weights for each token: half as wide, they take half the time.
+    Exact ones (the router's kernel, which computes in float32) stay. Decoding reads all weights for each token: half as
+    wide, they take half the time. Of an abstract model (`nnx.eval_shape`) the result is abstract.
     """
 
-    def cast(path, leaf):
-        names = [entry.key for entry in path]
-        return leaf.astype(dtype) if names[-1] in ("kernel", "embedding", "lm_head") and "router" not in names else leaf
+    def cast(path: tuple[Any, ...], variable: nnx.Variable) -> Any:
+        value = variable.get_value()
+        if path[-1] not in ("kernel", "embedding", "lm_head") or is_exact(variable):
+            return value
+        abstract = isinstance(value, jax.ShapeDtypeStruct)
+        return jax.ShapeDtypeStruct(value.shape, dtype) if abstract else value.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    state = nnx.to_flat_state(nnx.state(model))
+    return nnx.traversals.unflatten_mapping({path: cast(path, variable) for path, variable in state})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

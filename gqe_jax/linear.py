@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-PRODUCT = "product"
-"""The name that products with weights have for remat policies."""
+from gqe_jax.remat import PRODUCT
 
 
 class Linear(nnx.Module):
@@ -18,11 +17,13 @@ class Linear(nnx.Module):
     Args:
       in_features: sizes of the last axes of x, which are summed over.
       out_features: sizes of the axes that take their place.
+      axes: logical axes of the kernel (`gqe_jax.parallel.rules`), those of in_features first.
       use_bias: whether there is a b.
       dtype: of the computation; None: the wider of x's and the parameters'.
       param_dtype: of `kernel` [*in_features, *out_features] and `bias` [*out_features].
       kernel_init: initializer, called with the kernel flattened to two axes. b starts at 0.
       precision: of the matmul.
+      exact: the kernel is used in its own dtype: it is neither gathered, cast nor exported in another.
     """
 
     def __init__(
@@ -30,11 +31,13 @@ class Linear(nnx.Module):
         in_features: int | Sequence[int],
         out_features: int | Sequence[int],
         *,
+        axes: Sequence[str | None],
         use_bias: bool,
         dtype: jax.typing.DTypeLike | None,
         param_dtype: jax.typing.DTypeLike,
         kernel_init: nnx.Initializer,
         precision: jax.lax.PrecisionLike = None,
+        exact: bool = False,
         rngs: nnx.Rngs,
     ):
         in_shape = (in_features,) if isinstance(in_features, int) else tuple(in_features)
@@ -43,8 +46,9 @@ class Linear(nnx.Module):
         self.dtype = dtype
         self.precision = precision
         kernel = kernel_init(rngs.params(), (math.prod(in_shape), math.prod(out_shape)), param_dtype)
-        self.kernel = nnx.Param(kernel.reshape(in_shape + out_shape))
-        self.bias = nnx.Param(jnp.zeros(out_shape, param_dtype)) if use_bias else None
+        self.kernel = nnx.Param(kernel.reshape(in_shape + out_shape), axes=tuple(axes), exact=exact)
+        of_bias = tuple(None if axis == "embed" else axis for axis in axes[self.num_in_axes :])
+        self.bias = nnx.Param(jnp.zeros(out_shape, param_dtype), axes=of_bias) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., *in_features] → [..., *out_features]."""

@@ -8,18 +8,18 @@ import tiny
 import torch_folder  # keeps transformers off the network: before transformers
 from flax import nnx
 
-from gqe_jax.attention import RouterBias
+from gqe_jax.attention import Buffer
 from gqe_jax.config import RunConfig
 from gqe_jax.data.tokenizer import ByteTokenizer
-from gqe_jax.runs.directory import load_model
-from gqe_jax.runs.new_run import fresh_optimizer_state, save_run
+from gqe_jax.runs.load import load_model
+from gqe_jax.runs.new_run import save_run
 
 BYTES = {"vocab_size": 300}  # more than the byte tokenizer has, as padded vocabularies do
 
 
 def arrays_of(model):
     """Path → array of every parameter, the biases of loss-free balancing among them."""
-    state = nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, RouterBias)))
+    state = nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, Buffer)))
     return {".".join(path): np.asarray(variable.get_value()) for path, variable in state}
 
 
@@ -29,7 +29,7 @@ def write_run(directory, attention=None, *, tokenizer=None, seed=0, **options):
     config = RunConfig(name="random", model=model.config)
     arrays = {path: jax.device_put(array) for path, array in arrays_of(model).items()}
     directory.mkdir(parents=True)
-    save_run(directory, config, tokenizer or ByteTokenizer(), arrays, fresh_optimizer_state(config))
+    save_run(directory, config, tokenizer or ByteTokenizer(), arrays)
     return model
 
 

@@ -10,17 +10,8 @@ from flax import nnx
 from jax.experimental import checkify
 
 from gqe_jax import GQAttention, GQEAttention, natural, zigzag
-from gqe_jax.config import (
-    DataConfig,
-    GQAConfig,
-    GQEConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RouterConfig,
-    RunConfig,
-    TrainConfig,
-)
+from gqe_jax.attention import GQAConfig, GQEConfig, RouterConfig
+from gqe_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from gqe_jax.models.transformer import Transformer
 from gqe_jax.parallel.mesh import check_batch, check_model, make_mesh, shard_batch
 from gqe_jax.train.step import Step
@@ -94,8 +85,8 @@ def near_ties(config, state):
     segments, positions = jnp.asarray(batch["segment_ids"]), jnp.asarray(batch["positions"])
 
     @jax.jit
-    def count(params, router_bias):
-        model = step.model(params, router_bias)
+    def count(params, buffers):
+        model = step.model(params, buffers)
         x = model.vocabulary.embed(jnp.asarray(batch["tokens"]))
         graph, layers = nnx.split(model.layers)
         ties = 0
@@ -108,7 +99,7 @@ def near_ties(config, state):
             x, _, _ = block(x, segment_ids=segments, positions=positions, cache=None, rngs=None, layer_index=index)
         return ties
 
-    return int(count(state.params, state.router_bias))
+    return int(count(state.params, state.buffers))
 
 
 def parameters(model):

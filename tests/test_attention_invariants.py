@@ -7,8 +7,8 @@ import pytest
 import tiny
 from flax import nnx
 
-from gqe_jax.attention import GQEAttention
-from gqe_jax.config import ConfigError, RouterConfig
+from gqe_jax.attention import GQEAttention, RouterConfig
+from gqe_jax.config import ConfigError
 from gqe_jax.convert import layer_from_torch, layer_to_torch
 
 X = tiny.inputs()

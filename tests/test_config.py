@@ -9,15 +9,8 @@ import ml_collections
 import pytest
 
 from gqe_jax import flops
-from gqe_jax.config import (
-    IMPLEMENTATIONS,
-    ConfigError,
-    GQEConfig,
-    OptimizerConfig,
-    RopeScaling,
-    RouterConfig,
-    RunConfig,
-)
+from gqe_jax.attention import GQEConfig, RouterConfig
+from gqe_jax.config import IMPLEMENTATIONS, ConfigError, OptimizerConfig, RopeScaling
 from gqe_jax.config_dict import build, defaults, to_dict
 from gqe_jax.config_files import load_config, shipped_configs
 from gqe_jax.train.step import Step
@@ -161,6 +154,6 @@ def test_implementations_are_those_of_attend():
 
 
 def test_defaults_are_the_default_run():
-    """A file that changes nothing gives `RunConfig()`."""
-    assert build(defaults(num_query_experts=16, num_kv_heads=8)) == RunConfig()
+    """A file that changes nothing gives the defaults of `RunConfig`."""
+    assert build(defaults(num_query_experts=16, num_kv_heads=8)) == build({})
     assert isinstance(defaults(kind="gqa", num_query_heads=4, num_kv_heads=2), ml_collections.ConfigDict)

@@ -6,8 +6,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from gqe_jax.attention import GQEAttention
-from gqe_jax.config import RouterConfig
+from gqe_jax.attention import GQEAttention, RouterConfig
 from gqe_jax.convert import layer_from_torch, layer_to_torch
 
 # G = 3, M = 4, k = 2, D = 8, d = 16: users' files hold these names and shapes, so they must not change.

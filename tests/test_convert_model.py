@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from gqe_jax.config import GQAConfig, GQEConfig, ModelConfig, RouterConfig
+from gqe_jax.attention import GQAConfig, GQEConfig, RouterConfig
+from gqe_jax.config import ModelConfig
 from gqe_jax.flops import parameter_count
 from gqe_jax.pytorch import names
 from gqe_jax.pytorch.model import abstract_parameters, to_write, torch_tensors

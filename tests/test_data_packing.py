@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import jit
 
-from gqe_jax.config import GQEConfig, ModelConfig
+from gqe_jax.attention import GQEConfig
+from gqe_jax.config import ModelConfig
 from gqe_jax.data.preparing import packing
 from gqe_jax.data.preparing.packing import PACKINGS, BestFitPacker, best_fit, row_packer
 from gqe_jax.data.rows import decode_rows, encode_row, token_dtype

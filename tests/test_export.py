@@ -13,8 +13,9 @@ import torch_folder
 from converted import BYTES, logits, tokens, write_run
 from safetensors.numpy import load_file
 
+from gqe_jax.attention import GQAConfig, GQEConfig, RouterConfig
 from gqe_jax.cli import main as cli
-from gqe_jax.config import GQAConfig, GQEConfig, RopeScaling, RouterConfig
+from gqe_jax.config import RopeScaling
 from gqe_jax.convert import layer_to_torch
 from gqe_jax.pytorch import exporting, safetensors_io
 from gqe_jax.pytorch.exporting import export_hf, export_layers

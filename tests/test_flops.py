@@ -7,10 +7,13 @@ import pytest
 from flax import nnx
 
 from gqe_jax import flops
-from gqe_jax.config import GQAConfig, GQEConfig, ModelConfig, RouterConfig
+from gqe_jax.attention import GQAConfig, GQEConfig, RouterConfig
+from gqe_jax.config import ModelConfig
 from gqe_jax.models.transformer import Transformer
 
 SIZE = {"vocab_size": 10, "d_model": 8, "num_layers": 2, "d_ff": 12}
+
+PAPER = ModelConfig(attention=GQEConfig(num_query_experts=16, num_kv_heads=8))
 
 
 def gqe(**attention) -> ModelConfig:
@@ -43,7 +46,7 @@ def test_parameters_of_the_paper_size():
     q 1024·16·64 = 1,048,576; k and v 2·1024·8·64 = 1,048,576; shared query 65,536; W_o 10 slots·64·1024 = 655,360;
     sum 2,818,048. Router 16,384. MLP 3·1024·2816 = 8,650,752. Norms 2,048.
     """
-    counts = flops.parameter_count(ModelConfig())
+    counts = flops.parameter_count(PAPER)
     assert counts["attention"] == 24 * 2_818_048
     assert counts["total"] == 24 * (2_818_048 + 16_384 + 8_650_752 + 2_048) + 1_024 + 259 * 1_024 == 275_959_808
 
@@ -116,8 +119,8 @@ def test_dense_equivalent_is_the_gqa_model():
 
 def test_attention_of_the_paper_size_is_nine_sixteenths():
     """k·G + 1 = 9 heads attend of N = 16: the paper's bound of 16/9 on the speed-up."""
-    active = flops.forward_flops(ModelConfig(), 2048)
-    dense = flops.forward_flops(ModelConfig(), 2048, "dense_equivalent")
+    active = flops.forward_flops(PAPER, 2048)
+    dense = flops.forward_flops(PAPER, 2048, "dense_equivalent")
     assert (active.attention + active.shared_head) * 16 == dense.attention * 9
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gqe_jax.config import ConfigError, GQAConfig, GQEConfig, ModelConfig, RopeScaling
+from gqe_jax.attention import GQAConfig, GQEConfig
+from gqe_jax.config import ConfigError, ModelConfig, RopeScaling
 from gqe_jax.data.tokenizer import load_tokenizer
 from gqe_jax.generate import Generator, Sampling, add_arguments, run_generation, sample
 from gqe_jax.models.transformer import Transformer

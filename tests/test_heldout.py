@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 from tiny import jit
 
-from gqe_jax.config import DataConfig, GQEConfig, ModelConfig
+from gqe_jax.attention import GQEConfig
+from gqe_jax.config import DataConfig, ModelConfig
 from gqe_jax.data.preparing.prepare import prepare
 from gqe_jax.data.reading.pipeline import PreparedRows
 from gqe_jax.data.reading.prepared import open_data

@@ -13,15 +13,16 @@ from converted import BYTES, logits, read_run, tokens, write_run
 from safetensors.numpy import load_file, save_file
 from tiny_run import prepare_tiny, quick_compiles
 
+from gqe_jax.attention import GQAConfig, GQEConfig, RouterConfig
 from gqe_jax.cli import main as cli
-from gqe_jax.config import ConfigError, GQAConfig, GQEConfig, RopeScaling, RouterConfig
+from gqe_jax.config import ConfigError, RopeScaling
 from gqe_jax.config_files import load_config
 from gqe_jax.data.tokenizer import ByteTokenizer
 from gqe_jax.pytorch.exporting import export_hf, export_layers
 from gqe_jax.pytorch.hf_tokenizer import tokenizer_files
 from gqe_jax.pytorch.importing import import_folder, import_layers
 from gqe_jax.pytorch.safetensors_io import StoredTensor
-from gqe_jax.runs.directory import load_model
+from gqe_jax.runs.load import load_model
 from gqe_jax.runs.saved_model import open_model
 
 HEADS = {"num_kv_heads": 2, "head_dim": 8}

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
+from gqe_jax.attention import GQEConfig
 from gqe_jax.cli import main as cli
-from gqe_jax.config import GQEConfig, ModelConfig, RunConfig
+from gqe_jax.config import ModelConfig, RunConfig
 from gqe_jax.evaluate.kernel_report import layer_calls, report, training_line
 from gqe_jax.kernels import attend
 from gqe_jax.kernels.choose import Call, announce, check, choose, is_partitioned, target_platform
@@ -247,7 +248,7 @@ def test_the_report_asks_what_the_layers_ask(monkeypatch):
 
 def test_training_says_its_choice_in_one_line():
     """With the reason; heads that take the same are named together."""
-    config = RunConfig()
+    config = RunConfig(model=ModelConfig(attention=GQEConfig(num_query_experts=16, num_kv_heads=8)))
     line = training_line(config.model, batch=4, q_len=64)
     assert line == "routed heads and shared head by xla (the fastest on a CPU)"
     assert "\n" not in line and report(config).count("cpu  xla") == 3

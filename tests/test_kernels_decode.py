@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from tpu_targets import TOPOLOGIES, compile_for_tpus
 
-from gqe_jax.config import GQEConfig, ModelConfig
+from gqe_jax.attention import GQEConfig
+from gqe_jax.config import ModelConfig
 from gqe_jax.kernels import EMPTY_LSE, attend
 from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.tpu.decode import decode

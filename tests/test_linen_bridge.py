@@ -7,8 +7,7 @@ import tiny
 from flax import linen as nn
 from flax import nnx
 
-from gqe_jax.attention import GQEAttention
-from gqe_jax.config import RouterConfig
+from gqe_jax.attention import GQEAttention, RouterConfig
 
 
 class Block(nn.Module):

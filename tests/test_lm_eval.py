@@ -9,10 +9,11 @@ from converted import write_run
 from flax import nnx
 from tiny_run import quick_compiles
 
-from gqe_jax.config import ConfigError, GQAConfig, GQEConfig
+from gqe_jax.attention import GQAConfig, GQEConfig
+from gqe_jax.config import ConfigError
 from gqe_jax.data.tokenizer import ByteTokenizer
 from gqe_jax.pytorch.exporting import export_hf
-from gqe_jax.runs.directory import load_model
+from gqe_jax.runs.load import load_model
 from gqe_jax.runs.saved_model import open_model
 
 pytest.importorskip("lm_eval")

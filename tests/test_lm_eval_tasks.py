@@ -15,7 +15,7 @@ from gqe_jax.cli import main as cli
 from gqe_jax.config import ConfigError
 from gqe_jax.evaluate import tasks
 from gqe_jax.pytorch.exporting import export_hf
-from gqe_jax.runs.directory import load_model
+from gqe_jax.runs.load import load_model
 from gqe_jax.runs.saved_model import open_model
 
 pytest.importorskip("lm_eval")

@@ -12,15 +12,18 @@ import layer_on_a_slice
 import numpy as np
 import on_meshes
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gqe_jax.aot.tpu_compile import child_environment
-from gqe_jax.config import ConfigError, GQAConfig, GQEConfig, MeshConfig, ModelConfig
+from gqe_jax.attention import GQAConfig, GQEConfig
+from gqe_jax.config import ConfigError, MeshConfig, ModelConfig
 from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.tpu.blocks import forward_blocks
 from gqe_jax.kernels.tpu.schedule import is_bounded, make_schedule, row_bounds
+from gqe_jax.models.transformer import abstract_model
 from gqe_jax.parallel.mesh import check_batch, check_model, make_mesh, parse_mesh
-from gqe_jax.parallel.rules import parameter_axes, parameter_name, spec_of
+from gqe_jax.parallel.rules import spec_of, variable_axes, variables_by_path
 from gqe_jax.parallel.zigzag import natural, zigzag
 
 
@@ -120,16 +123,28 @@ def test_parameters_have_one_place():
     options = {"num_kv_heads": 2, "head_dim": 8, "bias": True, "qk_norm": True}
     for attention in (GQEConfig(num_query_experts=4, **options), GQAConfig(num_query_heads=4, **options)):
         model = ModelConfig(d_model=16, num_layers=2, d_ff=32, attention=attention, tie_embeddings=False)
-        tree = jax.eval_shape(lambda model=model: on_meshes.parameters(model))
-        for path, leaf in jax.tree.leaves_with_path(tree):
-            name = parameter_name(path)
-            axes = parameter_axes(name, leaf.ndim)
-            assert len(axes) == leaf.ndim
-            matrix = leaf.ndim - ("layers" in str(path[0])) > 1 and not name.endswith("bias")
+        for name, variable in variables_by_path(abstract_model(model)).items():
+            axes = variable_axes(name, variable)
+            ndim = variable.get_value().ndim
+            assert len(axes) == ndim
+            matrix = ndim - name.startswith("layers") > 1 and not name.endswith("bias")
             assert ("embed" in axes) == matrix, name
     assert spec_of((None, "embed", "group", None)) == P(None, ("fsdp", "context"), "expert", None)
-    with pytest.raises(KeyError, match="no sharding rule for the parameter layers/gate/kernel: add it to"):
-        parameter_name([jax.tree_util.DictKey(name) for name in ("layers", "gate", "kernel")])
+
+
+def test_a_parameter_is_placed_by_what_its_own_module_says():
+    """No name of a parameter decides where it lies: one that is called as the MLP's lies as its module says, and one
+    that says nothing is refused by its path."""
+
+    class Gated(nnx.Module):
+        def __init__(self):
+            self.gate_proj = nnx.Param(jnp.ones((2, 4)), axes=(None, "group"))
+            self.up_proj = nnx.Param(jnp.ones((2, 4)))
+
+    variables = variables_by_path(Gated())
+    assert variable_axes("gate_proj", variables["gate_proj"]) == (None, "group")
+    with pytest.raises(ValueError, match=r"the Param up_proj states no logical axes.*make it with axes="):
+        variable_axes("up_proj", variables["up_proj"])
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import math
 import pytest
 
 from gqe_jax.aot.topologies import CHIPS, GIB, topology
+from gqe_jax.attention import GQAConfig
 from gqe_jax.cli import main as cli
-from gqe_jax.config import ConfigError, GQAConfig, MeshConfig
+from gqe_jax.config import ConfigError, MeshConfig
 from gqe_jax.config_files import load_config
 from gqe_jax.flops import parameter_count
 from gqe_jax.plan import compile as plan_compile

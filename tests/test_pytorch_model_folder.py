@@ -8,7 +8,8 @@ import pytest
 import torch_folder
 from torch_folder import CODE, model_config
 
-from gqe_jax.config import GQEConfig, RopeScaling, RouterConfig
+from gqe_jax.attention import GQEConfig, RouterConfig
+from gqe_jax.config import RopeScaling
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -5,7 +5,7 @@ import pytest
 import torch_folder
 from torch_folder import model_config
 
-from gqe_jax.config import GQAConfig, GQEConfig
+from gqe_jax.attention import GQAConfig, GQEConfig
 from gqe_jax.generate import Generator
 
 torch = pytest.importorskip("torch")

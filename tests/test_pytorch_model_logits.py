@@ -10,8 +10,8 @@ import torch_folder
 from flax import nnx
 from torch_folder import model_config
 
-from gqe_jax.attention import RouterStats
-from gqe_jax.config import GQAConfig, GQEConfig, RopeScaling, RouterConfig
+from gqe_jax.attention import GQAConfig, GQEConfig, RouterConfig, RouterStats
+from gqe_jax.config import RopeScaling
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

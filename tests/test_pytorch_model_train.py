@@ -9,7 +9,7 @@ import torch_folder
 from flax import nnx
 from torch_folder import model_config
 
-from gqe_jax.config import GQAConfig, GQEConfig, RouterConfig
+from gqe_jax.attention import GQAConfig, GQEConfig, RouterConfig
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -9,8 +9,8 @@ import spec_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gqe_jax.attention import rotary_tables
-from gqe_jax.config import ConfigError, GQAConfig, RopeScaling
+from gqe_jax.attention import GQAConfig, rotary_tables
+from gqe_jax.config import ConfigError, RopeScaling
 from gqe_jax.kernels import rotate
 
 POSITIONS = np.array([[0, 1, 2, 31, 100, 1000]])

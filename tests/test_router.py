@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from gqe_jax.attention import Router, top_k_experts
-from gqe_jax.config import ConfigError, RouterConfig
+from gqe_jax.attention import Router, RouterConfig, top_k_experts
+from gqe_jax.config import ConfigError
 from gqe_jax.convert import layer_from_torch, layer_to_torch
 
 X = tiny.inputs(2, 9)
@@ -23,9 +23,9 @@ def route(config, x=X, *, G=2, M=4, k=2, segment_ids=None, rngs=None, bias=None,
     if bias is not None:
         router.bias.set_value(jnp.asarray(bias, jnp.float32))
     positions = jnp.arange(x.shape[1])[None] if positions is None else positions
-    draws = router.draws(x.shape[:2], x.shape[-1], positions, rngs, layer_index)
+    draws, _ = router.draws(jnp.asarray(x), positions, rngs, layer_index)
     routing = router(jnp.asarray(x), segment_ids=segment_ids, draws=draws, num_groups=G)
-    return routing.expert_index, routing.selected_probs, routing.statistics()
+    return routing.expert_index, routing.selected_probs, routing.statistics(router.config)
 
 
 @settings(deadline=None, max_examples=40)
@@ -179,7 +179,7 @@ def test_load_balance_loss_has_its_least_gradient_at_balance():
 
     def loss(state):
         router = nnx.merge(graphdef, state)
-        return router(x, segment_ids=None, draws=None, num_groups=1).statistics().load_balance_loss
+        return router(x, segment_ids=None, draws=None, num_groups=1).statistics(router.config).load_balance_loss
 
     gradient = jax.grad(loss)(state)["proj"]["kernel"].get_value()[0, 0]
     np.testing.assert_allclose(gradient, [0.5, -0.5], rtol=1e-6)  # M · f · p(1 - p) = 2 · 1 · 1/4, summed over tokens

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from gqe_jax.config import ConfigError, GQAConfig, GQEConfig, ModelConfig, RunConfig
+from gqe_jax.attention import GQAConfig, GQEConfig
+from gqe_jax.config import ConfigError, ModelConfig, RunConfig
 from gqe_jax.config_dict import to_dict
 from gqe_jax.evaluate.run_report import add_arguments, plot_text, read_run, report, run
 

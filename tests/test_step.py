@@ -8,16 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from gqe_jax.config import (
-    DataConfig,
-    GQAConfig,
-    GQEConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RouterConfig,
-    RunConfig,
-    TrainConfig,
-)
+from gqe_jax.attention import GQAConfig, GQEConfig, RouterConfig
+from gqe_jax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from gqe_jax.train.step import Step
 
 GQA = GQAConfig(num_query_heads=4, num_kv_heads=2, head_dim=8, implementation="reference")
@@ -86,12 +78,12 @@ def assert_trees_close(got, want, **tolerance):
 
 
 def forward(step, params, batch):
-    """(mean loss per real token, router statistics), from the logits of all tokens at once."""
-    model = step.model(jax.tree.map(jnp.asarray, params), initial(step).router_bias)
-    x, stats = model(jnp.asarray(batch["tokens"]), segment_ids=jnp.asarray(batch["segment_ids"]))
+    """(mean loss per real token, the layers' metrics), from the logits of all tokens at once."""
+    model = step.model(jax.tree.map(jnp.asarray, params), initial(step).buffers)
+    x, report = model(jnp.asarray(batch["tokens"]), segment_ids=jnp.asarray(batch["segment_ids"]))
     log_probs = jax.nn.log_softmax(model.logits(x))
     losses = -jnp.take_along_axis(log_probs, jnp.asarray(batch["targets"])[..., None], axis=-1)[..., 0]
-    return jnp.where(batch["mask"], losses, 0.0).sum() / batch["mask"].sum(), stats
+    return jnp.where(batch["mask"], losses, 0.0).sum() / batch["mask"].sum(), report.metrics
 
 
 def test_accumulation_changes_nothing_for_dense_models():
@@ -132,9 +124,9 @@ def test_router_losses_enter_the_total_by_their_weights():
     def total(shift):
         moved = jax.tree.map(lambda p: p, params)
         moved["layers"]["attention"]["router"]["proj"]["kernel"] += shift * direction / length
-        loss, stats = forward(step, moved, batch)
-        balance = 2 * (stats.load * stats.mean_prob).sum(-1).mean(-1).sum()
-        return loss + balance_weight * balance + z_weight * stats.z_loss.sum(), stats.load
+        loss, metrics = forward(step, moved, batch)
+        auxiliary = balance_weight * metrics["load_balance_loss"] + z_weight * metrics["z_loss"]
+        return loss + auxiliary.sum(), metrics["load"]
 
     (above, load), (below, same_load) = total(1e-3), total(-1e-3)
     np.testing.assert_array_equal(load, same_load)  # else the difference runs across a jump of the selection
@@ -146,16 +138,16 @@ def test_loss_free_balancing_moves_against_the_load_error():
     """By its rate, against the sign, for every layer, group and expert. It is no parameter: the optimizer stands still
     here. From a bias that gives all tokens to expert 0, it finds an even load."""
     step, batch = make_step(gqe(bias_update_rate=0.1, load_balance_weight=0.0)), make_batch()
-    (shape,) = (bias.shape for bias in jax.tree.leaves(initial(step).router_bias))
+    (shape,) = (bias.shape for bias in jax.tree.leaves(initial(step).buffers))
     assert shape == (2, 2, 2)
-    lopsided = jax.tree.map(lambda bias: bias + np.float32([1.0, 0.0]), initial(step).router_bias)
-    state, metrics = train(step, batch, dataclasses.replace(initial(step), router_bias=lopsided))
+    lopsided = jax.tree.map(lambda bias: bias + np.float32([1.0, 0.0]), initial(step).buffers)
+    state, metrics = train(step, batch, dataclasses.replace(initial(step), buffers=lopsided))
     np.testing.assert_array_equal(metrics["load"], np.broadcast_to([1.0, 0.0], shape))
-    np.testing.assert_allclose(*jax.tree.leaves(state.router_bias), np.broadcast_to([0.9, 0.1], shape), rtol=1e-6)
+    np.testing.assert_allclose(*jax.tree.leaves(state.buffers), np.broadcast_to([0.9, 0.1], shape), rtol=1e-6)
     for _ in range(12):
         state, metrics = train(step, batch, state)
     assert np.abs(metrics["load"] - 0.5).max() < 0.25
-    assert initial(make_step(GQA)).router_bias == {}
+    assert initial(make_step(GQA)).buffers == {}
 
 
 def test_padding_rows_contribute_nothing():

@@ -24,7 +24,7 @@ from gqe_jax.data.reading.prepared import open_data
 from gqe_jax.evaluate.heldout import evaluate_model
 from gqe_jax.parallel.mesh import make_mesh
 from gqe_jax.runs.checkpoint import CheckpointDamaged, CheckpointFailed, Checkpoints
-from gqe_jax.runs.directory import load_model
+from gqe_jax.runs.load import load_model
 from gqe_jax.runs.metrics import read_metrics
 from gqe_jax.train import loop
 from gqe_jax.train.log import NonFiniteLoss
@@ -301,7 +301,7 @@ def test_every_attention_learns(data, tmp_path, attention):
     train(tiny_config(data, *changes, f"model.attention.{attention}"), tmp_path / "run")
     curve = losses(tmp_path / "run")
     assert abs(curve[1] - np.log(259)) < 0.1 and curve[30] < 2.7
-    biases = [x for name, x in read_arrays(tmp_path / "run", 30).items() if "router_bias" in name]
+    biases = [x for name, x in read_arrays(tmp_path / "run", 30).items() if "buffers" in name]
     assert [np.abs(x).max() > 0.005 for x in biases] == [True] * ("bias" in attention)
 
 
@@ -312,7 +312,7 @@ def test_balancing_biases_are_saved_and_restored(data, tmp_path):
     train(config, tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "6")
-    (bias,) = (x for name, x in read_arrays(tmp_path / "again", 3).items() if "router_bias" in name)
+    (bias,) = (x for name, x in read_arrays(tmp_path / "again", 3).items() if "buffers" in name)
     assert np.abs(bias).min() > 0.04  # three steps up or down
     train(config, tmp_path / "again")
     assert_same_run(tmp_path / "run", tmp_path / "again", 6)

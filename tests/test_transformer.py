@@ -11,7 +11,8 @@ import pytest
 import tiny
 from flax import nnx
 
-from gqe_jax.config import GQAConfig, GQEConfig, ModelConfig
+from gqe_jax.attention import GQAConfig, GQEConfig
+from gqe_jax.config import ModelConfig
 from gqe_jax.models.transformer import Transformer
 from gqe_jax.plan.memory import activation_width
 

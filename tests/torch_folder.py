@@ -18,7 +18,8 @@ import safetensors.numpy
 from flax import nnx
 
 import gqe_jax.convert
-from gqe_jax.config import GQEConfig, ModelConfig
+from gqe_jax.attention import GQEConfig
+from gqe_jax.config import ModelConfig
 from gqe_jax.convert import layer_to_torch
 from gqe_jax.models.transformer import Transformer
 

@@ -1,33 +1,28 @@
-"""Attention layers, and the registry that picks one by the config's `attention.kind`."""
-
-import dataclasses
-from typing import Any
+"""Attention layers, one file a kind, and the registry of kinds."""
 
 from gqe_jax.attention.base import Attention
-from gqe_jax.attention.cache import KVCache
-from gqe_jax.attention.gqa import GQAttention
-from gqe_jax.attention.gqe import GQEAttention
+from gqe_jax.attention.caches import Cache, KVCache
+from gqe_jax.attention.gqa import GQAConfig, GQAttention
+from gqe_jax.attention.gqe import GQEAttention, GQEConfig
+from gqe_jax.attention.kinds import KINDS, Kind, make_attention
+from gqe_jax.attention.report import Buffer, LayerReport
 from gqe_jax.attention.rotary import rotary_tables
-from gqe_jax.attention.router import Router, RouterBias, RouterStats, top_k_experts
-from gqe_jax.config import AttentionConfig
-
-ATTENTION: dict[str, type[Attention]] = {"gqe": GQEAttention, "gqa": GQAttention}
-
-
-def make_attention(config: AttentionConfig, d_model: int, **options: Any) -> Attention:
-    """The layer that `config` describes; `options` are the constructor's others (dtype, initialisation, rngs)."""
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return ATTENTION[fields.pop("kind")](d_model, **fields, **options)
-
+from gqe_jax.attention.router import Router, RouterConfig, RouterStats, top_k_experts
 
 __all__ = [
-    "ATTENTION",
+    "KINDS",
     "Attention",
+    "Buffer",
+    "Cache",
+    "GQAConfig",
     "GQAttention",
     "GQEAttention",
+    "GQEConfig",
     "KVCache",
+    "Kind",
+    "LayerReport",
     "Router",
-    "RouterBias",
+    "RouterConfig",
     "RouterStats",
     "make_attention",
     "rotary_tables",

@@ -1,59 +1,124 @@
-"""What every kind of attention shares: dense keys and values, rotary tables, QK norm, the cache."""
+"""What the layers of attention share: their construction, their call with its checks, dense keys and values."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from gqe_jax.attention.cache import LANES, KVCache
-from gqe_jax.attention.context import Context
+from gqe_jax.attention.caches import Cache, KVCache
+from gqe_jax.attention.checks import check_call, require_type
+from gqe_jax.attention.key_values import KeyValues
+from gqe_jax.attention.report import LayerReport
 from gqe_jax.attention.rotary import rotary_tables
-from gqe_jax.attention.router import RouterStats, Routing
-from gqe_jax.config import AttentionConfig
+from gqe_jax.config import AttentionConfig, nearest
 from gqe_jax.kernels import rms_norm, rotate
-from gqe_jax.kernels.mesh_axes import check_not_explicit
-from gqe_jax.linear import PRODUCT, Linear
-from gqe_jax.parallel.on_mesh import Shard, axis_size, on_mesh, total
+from gqe_jax.linear import Linear
+from gqe_jax.parallel.on_mesh import Shard, axis_size
 from gqe_jax.parallel.zigzag import zigzag
+from gqe_jax.remat import PRODUCT
 
 default_kernel_init = nnx.initializers.normal(0.02)
 
-
-def require(name: str, value: Any, kind: type, remedy: str) -> None:
-    """Raises ValueError unless the argument called `name` is a `kind`."""
-    if not isinstance(value, kind):
-        shown = " ".join(repr(value).split())  # of a key in several lines
-        raise ValueError(f"{name}={shown} is no {kind.__name__}: {remedy}")
+Config = TypeVar("Config", bound=AttentionConfig)
+Report = TypeVar("Report", bound=LayerReport)
 
 
-class Attention(nnx.Module):
-    """Base of the kinds of attention. A subclass adds its query heads and its output projection.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The tokens of a call, or one device's part of them.
 
-    `linear(in_features, out_features, **options)` makes the projections: all alike in dtype, bias and initialisation.
+    Attributes:
+      x: [B, S, d].
+      segment_ids: int32 [B, S], or None.
+      positions: int32 [B or 1, S].
+      rope: cos and sin, float32 [B or 1, S, D/2] each, or None.
+      cache: what they continue, or None.
     """
+
+    x: jax.Array
+    segment_ids: jax.Array | None
+    positions: jax.Array
+    rope: tuple[jax.Array, jax.Array] | None
+    cache: Cache | None
+
+    @property
+    def axes(self) -> Any:
+        """Logical axes: a tree like this one."""
+        positions = ("batch" if self.positions.shape[0] == self.x.shape[0] else None, "sequence")
+        return dataclasses.replace(
+            self,
+            x=("batch", "sequence", None),
+            segment_ids=("batch", "sequence"),
+            positions=positions,
+            rope=None if self.rope is None else ((*positions, None),) * 2,
+            cache=None if self.cache is None else self.cache.axes,
+        )
+
+
+class Attention(nnx.Module, Generic[Config, Report]):
+    """Base of the kinds of attention.
+
+    A kind names its `Config`, makes its parameters in `_make`, and states its forward pass over a mesh in `_compute`.
+
+    Args:
+      d_model: width d of the input and the output.
+      *heads: the fields of the kind's config that `POSITIONAL` names, in its order; they may be given by name too.
+      dtype: of the computation; None is the wider of input and parameters.
+      param_dtype: of the parameters.
+      kernel_init, out_kernel_init: of the projections, and of the last one.
+      rngs: draws the initial values of the parameters, from the stream "params".
+      **fields: the other fields of the kind's config.
+
+    Raises:
+      ConfigError: broken rules, such as top_k > M, head counts that do not divide, odd head_dim with rotary embedding.
+      TypeError: fields that do not exist or are missing.
+      ValueError: an argument of another type.
+    """
+
+    Config: ClassVar[type[AttentionConfig]]
+    config: Config
 
     def __init__(
         self,
         d_model: int,
-        config: AttentionConfig,
-        linear: Callable[..., Linear],
-        *,
-        param_dtype: jax.typing.DTypeLike,
+        *heads: int | None,
+        dtype: jax.typing.DTypeLike | None = None,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        kernel_init: nnx.Initializer = default_kernel_init,
+        out_kernel_init: nnx.Initializer | None = None,
         rngs: nnx.Rngs,
+        **fields: Any,
     ):
-        require("rngs", rngs, nnx.Rngs, "pass nnx.Rngs(seed)")
+        require_type("rngs", rngs, nnx.Rngs, "pass nnx.Rngs(seed)")
         self.d_model = d_model
-        self.config = config
-        kv_shape = (config.num_kv_heads, config.head_dim)
-        self.k_proj = linear(d_model, kv_shape)
-        self.v_proj = linear(d_model, kv_shape)
+        self.config = config = _config_from(type(self).Config, heads, fields).resolve(d_model)
+        linear = functools.partial(
+            Linear, use_bias=config.bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs
+        )
+        kv_shape, kv_axes = (config.num_kv_heads, config.head_dim), ("embed", "group", None)
+        self.k_proj = linear(d_model, kv_shape, axes=kv_axes)
+        self.v_proj = linear(d_model, kv_shape, axes=kv_axes)
         if config.qk_norm:
             norm = {"epsilon": config.qk_norm_eps, "param_dtype": param_dtype, "rngs": rngs}
-            self.q_norm = nnx.RMSNorm(config.head_dim, **norm)
-            self.k_norm = nnx.RMSNorm(config.head_dim, **norm)
+            self.q_norm = nnx.RMSNorm(config.head_dim, scale_metadata={"axes": (None,)}, **norm)
+            self.k_norm = nnx.RMSNorm(config.head_dim, scale_metadata={"axes": (None,)}, **norm)
+        self._make(linear, functools.partial(linear, kernel_init=out_kernel_init or kernel_init), rngs)
+
+    def _make(self, linear: Callable[..., Linear], out_linear: Callable[..., Linear], rngs: nnx.Rngs) -> None:
+        """Makes the other parameters, `o_proj` by `out_linear` among them."""
+        raise NotImplementedError
+
+    def _compute(
+        self, tokens: Tokens, rngs: nnx.Rngs | None, layer_index: jax.Array | int
+    ) -> tuple[jax.Array, Report, Cache | None]:
+        """y [B, S, d] without the bias, the report, and the grown cache: `_forward` on each device of the mesh."""
+        raise NotImplementedError
 
     def init_cache(self, batch: int, capacity: int, dtype: jax.typing.DTypeLike | None = None) -> KVCache:
         """An empty cache for `batch` sequences of at most `capacity` tokens, in the layer's dtype unless given one.
@@ -66,17 +131,30 @@ class Attention(nnx.Module):
             batch, capacity, self.config.num_kv_heads, self.config.head_dim, dtype, parts=axis_size("expert")
         )
 
+    @overload
     def __call__(
         self,
         x: jax.Array,
         *,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: None = None,
         rngs: nnx.Rngs | None = None,
         layer_index: jax.Array | int = 0,
-    ) -> tuple[jax.Array, RouterStats | None] | tuple[jax.Array, RouterStats | None, KVCache]:
-        """Causal self-attention.
+    ) -> tuple[jax.Array, Report]: ...
+    @overload
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache,
+        rngs: nnx.Rngs | None = None,
+        layer_index: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Report, Cache]: ...
+    def __call__(self, x, *, segment_ids=None, positions=None, cache=None, rngs=None, layer_index=0):
+        """Computes causal self-attention.
 
         Under `jax.set_mesh` of a mesh of `gqe_jax.make_mesh` it is computed device by device: groups on `expert`, rows
         on `data` and `fsdp`, tokens on `context`. With n > 1 devices on `context` tokens come in the order of
@@ -96,166 +174,69 @@ class Attention(nnx.Module):
           layer_index: of this layer in a stack; without rngs the `random` router draws differently in each.
 
         Returns:
-          (y [B, S, d], statistics of the routing, or None of dense attention), and the grown cache if one was given.
+          (y [B, S, d], `LayerReport`: GQE's is its `RouterStats`), and the grown cache if one was given.
 
         Raises:
           ValueError: shapes or dtypes that do not fit, rngs without the stream, sizes that the mesh does not divide,
             or more tokens than the cache holds.
         """
-        self._check(x, segment_ids, positions, cache, rngs)
-        config = self.config
+        check_call(self, x, segment_ids, positions, cache, rngs)
         if positions is None:
             start = 0 if cache is None else cache.lengths
             positions = jnp.reshape(start, (-1, 1)) + jnp.arange(x.shape[1], dtype=jnp.int32)
             positions = zigzag(positions, axis_size("context"))
-        rope = None
+        config, rope = self.config, None
         if config.rope_theta is not None:
             rope = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-        draws = self._draws(x, positions, rngs, layer_index)
-        if rngs is not None and draws is not None:  # drawn by place in the sequence, on one device or on many
-            draws = zigzag(draws, axis_size("context"))
+        y, report, cache = self._compute(Tokens(x, segment_ids, positions, rope, cache), rngs, layer_index)
+        y = self.o_proj.add_bias(checkpoint_name(y, PRODUCT))
+        return (y, report) if cache is None else (y, report, cache)
 
-        tokens = ("batch", "sequence")
-        rope_axes = ("batch" if positions.shape[0] == x.shape[0] else None, "sequence", None)
-        cache_axes = None if cache is None else cache.axes
-        y, routing, cache = on_mesh(
-            self,
-            type(self)._forward,
-            (x, segment_ids, rope, draws, cache),
-            ((*tokens, None), tokens, rope_axes, self._draws_axes, cache_axes),
-            (("partial", *tokens, None), self._routing_axes, cache_axes),
-            dtype=self.k_proj.dtype,
-        )
-        y = self.o_proj.add_bias(checkpoint_name(total(y), PRODUCT))
-        stats = None if routing is None else routing.statistics()
-        return (y, stats) if cache is None else (y, stats, cache)
-
-    _draws_axes: ClassVar[Any] = None
-    _routing_axes: ClassVar[Any] = None
-
-    def _draws(
-        self, x: jax.Array, positions: jax.Array, rngs: nnx.Rngs | None, layer_index: jax.Array | int
-    ) -> jax.Array | None:
-        """The randomness of a call, drawn for the tokens of all devices at a time."""
-        del x, positions, rngs, layer_index
-        return None
-
-    def _forward(
-        self,
-        shard: Shard,
-        x: jax.Array,
-        segment_ids: jax.Array | None,
-        rope: tuple[jax.Array, jax.Array] | None,
-        draws: jax.Array | None,
-        cache: KVCache | None,
-    ) -> tuple[jax.Array, Routing | None, KVCache | None]:
-        """What one device adds to y, [1, B, S, d], without the bias; its routing; its part of the grown cache."""
-        raise TypeError(f"{type(self).__name__} states no forward pass: use a kind of attention from ATTENTION")
-
-    def _context(
-        self,
-        shard: Shard,
-        x: jax.Array,
-        segment_ids: jax.Array | None,
-        rope: tuple[jax.Array, jax.Array] | None,
-        cache: KVCache | None,
-    ) -> tuple[Context, KVCache | None]:
-        config = self.config
-        k, v = self.k_proj(x), self.v_proj(x)
-        dtype = v.dtype
-        q_norm = None
+    def _key_values(self, shard: Shard, tokens: Tokens) -> tuple[KeyValues, Cache | None]:
+        """K and V [B, T, G, D] of one device's groups: projected, normed, rotated, behind what the cache holds."""
+        config, cache = self.config, tokens.cache
+        k, v = self.k_proj(tokens.x), self.v_proj(tokens.x)
+        dtype, q_norm, start = v.dtype, None, 0
         if config.qk_norm:
             k = rms_norm(k, self.k_norm.scale[...], config.qk_norm_eps)
             q_norm = (self.q_norm.scale[...], config.qk_norm_eps)
-        if rope is not None:
-            k = rotate(k, *rope)
-        cached = {"q_offset": 0, "kv_length": None, "layer": None}
+        if tokens.rope is not None:
+            k = rotate(k, *tokens.rope)
         if cache is not None:
-            start = cache.lengths
-            cache = cache.append(k, v, segment_ids)
-            k, v = (x.reshape(*x.shape[:-2], *k.shape[2:]) for x in (cache.k, cache.v))
-            cached = {"q_offset": start, "kv_length": cache.lengths, "layer": cache.layer}
-        context = Context(
+            start, heads = cache.lengths, k.shape[2:]
+            cache = cache.append(k, v, tokens.segment_ids)
+            k, v = (held.reshape(*held.shape[:-2], *heads) for held in (cache.k, cache.v))
+        key_values = KeyValues(
             shard=shard,
+            config=config,
             k=k.astype(dtype),
             v=v.astype(dtype),
-            rope=rope,
+            rope=tokens.rope,
             q_norm=q_norm,
-            segment_ids=segment_ids if cache is None else None,
-            method=config.context_parallel,
-            options={"window": config.window, "softcap": config.softcap, "implementation": config.implementation},
-            **cached,
+            segment_ids=tokens.segment_ids if cache is None else None,
+            q_offset=start,
+            kv_length=None if cache is None else cache.lengths,
+            layer=None if cache is None else cache.layer,
         )
-        return context, cache
+        return key_values, cache
 
-    def _check(
-        self,
-        x: jax.Array,
-        segment_ids: jax.Array | None,
-        positions: jax.Array | None,
-        cache: KVCache | None,
-        rngs: nnx.Rngs | None,
-    ) -> None:
-        check_not_explicit(x=x)
-        if x.ndim != 3 or x.shape[-1] != self.d_model:
-            raise ValueError(f"x has shape {x.shape}, but must be [B, S, d_model={self.d_model}]")
-        if segment_ids is not None and segment_ids.shape != x.shape[:2]:
-            raise ValueError(f"segment_ids has shape {segment_ids.shape}, but must be [B, S] = {x.shape[:2]} like x")
-        if positions is not None and (positions.shape[0] not in (1, x.shape[0]) or positions.shape[1:] != x.shape[1:2]):
-            raise ValueError(
-                f"positions has shape {positions.shape}, but must be [B or 1, S] with B, S = {x.shape[:2]} of x"
-            )
-        for name, ids in (("segment_ids", segment_ids), ("positions", positions)):
-            if ids is not None and not jnp.issubdtype(ids.dtype, jnp.integer):
-                raise ValueError(f"{name} has dtype {ids.dtype}, but must be integers: pass {name}.astype('int32')")
-        kernel_dtype = self.k_proj.kernel[...].dtype
-        dtype = jax.dtypes.canonicalize_dtype(self.k_proj.dtype or jnp.promote_types(x.dtype, kernel_dtype))
-        if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4:
-            raise ValueError(
-                f"x has dtype {x.dtype} and the parameters {kernel_dtype}: this layer would compute in {dtype}, but "
-                f"attention takes float32, bfloat16 or float16: cast x, or construct the layer with dtype=jnp.float32"
-            )
-        if rngs is not None:
-            require("rngs", rngs, nnx.Rngs, "pass nnx.Rngs(router=key_or_seed), or None outside training")
-        groups, expert, context = self.config.num_kv_heads, axis_size("expert"), axis_size("context")
-        if groups % expert:
-            fits = ", ".join(str(size) for size in range(1, groups + 1) if groups % size == 0)
-            raise ValueError(
-                f"num_kv_heads={groups} groups cannot be shared out over the {expert} devices of the mesh's `expert` "
-                f"axis: sizes that work are {fits}"
-            )
-        rows = axis_size("data") * axis_size("fsdp")
-        if x.shape[0] % rows:
-            raise ValueError(
-                f"B={x.shape[0]} rows cannot be shared out over the {rows} devices on `data` and `fsdp` of the mesh: "
-                f"make B a multiple of {rows}, or give the devices to `expert`"
-            )
-        if cache is not None:
-            self._check_cache(cache, x.shape[0], expert)
-        if context > 1 and cache is not None:
-            raise ValueError(
-                f"a cache is not split along the sequence, as the mesh's `context` axis of {context} devices would "
-                f"have it: generate on a mesh with context=1, and give its devices to `expert` or `data`"
-            )
-        if x.shape[1] % (2 * context) and context > 1:
-            raise ValueError(
-                f"S={x.shape[1]} tokens do not divide into the {2 * context} chunks that the mesh's `context` axis of "
-                f"{context} devices holds: pad the sequence to a multiple of {2 * context}"
-            )
 
-    def _check_cache(self, cache: KVCache, batch: int, expert: int) -> None:
-        groups, dim = self.config.num_kv_heads, self.config.head_dim
-        *rows, held, width = cache.k.shape
-        fits = (
-            len(rows) == (2 if cache.layer is None else 3)
-            and rows[-2] == batch
-            and held * width == groups * dim
-            and width in (dim, dim if LANES % dim else LANES)
-            and held % expert == 0
+def _config_from(kind: type[AttentionConfig], heads: tuple[Any, ...], fields: dict[str, Any]) -> AttentionConfig:
+    """The config of a constructor's arguments."""
+    if len(heads) > len(kind.POSITIONAL):
+        raise TypeError(
+            f"{len(heads)} positional arguments after d_model, but only {', '.join(kind.POSITIONAL)} go by position: "
+            f"give the others by name"
         )
-        if not fits:
-            raise ValueError(
-                f"cache has keys of shape {cache.k.shape}, which are not those of B={batch} rows in num_kv_heads="
-                f"{groups} heads of head_dim={dim}: make it by this layer's init_cache({batch}, capacity), under the "
-                f"same mesh"
-            )
+    known = {field.name: field for field in dataclasses.fields(kind) if field.name != "kind"}
+    fields = dict(zip(kind.POSITIONAL, heads, strict=False)) | fields
+    for name, value in fields.items():
+        if name not in known:
+            raise TypeError(f"unknown argument {name!r}: {nearest(name, known)}")
+        default = known[name].default
+        if dataclasses.is_dataclass(default):
+            require_type(name, value, type(default), f"write gqe_jax.{type(default).__name__}(kind=...)")
+    missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in fields]
+    if missing:
+        raise TypeError(f"missing arguments: {', '.join(missing)}")
+    return kind(**fields)

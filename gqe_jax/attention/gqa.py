@@ -1,105 +1,116 @@
-"""Dense attention by head counts: MHA, MQA, GQA, and SQA (fewer query heads than d_model / head_dim)."""
+"""Dense attention by head counts: MHA, MQA, GQA (Ainslie et al. 2023) and SQA (arXiv 2510.01817)."""
 
-import functools
-from typing import Literal
+import dataclasses
+from typing import ClassVar
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
+from gqe_jax.attention import dense_counts
+from gqe_jax.attention.base import Attention
+from gqe_jax.attention.report import LayerReport
+from gqe_jax.config import AttentionConfig
+from gqe_jax.kernels import Call
+from gqe_jax.parallel.on_mesh import on_mesh, summed
 
-from gqe_jax.attention.base import Attention, default_kernel_init, require
-from gqe_jax.config import GQAConfig, RopeScaling
-from gqe_jax.linear import Linear
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GQAConfig(AttentionConfig):
+    """Dense attention by head counts: MHA (H = G), GQA (H > G), MQA (G = 1), SQA (fewer query heads than usual)."""
+
+    POSITIONAL: ClassVar = ("num_query_heads", "num_kv_heads", "head_dim")
+
+    kind: str = "gqa"
+    num_query_heads: int  # H = G · M
+    out_bias: bool | None = None  # on the output projection; None: as `bias`. Qwen2 has biases on q, k and v only
+
+    @property
+    def query_heads(self):
+        return "num_query_heads", self.num_query_heads
+
+    @property
+    def has_out_bias(self) -> bool:
+        return self.bias if self.out_bias is None else self.out_bias
+
+    @property
+    def attending_heads(self):
+        return self.num_query_heads
+
+    @property
+    def output_slots(self):
+        return self.num_query_heads
+
+    @property
+    def summary(self):
+        return (
+            f"dense: num_query_heads {self.num_query_heads}, num_kv_heads {self.num_kv_heads}, head_dim {self.head_dim}"
+        )
+
+    def parameters(self, d_model):
+        return dense_counts.parameters(self, d_model)
+
+    def flops(self, d_model, tokens, pairs):
+        return dense_counts.flops(self, d_model, tokens, pairs)
+
+    def dense_twin(self):
+        return None
+
+    def saved_bytes(self, policy, *, d_model, itemsize, expert=1):
+        return dense_counts.saved_bytes(self, policy, d_model=d_model, itemsize=itemsize, expert=expert)
+
+    def cached_numbers(self, expert=1):
+        return dense_counts.cached_numbers(self, expert)
+
+    def attend_calls(self, dtype, **shape):
+        heads = self.num_query_heads // self.num_kv_heads
+        options = dense_counts.call_options(self, dtype, **shape)
+        return {"all heads": Call(num_groups=self.num_kv_heads, num_experts=heads, num_slots=heads, **options)}
+
+    @property
+    def transformers_classes(self):
+        return "llama", "mistral", "qwen2", "qwen3"
+
+    def modelling_settings(self):
+        return {}
+
+    @classmethod
+    def from_modelling_settings(cls, config):
+        return {"num_query_heads": config["num_attention_heads"]}
+
+    def zero_tensors(self, d_model):
+        return {}
+
+    def updated_buffers(self, buffers, metrics):
+        return buffers
+
+    def progress_note(self, metrics):
+        return None
+
+    def warnings(self, metrics):
+        return []
 
 
-class GQAttention(Attention):
-    """Grouped-query attention: H query heads in G groups, each group with one KV head.
+class GQAttention(Attention[GQAConfig, LayerReport]):
+    """Dense grouped-query attention: y = concat over g, m of Attention(q[g, m], K_g, V_g) · W_o.
 
-    H = G is multi-head attention, G = 1 multi-query attention, H · D < d_model sparse-query attention (SQA).
-
-    Args:
-      d_model: width d of the input and the output.
-      num_query_heads: H, a multiple of G. Head h belongs to group h // (H / G).
-      num_kv_heads: G.
-      head_dim: D; None means d_model / H.
-      rope_theta: base of the rotary embedding; None for none.
-      rope_scaling: stretches it to longer contexts.
-      qk_norm: RMS norm of each query and key head, before the rotary embedding.
-      qk_norm_eps: added to the mean square under that norm's root.
-      bias: on the four projections.
-      out_bias: on the output projection, where it differs from the other three; None: as `bias`.
-      softcap: scores become softcap · tanh(scores / softcap).
-      window: a token sees itself and the window - 1 tokens before it.
-      implementation: of `attend`; None picks by platform. Forward-mode and second derivatives need "reference": the
-        others define their gradient by hand, for reverse mode alone.
-      context_parallel: over a mesh's `context` axis: "gather" the keys and values of the whole sequence, or pass them
-        round in a "ring"; "auto" decides by memory.
-      dtype: of the computation; None is the wider of input and parameters.
-      param_dtype: of the parameters.
-      kernel_init, out_kernel_init: of the projections, and of the last one.
-      rngs: draws the initial values of the parameters, from the stream "params".
-
-    Raises:
-      ConfigError: head counts that do not divide, odd head_dim with rotary embedding.
-      ValueError: an argument of another type.
+    Arguments and call are those of `Attention`; the fields are those of `GQAConfig`.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        num_query_heads: int,
-        num_kv_heads: int,
-        head_dim: int | None = None,
-        *,
-        rope_theta: float | None = 10_000.0,
-        rope_scaling: RopeScaling = RopeScaling(),
-        qk_norm: bool = False,
-        qk_norm_eps: float = 1e-6,
-        bias: bool = False,
-        out_bias: bool | None = None,
-        softcap: float | None = None,
-        window: int | None = None,
-        implementation: str | None = None,
-        context_parallel: Literal["auto", "gather", "ring"] = "auto",
-        dtype: jax.typing.DTypeLike | None = None,
-        param_dtype: jax.typing.DTypeLike = jnp.float32,
-        kernel_init: nnx.Initializer = default_kernel_init,
-        out_kernel_init: nnx.Initializer | None = None,
-        rngs: nnx.Rngs,
-    ):
-        require("rope_scaling", rope_scaling, RopeScaling, "write gqe_jax.RopeScaling(kind=..., factor=...)")
-        config = GQAConfig(
-            num_query_heads=num_query_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            qk_norm=qk_norm,
-            qk_norm_eps=qk_norm_eps,
-            bias=bias,
-            out_bias=out_bias,
-            softcap=softcap,
-            window=window,
-            implementation=implementation,
-            context_parallel=context_parallel,
-        ).resolve(d_model)
-        linear = functools.partial(
-            Linear,
-            use_bias=bias,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=kernel_init,
-            rngs=rngs,
-        )
-        super().__init__(d_model, config, linear, param_dtype=param_dtype, rngs=rngs)
-        heads = (num_kv_heads, num_query_heads // num_kv_heads, config.head_dim)
-        self.q_proj = linear(d_model, heads)
-        self.o_proj = linear(
-            heads, d_model, use_bias=config.has_out_bias, kernel_init=out_kernel_init or kernel_init
+    Config = GQAConfig
+
+    def _make(self, linear, out_linear, rngs):
+        config = self.config
+        heads = (config.num_kv_heads, config.num_query_heads // config.num_kv_heads, config.head_dim)
+        self.q_proj = linear(self.d_model, heads, axes=("embed", "group", None, None))
+        self.o_proj = out_linear(
+            heads, self.d_model, axes=("group", None, None, "embed"), use_bias=config.has_out_bias
         )
 
-    def _forward(self, shard, x, segment_ids, rope, draws, cache):
-        del draws  # no randomness in dense attention
-        context, cache = self._context(shard, x, segment_ids, rope, cache)
-        y = self.o_proj.product(context.attend(self.q_proj(x)))
-        return y[None], None, cache
+    def _compute(self, tokens, rngs, layer_index):
+        y_axes, cache_axes = summed("batch", "sequence", None), tokens.axes.cache
+        y, cache = on_mesh(
+            self, GQAttention._forward, (tokens,), (tokens.axes,), (y_axes, cache_axes), dtype=self.k_proj.dtype
+        )
+        return y, LayerReport(), cache
+
+    def _forward(self, shard, tokens):
+        heads, cache = self._key_values(shard, tokens)  # K, V [B, T, G, D]
+        o = heads.attend(self.q_proj(tokens.x))  # [B, S, G, M, D]
+        return self.o_proj.product(o), cache

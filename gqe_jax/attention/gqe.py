@@ -1,19 +1,157 @@
 """Grouped Query Experts: in each KV group a router picks k of M query heads per token (arXiv 2606.20945, section 3)."""
 
+import dataclasses
 import functools
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from gqe_jax.attention.base import Attention, default_kernel_init, require
-from gqe_jax.attention.router import ROUTING_AXES, Router
-from gqe_jax.config import GQEConfig, RopeScaling, RouterConfig
-from gqe_jax.linear import Linear
+from gqe_jax.attention import dense_counts
+from gqe_jax.attention.balance import balance, router_warnings
+from gqe_jax.attention.base import Attention
+from gqe_jax.attention.gqa import GQAConfig
+from gqe_jax.attention.router import Router, RouterConfig, RouterStats, Routing, balanced
+from gqe_jax.attention.shared_head import attend_with_shared
+from gqe_jax.config import AttentionConfig, require, require_positive
+from gqe_jax.kernels import Call
+from gqe_jax.parallel.on_mesh import on_mesh, summed
 
 
-class GQEAttention(Attention):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GQEConfig(AttentionConfig):
+    """Grouped Query Experts: per token, `top_k` of each group's num_query_experts / num_kv_heads attend."""
+
+    POSITIONAL: ClassVar = ("num_query_experts", "num_kv_heads", "top_k", "head_dim")
+
+    kind: str = "gqe"
+    num_query_experts: int  # N = G · M query heads in all
+    top_k: int = 1  # k, experts selected per token and group
+    variant: Literal["gqe", "hard_concat", "weighted_concat"] = "gqe"  # the last two: the k · G slots alone
+    router: RouterConfig = RouterConfig()
+
+    @property
+    def query_heads(self):
+        return "num_query_experts", self.num_query_experts
+
+    @property
+    def experts_per_group(self) -> int:
+        """M."""
+        return self.num_query_experts // self.num_kv_heads
+
+    @property
+    def shared_heads(self) -> int:
+        """1 where a shared head stands beside the experts, else 0."""
+        return int(self.variant == "gqe")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "top_k")
+        require(
+            self.top_k <= self.experts_per_group,
+            f"top_k={self.top_k} exceeds experts_per_group={self.experts_per_group} (num_query_experts="
+            f"{self.num_query_experts} / num_kv_heads={self.num_kv_heads}): lower top_k or raise num_query_experts",
+        )
+
+    @property
+    def attending_heads(self):
+        return self.num_kv_heads * self.top_k + self.shared_heads
+
+    @property
+    def output_slots(self):
+        return self.num_kv_heads * self.top_k + 2 * self.shared_heads  # ō and s beside the experts
+
+    @property
+    def summary(self):
+        return (
+            f"Grouped Query Experts (arXiv 2606.20945): num_query_experts {self.num_query_experts}, num_kv_heads "
+            f"{self.num_kv_heads}, head_dim {self.head_dim}, top_k {self.top_k} of {self.experts_per_group}, variant "
+            f"{self.variant}, router {self.router.kind}"
+        )
+
+    def parameters(self, d_model):
+        learned = self.router.kind == "learned"
+        router = d_model * self.num_query_experts if learned else 0
+        return dense_counts.parameters(self, d_model, self.shared_heads) | {"router": router}
+
+    def flops(self, d_model, tokens, pairs):
+        router = 2 * tokens * self.parameters(d_model)["router"]
+        return dense_counts.flops(self, d_model, tokens, pairs, self.shared_heads) | {"router": router}
+
+    def dense_twin(self):
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(AttentionConfig)}
+        return GQAConfig(**shared | {"kind": "gqa", "num_query_heads": self.num_query_experts})
+
+    def saved_bytes(self, policy, *, d_model, itemsize, expert=1):
+        options = {"d_model": d_model, "itemsize": itemsize, "expert": expert}
+        logits = 4 * self.num_query_experts // expert if policy in ("dots", "none") else 0  # in float32
+        return dense_counts.saved_bytes(self, policy, shared=self.shared_heads, **options) + logits
+
+    def cached_numbers(self, expert=1):
+        return dense_counts.cached_numbers(self, expert)
+
+    def attend_calls(self, dtype, **shape):
+        options = dense_counts.call_options(self, dtype, **shape)
+        heads = {"num_groups": self.num_kv_heads, "num_experts": self.experts_per_group, "num_slots": self.top_k}
+        calls = {"routed heads": Call(**heads, **options)}
+        if self.shared_heads:
+            calls["shared head"] = Call(num_groups=1, num_experts=1, num_slots=1, **options)
+        return calls
+
+    @property
+    def transformers_classes(self):
+        return ()
+
+    def modelling_settings(self):
+        router = self.router
+        return {
+            "router_top_k": self.top_k,
+            "variant": self.variant,
+            "router_kind": router.kind,
+            "router_seed": router.seed,
+            "router_aux_loss_coef": router.load_balance_weight,
+            "router_z_loss_coef": router.z_loss_weight,
+            "router_jitter": router.jitter,
+            "router_bias": router.bias_update_rate > 0,
+            "router_bias_update_rate": router.bias_update_rate,
+            "output_router_logits": False,
+        }
+
+    @classmethod
+    def from_modelling_settings(cls, config):
+        rate = config.get("router_bias_update_rate", 1e-3) if config.get("router_bias") else 0.0
+        return {
+            "num_query_experts": config["num_attention_heads"],
+            "top_k": config["router_top_k"],
+            "variant": config["variant"],
+            "router": {
+                "kind": config["router_kind"],
+                "seed": config.get("router_seed", 0),
+                "load_balance_weight": config.get("router_aux_loss_coef", 0.01),
+                "z_loss_weight": config.get("router_z_loss_coef", 0.0),
+                "jitter": config.get("router_jitter", 0.0),
+                "bias_update_rate": rate,
+            },
+        }
+
+    def zero_tensors(self, d_model):
+        learned = self.router.kind == "learned"
+        return {} if learned else {"router.weight": (self.num_query_experts, d_model)}
+
+    def updated_buffers(self, buffers, metrics):
+        update = functools.partial(
+            balanced, load=metrics["load"], top_k=self.top_k, rate=self.router.bias_update_rate
+        )
+        return jax.tree.map(update, buffers)
+
+    def progress_note(self, metrics):
+        return f"router max/mean {balance(metrics['load']):5.2f}"
+
+    def warnings(self, metrics):
+        return router_warnings(metrics["load"], self.top_k) if self.router.kind == "learned" else []
+
+
+class GQEAttention(Attention[GQEConfig, RouterStats]):
     """Mixture of query-head experts on grouped-query attention.
 
     With p = softmax over the M experts of each group g, e_1 … e_k the k largest of them, and one shared head beside
@@ -25,129 +163,52 @@ class GQEAttention(Attention):
         y       = concat(o[1,1], …, o[G,k], ō, s) · W_o
 
     Keys and values are dense: the cache is that of grouped-query attention. Unselected experts cost no attention.
-
-    Args:
-      d_model: width d of the input and the output.
-      num_query_experts: N = G · M query heads in all.
-      num_kv_heads: G.
-      top_k: k, experts selected per token and group.
-      head_dim: D; None means d_model / N.
-      variant: "gqe" (as above); "hard_concat" (the k · G slots alone); "weighted_concat" (those, each scaled by its p).
-      router: kind, initialisation, losses and balancing of the router.
-      rope_theta: base of the rotary embedding; None for none.
-      rope_scaling: stretches it to longer contexts.
-      qk_norm: RMS norm of each query and key head, before the rotary embedding; one scale [D] serves all queries.
-      qk_norm_eps: added to the mean square under that norm's root.
-      bias: on the projections of q, k, v, o and the shared query; never on the router.
-      softcap: scores become softcap · tanh(scores / softcap).
-      window: a token sees itself and the window - 1 tokens before it.
-      implementation: of `attend`; None picks by platform. Forward-mode and second derivatives need "reference": the
-        others define their gradient by hand, for reverse mode alone.
-      context_parallel: over a mesh's `context` axis: "gather" the keys and values of the whole sequence, or pass them
-        round in a "ring"; "auto" decides by memory.
-      dtype: of the computation; None is the wider of input and parameters. The router computes in float32 always.
-      param_dtype: of the parameters; the router's are float32 always.
-      kernel_init, out_kernel_init: of the projections, and of the last one.
-      rngs: draws the initial values of the parameters, from the stream "params".
-
-    Raises:
-      ConfigError: top_k > M, head counts that do not divide, odd head_dim with rotary embedding.
-      ValueError: an argument of another type.
+    Arguments and call are those of `Attention`; the fields are those of `GQEConfig`. The router computes in float32
+    whatever the dtypes are.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        num_query_experts: int,
-        num_kv_heads: int,
-        top_k: int,
-        head_dim: int | None = None,
-        *,
-        variant: Literal["gqe", "hard_concat", "weighted_concat"] = "gqe",
-        router: RouterConfig = RouterConfig(),
-        rope_theta: float | None = 10_000.0,
-        rope_scaling: RopeScaling = RopeScaling(),
-        qk_norm: bool = False,
-        qk_norm_eps: float = 1e-6,
-        bias: bool = False,
-        softcap: float | None = None,
-        window: int | None = None,
-        implementation: str | None = None,
-        context_parallel: Literal["auto", "gather", "ring"] = "auto",
-        dtype: jax.typing.DTypeLike | None = None,
-        param_dtype: jax.typing.DTypeLike = jnp.float32,
-        kernel_init: nnx.Initializer = default_kernel_init,
-        out_kernel_init: nnx.Initializer | None = None,
-        rngs: nnx.Rngs,
-    ):
-        require("router", router, RouterConfig, "write gqe_jax.RouterConfig(kind=...)")
-        require("rope_scaling", rope_scaling, RopeScaling, "write gqe_jax.RopeScaling(kind=..., factor=...)")
-        config = GQEConfig(
-            num_query_experts=num_query_experts,
-            num_kv_heads=num_kv_heads,
-            top_k=top_k,
-            head_dim=head_dim,
-            variant=variant,
-            router=router,
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            qk_norm=qk_norm,
-            qk_norm_eps=qk_norm_eps,
-            bias=bias,
-            softcap=softcap,
-            window=window,
-            implementation=implementation,
-            context_parallel=context_parallel,
-        ).resolve(d_model)
-        linear = functools.partial(
-            Linear,
-            use_bias=bias,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=kernel_init,
-            rngs=rngs,
-        )
-        super().__init__(d_model, config, linear, param_dtype=param_dtype, rngs=rngs)
-        groups, experts, dim = num_kv_heads, config.experts_per_group, config.head_dim
-        out = functools.partial(linear, kernel_init=out_kernel_init or kernel_init)
-        self.q_proj = linear(d_model, (groups, experts, dim))
-        self.router = Router(d_model, groups, experts, top_k, router, rngs=rngs)
+    Config = GQEConfig
+
+    def _make(self, linear, out_linear, rngs):
+        config, d = self.config, self.d_model
+        groups, experts, dim = config.num_kv_heads, config.experts_per_group, config.head_dim
+        self.q_proj = linear(d, (groups, experts, dim), axes=("embed", "group", None, None))
+        self.router = Router(d, groups, experts, config.top_k, config.router, rngs=rngs)
         # W_o as two parameters: the routed slots' rows are sharded with their groups, those of ō and s are replicated.
-        self.o_proj = out((groups, top_k, dim), d_model)
-        if variant == "gqe":
-            self.q_shared = linear(d_model, dim)
-            self.o_extra = out((2, dim), d_model, use_bias=False)
+        self.o_proj = out_linear((groups, config.top_k, dim), d, axes=("group", None, None, "embed"))
+        if config.shared_heads:
+            self.q_shared = linear(d, dim, axes=("embed", None))
+            self.o_extra = out_linear((2, dim), d, axes=(None, None, "embed"), use_bias=False)
 
-    _routing_axes = ROUTING_AXES
+    def _compute(self, tokens, rngs, layer_index):
+        draws, draws_axes = self.router.draws(tokens.x, tokens.positions, rngs, layer_index)
+        y, routing, cache = on_mesh(
+            self,
+            GQEAttention._forward,
+            (tokens, draws),
+            (tokens.axes, draws_axes),
+            (summed("batch", "sequence", None), Routing.axes(), tokens.axes.cache),
+            dtype=self.k_proj.dtype,
+        )
+        return y, routing.statistics(self.config.router), cache
 
-    @property
-    def _draws_axes(self):
-        return self.router.draws_axes
+    def _forward(self, shard, tokens, draws):
+        heads, cache = self._key_values(shard, tokens)  # K, V [B, T, G, D] are dense
+        routing = self.router(tokens.x, segment_ids=tokens.segment_ids, draws=draws, num_groups=heads.num_groups)
+        index, p = routing.expert_index, routing.selected_probs  # e_1 … e_k and their p, [B, S, G, k]
+        q = self.q_proj(tokens.x)  # of all experts, [B, S, G, M, D]
 
-    def _draws(self, x, positions, rngs, layer_index):
-        return self.router.draws(x.shape[:2], self.d_model, positions, rngs, layer_index)
-
-    def _forward(self, shard, x, segment_ids, rope, draws, cache):
-        context, cache = self._context(shard, x, segment_ids, rope, cache)
-        routing = self.router(x, segment_ids=segment_ids, draws=draws, num_groups=context.num_groups)
-        probs = routing.selected_probs
-        q = self.q_proj(x)
         if self.config.variant != "gqe":
-            o = context.attend(q, routing.expert_index)
+            o = heads.attend(q, index)  # [B, S, G, k, D]
             if self.config.variant == "weighted_concat":
-                o = (o * probs[..., None]).astype(o.dtype)
-            return self.o_proj.product(o)[None], routing, cache
+                o = (o * p[..., None]).astype(o.dtype)
+            return self.o_proj.product(o), routing, cache
 
-        if context.is_split:
-            o = context.attend(q, routing.expert_index)
-            shared = context.attend_shared(x, self.q_shared)
-        else:  # in one call: decoding then reads the cache once for all heads
-            o, shared = context.attend(q, routing.expert_index, self.q_shared(x))
-        # ō of this device's groups and s of its tokens: through W_o they join the one sum over devices that y takes.
-        selected = shard.sum(probs.sum(axis=(-2, -1), keepdims=True), "expert")
-        mixed = _weighted_sum(o, probs / jnp.maximum(selected, 1e-9))
-        y = self.o_proj.product(o) + self.o_extra.product(jnp.stack([mixed.astype(o.dtype), shared], axis=-2))
-        return y[None], routing, cache
+        o, s = attend_with_shared(heads, q, index, tokens.x, self.q_shared)  # [B, S, G, k, D], [B, S, D]
+        w = p / jnp.maximum(shard.sum(p.sum(axis=(-2, -1), keepdims=True), "expert"), 1e-9)
+        mixed = _weighted_sum(o, w).astype(o.dtype)  # ō, [B, S, D]
+        # W_o of the slots, and of ō and s: both are summands of y, of this device's groups and tokens.
+        return self.o_proj.product(o) + self.o_extra.product(jnp.stack([mixed, s], axis=-2)), routing, cache
 
 
 def _weighted_sum(o: jax.Array, weights: jax.Array) -> jax.Array:

@@ -1,27 +1,55 @@
 """The router: which k of the M query experts of each KV group attend for a token, and how evenly they are used."""
 
 import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gqe_jax.config import RouterConfig
+from gqe_jax.attention.report import Buffer, LayerReport
+from gqe_jax.config import require, require_fraction, require_known, require_seed
 from gqe_jax.linear import Linear
+from gqe_jax.parallel.on_mesh import axis_size
+from gqe_jax.parallel.zigzag import zigzag
 
 
-class RouterBias(nnx.Variable):
-    """Bias of the selection for loss-free balancing, float32 [G, M]: no parameter, the training step nudges it."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How each KV group chooses k of its M query experts for a token (docs/algorithm.md)."""
+
+    kind: Literal["learned", "fixed", "random"] = "learned"  # fixed: experts 0..k-1; random: a uniform draw per token
+    init_std: float = 0.02  # 0 makes every token pick expert 0, and the balance loss then moves all of them together
+    load_balance_weight: float = 0.01
+    z_loss_weight: float = 0.0
+    jitter: float = 0.0  # training only: router input times U(1 - jitter, 1 + jitter)
+    bias_update_rate: float = 0.0  # loss-free balancing: step of the selection bias against the load error; 0 = off
+    seed: int = 0  # of the `random` router where no rngs are given (evaluation, generation)
+
+    def __post_init__(self):
+        require_known(self)
+        require_fraction(self, "jitter")
+        require_seed(self, "router")
+        for name in ("init_std", "load_balance_weight", "z_loss_weight", "bias_update_rate"):
+            value = getattr(self, name)
+            require(value >= 0, f"router.{name}={value} must not be negative: use 0 to switch it off")
+        require(
+            self.kind == "learned" or (self.jitter == 0 and self.bias_update_rate == 0),
+            f"router.kind={self.kind!r} has nothing to learn or to balance: set router.jitter and "
+            f"router.bias_update_rate to 0, or use router.kind='learned'",
+        )
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RouterStats:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterStats(LayerReport):
     """What a GQE layer reports about its routing. Means run over the real tokens of the whole batch.
 
+    `metrics` holds load, entropy, load_balance_loss and z_loss; `auxiliary_loss` the two losses below with their weights.
+
     Attributes:
-      expert_index: int32 [B, S, G, k], selected experts by descending probability; None inside a model's stack.
-      router_probs: float32 [B, S, G, M], softmax before the selection; None inside a model's stack.
+      expert_index: int32 [B, S, G, k], selected experts by descending probability.
+      router_probs: float32 [B, S, G, M], softmax before the selection.
       load: float32 [G, M], share of tokens that selected the expert (sums to k over M).
       mean_prob: float32 [G, M], mean of `router_probs`.
       entropy: float32 scalar, mean entropy of `router_probs`, in nats (at most ln M).
@@ -29,17 +57,13 @@ class RouterStats:
       z_loss: float32 scalar, mean squared logsumexp of the router's logits.
     """
 
-    expert_index: jax.Array | None
-    router_probs: jax.Array | None
+    expert_index: jax.Array
+    router_probs: jax.Array
     load: jax.Array
     mean_prob: jax.Array
     entropy: jax.Array
     load_balance_loss: jax.Array
     z_loss: jax.Array
-
-    def reduced(self) -> "RouterStats":
-        """Without the per-token arrays."""
-        return dataclasses.replace(self, expert_index=None, router_probs=None)
 
 
 @jax.tree_util.register_dataclass
@@ -67,30 +91,31 @@ class Routing:
     entropy: jax.Array
     squared_log_z: jax.Array
 
-    def statistics(self) -> RouterStats:
-        """The means over the tokens of all devices."""
+    @staticmethod
+    def axes() -> Any:
+        """Logical axes of the arrays: a tree like this one."""
+        per_token, summed = ("batch", "sequence", "group", None), ("batch", "sequence", "group")
+        return Routing(*(per_token,) * 3, ("batch", "sequence"), *(per_token,) * 2, *(summed,) * 2)
+
+    def statistics(self, config: RouterConfig) -> RouterStats:
+        """The means over the tokens of all devices, and the losses weighted as `config` says."""
         count = jnp.maximum(self.tokens.sum(), 1.0)
         load, mean_prob, entropy, squared_log_z = (
             x.sum(axis=(0, 1)) / count for x in (self.chosen, self.prob, self.entropy, self.squared_log_z)
         )
+        entropy, z_loss = entropy.mean(), squared_log_z.mean()
+        load_balance_loss = load.shape[1] * (jax.lax.stop_gradient(load) * mean_prob).sum(-1).mean()
         return RouterStats(
+            auxiliary_loss=config.load_balance_weight * load_balance_loss + config.z_loss_weight * z_loss,
+            metrics={"load": load, "entropy": entropy, "load_balance_loss": load_balance_loss, "z_loss": z_loss},
             expert_index=self.expert_index,
             router_probs=self.router_probs,
             load=load,
             mean_prob=mean_prob,
-            entropy=entropy.mean(),
-            load_balance_loss=load.shape[1] * (jax.lax.stop_gradient(load) * mean_prob).sum(-1).mean(),
-            z_loss=squared_log_z.mean(),
+            entropy=entropy,
+            load_balance_loss=load_balance_loss,
+            z_loss=z_loss,
         )
-
-
-ROUTING_AXES = Routing(
-    *(("batch", "sequence", "group", None),) * 3,
-    ("batch", "sequence"),
-    *(("batch", "sequence", "group", None),) * 2,
-    *(("batch", "sequence", "group"),) * 2,
-)
-"""Logical axes of a `Routing`'s arrays."""
 
 
 def top_k_experts(scores: jax.Array, k: int) -> jax.Array:
@@ -114,7 +139,7 @@ def top_k_experts(scores: jax.Array, k: int) -> jax.Array:
 
 
 class Router(nnx.Module):
-    """Softmax over each group's experts in float32, then top-k (spec, layer steps 3 and 7)."""
+    """Softmax over each group's experts in float32, then top-k (docs/algorithm.md, "The router")."""
 
     def __init__(
         self, d_model: int, num_groups: int, experts_per_group: int, top_k: int, config: RouterConfig, *, rngs: nnx.Rngs
@@ -126,50 +151,46 @@ class Router(nnx.Module):
             self.proj = Linear(
                 d_model,
                 self.shape,
+                axes=("embed", "group", None),
                 use_bias=False,
                 dtype=jnp.float32,
                 param_dtype=jnp.float32,
                 kernel_init=nnx.initializers.normal(config.init_std),
                 precision=jax.lax.Precision.HIGHEST,  # else a TPU multiplies float32 in bfloat16 passes
+                exact=True,
                 rngs=rngs,
             )
-        self.bias = RouterBias(jnp.zeros(self.shape, jnp.float32)) if config.bias_update_rate else None
+        # Added to the probabilities for the selection only: loss-free balancing.
+        bias = jnp.zeros(self.shape, jnp.float32)
+        self.bias = Buffer(bias, axes=("group", None)) if config.bias_update_rate else None
 
     def draws(
-        self,
-        tokens: tuple[int, int],
-        d_model: int,
-        positions: jax.Array,
-        rngs: nnx.Rngs | None,
-        layer_index: jax.Array | int,
-    ) -> jax.Array | None:
+        self, x: jax.Array, positions: jax.Array, rngs: nnx.Rngs | None, layer_index: jax.Array | int
+    ) -> tuple[jax.Array | None, tuple[str | None, ...]]:
         """The randomness of a call, float32; it does not depend on how the call is then split over devices.
 
         Args:
-          tokens: (B, S).
-          d_model: d.
+          x: [B, S, d], of which the shape counts.
           positions: int32 [B or 1, S]; the `random` router without rngs draws by seed, layer and position.
           rngs: randomness of training (stream "router"): jitter, and the draws of the `random` router.
           layer_index: of the layer in a stack.
 
         Returns:
           Of the `random` router [B, S, G, M], whose order is the choice; of one with jitter the factors [B, S, d] on
-          its input, if rngs are given; else None.
+          its input, if rngs are given; else None. And the logical axes.
 
         Raises:
           ValueError: randomness is needed, and rngs have no stream for it.
         """
+        draws, axes = None, ("batch", "sequence", None)
         if self.config.kind == "random":
-            return self._random_scores(tokens, positions, rngs, layer_index)
-        if rngs is not None and self.config.jitter:
+            draws, axes = self._random_scores(x.shape[:2], positions, rngs, layer_index), (*axes[:2], "group", None)
+        elif rngs is not None and self.config.jitter:
             epsilon = self.config.jitter
-            return jax.random.uniform(_key(rngs), (*tokens, d_model), minval=1 - epsilon, maxval=1 + epsilon)
-        return None
-
-    @property
-    def draws_axes(self) -> tuple[str | None, ...]:
-        """Logical axes of `draws`."""
-        return ("batch", "sequence", "group", None) if self.config.kind == "random" else ("batch", "sequence", None)
+            draws = jax.random.uniform(_key(rngs), x.shape, minval=1 - epsilon, maxval=1 + epsilon)
+        if rngs is not None and draws is not None:  # drawn by place in the sequence, on one device or on many
+            draws = zigzag(draws, axis_size("context"))
+        return draws, axes
 
     def __call__(
         self, x: jax.Array, *, segment_ids: jax.Array | None, draws: jax.Array | None, num_groups: int
@@ -246,3 +267,12 @@ def _mix(bits: jax.Array) -> jax.Array:
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
     return bits ^ (bits >> 16)
+
+
+def balanced(bias: jax.Array, load: jax.Array, *, top_k: int, rate: float) -> jax.Array:
+    """The selection's bias [..., G, M] after a step: nudged against the sign of each expert's load error.
+
+    Loss-free balancing (Wang et al. 2024): `load` [..., G, M] is the share of tokens that selected each expert, and
+    `rate` the step.
+    """
+    return bias + rate * jnp.sign(top_k / bias.shape[-1] - load)

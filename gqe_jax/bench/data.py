@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from gqe_jax.attention import GQAConfig
 from gqe_jax.config import ConfigError, DataConfig, ModelConfig
 from gqe_jax.data.preparing.prepare import prepare
 from gqe_jax.data.reading.pipeline import TrainingStream, train_batches
@@ -21,7 +22,9 @@ from gqe_jax.data.tokenizer import SentencePieceTokenizer, load_tokenizer, train
 
 _SEQ_LEN, _BATCH_SIZE, _STEP_SECONDS = 2048, 16, 0.05
 _FILES_PER_WORKER = 2
-_MODEL = ModelConfig(context=_SEQ_LEN, vocab_size=2**20)  # data of any tokenizer
+_MODEL = ModelConfig(
+    context=_SEQ_LEN, vocab_size=2**20, attention=GQAConfig(num_query_heads=1, num_kv_heads=1)
+)  # data of any tokenizer
 
 
 def write_corpus(folder: Path, megabytes: float, files: int) -> Corpus:

@@ -167,7 +167,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> Runner:
         from gqe_jax.data.reading.prepared import open_data
         from gqe_jax.evaluate.heldout import compare_with_compressors, evaluate_model, report
         from gqe_jax.parallel.mesh import make_mesh, parse_mesh
-        from gqe_jax.runs.directory import load_model
+        from gqe_jax.runs.load import load_model
 
         tasks.check_arguments(args)
         mesh = make_mesh(parse_mesh(args.mesh))
@@ -207,7 +207,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> Runner:
         import jax
 
         from gqe_jax.parallel.mesh import make_mesh, parse_mesh
-        from gqe_jax.runs.directory import load_model
+        from gqe_jax.runs.load import load_model
 
         config = parse_mesh(args.mesh)
         if config.data * config.fsdp * config.context != 1:

@@ -69,7 +69,7 @@ def batch_loss(model: Transformer, batch: dict[str, jax.Array]) -> dict[str, jax
     Returns `nats`, the loss; `tokens`, their number; both also by position in the segment, `position_nats` and
     `position_tokens` [S]; and `load` [L, G, M], the mean share of tokens per expert.
     """
-    x, stats = model(batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"])
+    x, report = model(batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"])
     losses = model.losses(x, batch["targets"], LOSS_CHUNK) * batch["mask"]
     zeros, positions = jnp.zeros(losses.shape[1]), batch["positions"]
     result = {
@@ -78,7 +78,7 @@ def batch_loss(model: Transformer, batch: dict[str, jax.Array]) -> dict[str, jax
         "position_nats": zeros.at[positions].add(losses),
         "position_tokens": zeros.astype(jnp.int32).at[positions].add(batch["mask"]),
     }
-    return result if stats is None else result | {"load": stats.load}
+    return result | {name: report.metrics[name] for name in ("load",) if name in report.metrics}
 
 
 def evaluate(

@@ -6,7 +6,7 @@ import argparse
 
 import jax
 
-from gqe_jax.config import GQEConfig, ModelConfig, RunConfig
+from gqe_jax.config import ModelConfig, RunConfig
 from gqe_jax.config_files import load_config
 from gqe_jax.kernels.choose import Call, choose, obstacle, target_platform
 
@@ -25,32 +25,14 @@ def layer_calls(
         whose documents are told apart by segment ids.
       partitioned: XLA splits the computation over several devices.
     """
-    attention = model.attention
-    _, heads = attention.query_heads
-    experts = heads // attention.num_kv_heads
-    options = {
-        "batch": batch,
-        "q_len": q_len,
-        "kv_len": model.context if cached else q_len,
-        "head_dim": attention.head_dim,
-        "dtype": model.dtype,
-        "window": attention.window,
-        "softcap": attention.softcap is not None,
-        "segments": not cached,
-        "kv_length": cached,
-        "aligned": not cached,
-        "partitioned": partitioned,
-    }
-    if not isinstance(attention, GQEConfig):
-        return {"all heads": Call(num_groups=attention.num_kv_heads, num_experts=experts, num_slots=experts, **options)}
-    calls = {
-        "routed heads": Call(
-            num_groups=attention.num_kv_heads, num_experts=experts, num_slots=attention.top_k, **options
-        )
-    }
-    if attention.variant == "gqe":
-        calls["shared head"] = Call(num_groups=1, num_experts=1, num_slots=1, **options)
-    return calls
+    return model.attention.attend_calls(
+        model.dtype,
+        batch=batch,
+        q_len=q_len,
+        kv_len=model.context if cached else q_len,
+        cached=cached,
+        partitioned=partitioned,
+    )
 
 
 def chosen(model: ModelConfig, platform: str, call: Call) -> tuple[str, str]:
@@ -90,12 +72,7 @@ def report(config: RunConfig) -> str:
         f"prefill, {model.context} tokens": {"batch": 1, "q_len": model.context, "cached": True},
         f"decode, 1 token against {model.context}": {"batch": 1, "q_len": 1, "cached": True},
     }
-    attention = model.attention
-    name, heads = attention.query_heads
-    lines = [
-        f"{config.name}: attention {attention.kind}, {name}={heads}, num_kv_heads={attention.num_kv_heads}, "
-        f"head_dim={attention.head_dim}, {model.dtype}"
-    ]
+    lines = [f"{config.name}: attention {model.attention.kind}, {model.attention.summary}, {model.dtype}"]
     for phase, shape in phases.items():
         lines += ["", phase]
         for platform in PLATFORMS:

@@ -27,7 +27,7 @@ from gqe_jax.config import ConfigError
 from gqe_jax.generate import Generator, Sampling
 from gqe_jax.parallel.mesh import make_mesh
 from gqe_jax.pytorch.hf_tokenizer import start_token
-from gqe_jax.runs.directory import TrainedModel
+from gqe_jax.runs.load import TrainedModel
 
 LOGITS_CHUNK = 32  # positions of each row whose logits exist at one time
 DEFAULT_NEW_TOKENS = 256  # of a task that does not say; lm-eval's own

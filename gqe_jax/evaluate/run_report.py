@@ -102,18 +102,12 @@ def report(run: RunRecord) -> str:
 
 
 def _configuration(config: RunConfig) -> str:
-    model, attention, train = config.model, config.model.attention, config.train
-    name, heads = attention.query_heads
-    routing = ""
-    if attention.kind == "gqe":
-        routing = f", top_k {attention.top_k} of {attention.experts_per_group}, {attention.variant}"
-        routing += f", router {attention.router.kind}"
+    model, train = config.model, config.train
     rows = {
         "run": config.name,
         "model": f"{model.num_layers} layers, d_model {model.d_model}, d_ff {model.d_ff}, "
         f"vocabulary {model.vocab_size}, context {model.context}, {model.dtype}",
-        "attention": f"{attention.kind}: {name} {heads}, num_kv_heads {attention.num_kv_heads}, "
-        f"head_dim {attention.head_dim}{routing}",
+        "attention": f"{model.attention.kind}, {model.attention.summary}",
         "data": f"{config.data.path or 'default corpus'}, batch {config.data.batch_size} rows = "
         f"{config.data.batch_size * model.context:,} tokens",
         "optimizer": f"{config.optimizer.schedule}, peak {config.optimizer.learning_rate:g}, "

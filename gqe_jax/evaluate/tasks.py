@@ -283,7 +283,7 @@ def run(args: argparse.Namespace) -> int:
     from lm_eval.utils import handle_non_serializable, make_table
 
     from gqe_jax.evaluate.lm_eval_model import JaxLM
-    from gqe_jax.runs.directory import load_model
+    from gqe_jax.runs.load import load_model
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # the results say how tasks were set up
     trained = load_model(args.run, args.step)

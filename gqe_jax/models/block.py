@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gqe_jax.attention import KVCache, RouterStats, make_attention
+from gqe_jax.attention import Cache, LayerReport, make_attention
 from gqe_jax.config import ModelConfig
 from gqe_jax.models.layers import SwiGLU
 
@@ -23,6 +23,7 @@ class Block(nnx.Module):
             "rngs": rngs,
         }
         norm = {"epsilon": config.norm_eps, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        norm["scale_metadata"] = {"axes": (None,)}
         self.attention_norm = nnx.RMSNorm(config.d_model, **norm)
         self.attention = make_attention(config.attention, config.d_model, dtype=dtype, param_dtype=param_dtype, **init)
         self.mlp_norm = nnx.RMSNorm(config.d_model, **norm)
@@ -34,12 +35,12 @@ class Block(nnx.Module):
         *,
         segment_ids: jax.Array | None,
         positions: jax.Array | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         rngs: nnx.Rngs | None,
         layer_index: jax.Array,
-    ) -> tuple[jax.Array, RouterStats | None, KVCache | None]:
-        """[B, S, d] → ([B, S, d], reduced router statistics of GQE, grown cache)."""
-        y, stats, *cache = self.attention(
+    ) -> tuple[jax.Array, LayerReport, Cache | None]:
+        """[B, S, d] → ([B, S, d], the attention's reduced report, grown cache)."""
+        y, report, *cache = self.attention(
             self.attention_norm(x),
             segment_ids=segment_ids,
             positions=positions,
@@ -49,4 +50,4 @@ class Block(nnx.Module):
         )
         x += y
         x += self.mlp(self.mlp_norm(x))
-        return x, stats and stats.reduced(), cache[0] if cache else None
+        return x, report.reduced(), cache[0] if cache else None

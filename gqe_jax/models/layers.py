@@ -8,7 +8,7 @@ from flax import nnx
 
 from gqe_jax.config import ModelConfig
 from gqe_jax.linear import Linear
-from gqe_jax.parallel.on_mesh import Shard, on_mesh, total
+from gqe_jax.parallel.on_mesh import Shard, on_mesh, summed, total
 
 
 class SwiGLU(nnx.Module):
@@ -22,19 +22,18 @@ class SwiGLU(nnx.Module):
             param_dtype=jnp.dtype(config.param_dtype),
             rngs=rngs,
         )
-        self.gate_proj = linear(config.d_model, config.d_ff, kernel_init=kernel_init)
-        self.up_proj = linear(config.d_model, config.d_ff, kernel_init=kernel_init)
-        self.down_proj = linear(config.d_ff, config.d_model, kernel_init=out_kernel_init)
+        self.gate_proj = linear(config.d_model, config.d_ff, axes=("embed", "hidden"), kernel_init=kernel_init)
+        self.up_proj = linear(config.d_model, config.d_ff, axes=("embed", "hidden"), kernel_init=kernel_init)
+        self.down_proj = linear(config.d_ff, config.d_model, axes=("hidden", "embed"), kernel_init=out_kernel_init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, S, d] → [B, S, d]."""
         tokens = ("batch", "sequence", None)
-        dtype = self.gate_proj.dtype
-        return total(on_mesh(self, SwiGLU._forward, (x,), (tokens,), ("partial", *tokens), dtype=dtype))
+        return on_mesh(self, SwiGLU._forward, (x,), (tokens,), summed(*tokens), dtype=self.gate_proj.dtype)
 
     def _forward(self, shard: Shard, x: jax.Array) -> jax.Array:
         """What one device adds: of its part of the hidden width."""
-        return self.down_proj.product(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))[None]
+        return self.down_proj.product(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Vocabulary(nnx.Module):
@@ -43,25 +42,24 @@ class Vocabulary(nnx.Module):
     def __init__(self, config: ModelConfig, *, kernel_init: nnx.Initializer, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(config.dtype)
         param_dtype = jnp.dtype(config.param_dtype)
-        shape = (config.vocab_size, config.d_model)
-        self.embedding = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        shape, axes = (config.vocab_size, config.d_model), ("vocabulary", "embed")
+        self.embedding = nnx.Param(kernel_init(rngs.params(), shape, param_dtype), axes=axes)
         if not config.tie_embeddings:
-            self.lm_head = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+            self.lm_head = nnx.Param(kernel_init(rngs.params(), shape, param_dtype), axes=axes)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, S] → [B, S, d]."""
         axes = ("batch", "sequence")
-        out_axes = ("partial", *axes, None)
-        return total(on_mesh(self, Vocabulary._embed, (tokens,), (axes,), out_axes, dtype=self.dtype))
+        return on_mesh(self, Vocabulary._embed, (tokens,), (axes,), summed(*axes, None), dtype=self.dtype)
 
     def _embed(self, shard: Shard, tokens: jax.Array) -> jax.Array:
         """What one device adds: the rows of the tokens in its part of the vocabulary."""
         table = self.embedding[...]
         if shard.size("expert") == 1:
-            return table[tokens].astype(self.dtype)[None]
+            return table[tokens].astype(self.dtype)
         tokens = tokens - shard.index("expert") * table.shape[0]
         own = (tokens >= 0) & (tokens < table.shape[0])
-        return jnp.where(own[..., None], table[jnp.where(own, tokens, 0)], 0).astype(self.dtype)[None]
+        return jnp.where(own[..., None], table[jnp.where(own, tokens, 0)], 0).astype(self.dtype)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., d] → float32 [..., V]."""

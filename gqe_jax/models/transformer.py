@@ -5,20 +5,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gqe_jax.attention import KVCache, RouterStats
+from gqe_jax.attention import Cache, LayerReport
 from gqe_jax.config import ModelConfig
-from gqe_jax.linear import PRODUCT
 from gqe_jax.models.block import Block
 from gqe_jax.models.layers import Vocabulary
-from gqe_jax.parallel.on_mesh import GATHERED, axis_size
-
-# What a block keeps for its backward pass; the rest is computed again.
-REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, "attention_out", "attention_lse"),
-}
+from gqe_jax.parallel.on_mesh import axis_size
+from gqe_jax.remat import POLICIES
 
 
 class Transformer(nnx.Module):
@@ -48,6 +40,7 @@ class Transformer(nnx.Module):
             epsilon=config.norm_eps,
             dtype=jnp.dtype(config.dtype),
             param_dtype=jnp.dtype(config.param_dtype),
+            scale_metadata={"axes": (None,)},
             rngs=rngs,
         )
 
@@ -57,9 +50,9 @@ class Transformer(nnx.Module):
         *,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, RouterStats | None] | tuple[jax.Array, RouterStats | None, KVCache]:
+    ) -> tuple[jax.Array, LayerReport] | tuple[jax.Array, LayerReport, Cache]:
         """The final hidden state of every token; `logits` takes it to the vocabulary.
 
         Args:
@@ -70,7 +63,7 @@ class Transformer(nnx.Module):
           key: randomness of training (routers); None in evaluation and generation.
 
         Returns:
-          (hidden states [B, S, d], router statistics with a leading layer axis or None), and the cache if given one.
+          (hidden states [B, S, d], the layers' reports with a leading axis of layers), and the cache if given one.
         """
         x = self.vocabulary.embed(tokens)
         graphdef, state = nnx.split(self.layers)
@@ -83,18 +76,18 @@ class Transformer(nnx.Module):
             rngs = None if key is None else nnx.Rngs(router=key)
             # Carried, not stacked by the scan: the loop then updates a donated cache in place.
             cache = None if cache is None else cache.at(index)
-            x, stats, cache = block(
+            x, report, cache = block(
                 x, segment_ids=segment_ids, positions=positions, cache=cache, rngs=rngs, layer_index=index
             )
-            return (x, None if cache is None else cache.at(None)), stats
+            return (x, None if cache is None else cache.at(None)), report
 
         if self.config.remat != "none" or axis_size("fsdp") * axis_size("context") > 1:
             # Within a scan nothing can be merged with the forward pass anyway: no barrier against it is needed.
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
+            body = jax.checkpoint(body, policy=POLICIES[self.config.remat], prevent_cse=False)
         layers = jnp.arange(self.config.num_layers)
-        (x, cache), stats = jax.lax.scan(body, (x, cache), (layers, state, keys))
+        (x, cache), reports = jax.lax.scan(body, (x, cache), (layers, state, keys))
         x = self.final_norm(x)
-        return (x, stats) if cache is None else (x, stats, cache)
+        return (x, reports) if cache is None else (x, reports, cache)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden states [..., d] → float32 [..., V]."""
@@ -104,7 +97,12 @@ class Transformer(nnx.Module):
         """Cross-entropy in nats, float32 [B, S], of targets int32 [B, S]; see `Vocabulary.losses`."""
         return self.vocabulary.losses(x, targets, chunk)
 
-    def init_cache(self, batch: int, capacity: int) -> KVCache:
+    def init_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for generation, every leaf with a leading axis of num_layers, in the model's dtype."""
         one = self.layers.attention.init_cache(batch, capacity)
         return jax.tree.map(lambda x: jnp.repeat(x[None], self.config.num_layers, axis=0), one)
+
+
+def abstract_model(config: ModelConfig) -> Transformer:
+    """The model with shapes and dtypes in place of arrays."""
+    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))

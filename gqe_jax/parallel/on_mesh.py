@@ -15,10 +15,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
-from gqe_jax.parallel.rules import AXES, EXACT, RULES, parameter_axes, parameter_name, spec_of
-
-GATHERED = "gathered"
-"""Name of parameters gathered over devices, for remat policies: what is kept of them is one more copy of the model."""
+from gqe_jax.parallel.rules import AXES, RULES, LogicalAxes, is_exact, spec_of, variable_axes
+from gqe_jax.remat import GATHERED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +59,18 @@ def axis_size(axis: str) -> int:
     return 1 if shard is None else shard.size(axis)
 
 
+@dataclasses.dataclass(frozen=True)
+class Summed:
+    """Logical axes of a result that is the sum, over the mesh's `expert` axis, of what each device computes."""
+
+    axes: LogicalAxes
+
+
+def summed(*axes: str | None) -> Summed:
+    """`Summed`, written like the other axes."""
+    return Summed(axes)
+
+
 def on_mesh(
     module: nnx.Module,
     function: Callable[..., Any],
@@ -72,38 +82,45 @@ def on_mesh(
     """`function(module, shard, *inputs)`, computed by each device on its part.
 
     Args:
-      module: whose parameters are split as `rules.PARAMETERS` says. Those split along `embed` reach `function` whole.
+      module: whose parameters are split as their `axes` say. Those split along `embed` reach `function` whole.
       function: of the device's module, its `Shard`, and its parts of `inputs`.
       inputs: trees of arrays; None stays None.
       axes: for each input its logical axes, or a tree of them.
-      out_axes: logical axes of the results, the same way. "partial" is an axis of size 1 to the function, and to the
-        caller one of as many summands as `expert` has devices: `total` adds them.
-      dtype: parameters are gathered in it, those of `rules.EXACT` apart; None: in their own.
+      out_axes: logical axes of the results, the same way; `summed(...)` adds the devices' results over `expert`.
+        "partial" is an axis of size 1 to the function, and to the caller one of as many parts as `expert` has devices.
+      dtype: parameters are gathered in it, exact ones apart; None: in their own.
 
     Raises:
-      ValueError: a parameter that does not divide over the devices which share it out.
+      ValueError: a parameter that does not divide over the devices which share it out, or states no axes.
     """
     shard = current_shard()
     if shard is None:
         return function(module, Shard(), *inputs)
     graphdef, state = nnx.split(module)
-    paths, treedef = jax.tree.flatten_with_path(state)
-    names, leaves = [parameter_name(path) for path, _ in paths], [leaf for _, leaf in paths]
-    for name, leaf in zip(names, leaves, strict=True):
-        _check_divides(name, leaf.shape, shard)
-    kept = [spec_of(parameter_axes(name, leaf.ndim)) for name, leaf in zip(names, leaves, strict=True)]
+    paths, treedef = jax.tree.flatten_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    variables = [variable for _, variable in paths]
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): variable for path, variable in paths}
+    lie = [variable_axes(name, variable) for name, variable in named.items()]
+    for (name, variable), kept in zip(named.items(), lie, strict=True):
+        _check_divides(name, variable.get_value().shape, kept, shard)
 
-    def compute(leaves, *inputs):
-        whole = [_gather(leaf, name, shard, dtype) for leaf, name in zip(leaves, names, strict=True)]
-        return function(nnx.merge(graphdef, jax.tree.unflatten(treedef, whole)), shard, *inputs)
+    def compute(values, *inputs):
+        whole = [
+            variable.replace(_gather(value, kept, shard, None if is_exact(variable) else dtype))
+            for variable, value, kept in zip(variables, values, lie, strict=True)
+        ]
+        results = function(nnx.merge(graphdef, jax.tree.unflatten(treedef, whole)), shard, *inputs)
+        return _each_summed(lambda x: x[None], out_axes, results)
 
-    specs = [_specs(tree, spec) for tree, spec in zip(inputs, axes, strict=True)]
-    return jax.shard_map(
+    results = jax.shard_map(
         compute,
-        in_specs=(kept, *specs),
-        out_specs=jax.tree.map(spec_of, out_axes, is_leaf=_is_axes),
+        in_specs=([spec_of(kept) for kept in lie], *(_specs(x, spec) for x, spec in zip(inputs, axes, strict=True))),
+        out_specs=jax.tree.map(
+            lambda x: spec_of(("partial", *x.axes) if isinstance(x, Summed) else x), out_axes, is_leaf=_is_axes
+        ),
         check_vma=False,  # results are split or summands of "partial": none is claimed to be equal on several devices
-    )(leaves, *inputs)
+    )([variable.get_value() for variable in variables], *inputs)
+    return _each_summed(total, out_axes, results)
 
 
 def total(partial: jax.Array) -> jax.Array:
@@ -111,8 +128,15 @@ def total(partial: jax.Array) -> jax.Array:
     return jax.lax.reduce_sum(partial, axes=(0,))  # jnp.sum would send bfloat16 as float32
 
 
-def _check_divides(name: str, shape: Sequence[int], shard: Shard) -> None:
-    for dim, (size, axis) in enumerate(zip(shape, parameter_axes(name, len(shape)), strict=True)):
+def _each_summed(change: Callable[[jax.Array], jax.Array], out_axes: Any, results: Any) -> Any:
+    """`change` of those results whose axes are `Summed`."""
+    return jax.tree.map(
+        lambda axes, x: change(x) if isinstance(axes, Summed) else x, out_axes, results, is_leaf=_is_axes
+    )
+
+
+def _check_divides(name: str, shape: Sequence[int], axes: LogicalAxes, shard: Shard) -> None:
+    for dim, (size, axis) in enumerate(zip(shape, axes, strict=True)):
         over = (RULES[axis],) if isinstance(RULES[axis], str) else RULES[axis] or ()
         parts = math.prod(shard.size(axis) for axis in over)
         if size % parts:
@@ -123,18 +147,20 @@ def _check_divides(name: str, shape: Sequence[int], shard: Shard) -> None:
             )
 
 
-def _gather(leaf: jax.Array, name: str, shard: Shard, dtype: jax.typing.DTypeLike | None) -> jax.Array:
-    over = [dim for dim, axis in enumerate(parameter_axes(name, leaf.ndim)) if axis == "embed"]
+def _gather(value: jax.Array, kept: LogicalAxes, shard: Shard, dtype: jax.typing.DTypeLike | None) -> jax.Array:
+    over = [dim for dim, axis in enumerate(kept) if axis == "embed"]
     axes = tuple(axis for axis in RULES["embed"] if shard.size(axis) > 1)
     if not over or not axes:
-        return leaf
-    if dtype is not None and name not in EXACT:
-        leaf = leaf.astype(dtype)
-    return checkpoint_name(jax.lax.all_gather(leaf, axes, axis=over[0], tiled=True), GATHERED)
+        return value
+    if dtype is not None:
+        value = value.astype(dtype)
+    return checkpoint_name(jax.lax.all_gather(value, axes, axis=over[0], tiled=True), GATHERED)
 
 
 def _is_axes(x: Any) -> bool:
-    return isinstance(x, tuple) and all(axis is None or isinstance(axis, str) for axis in x)
+    return isinstance(x, Summed) or (
+        type(x) is tuple and all(axis is None or isinstance(axis, str) for axis in x)
+    )
 
 
 def _specs(tree: Any, axes: Any) -> Any:

@@ -1,13 +1,20 @@
-"""The one table of where things live: logical axes of arrays → axes of the mesh."""
+"""Where things live on a mesh: the one table from logical axes of arrays to axes of the mesh.
 
-from collections.abc import Sequence
+A module says the logical axes of each of its parameters where it makes it: `nnx.Param(value, axes=("embed", "group"))`.
+A parameter that does not say them is refused, for a guess could split it silently in the wrong place.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "expert", "context")
+
+LogicalAxes = tuple[str | None, ...]
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -21,74 +28,68 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 }
 """Logical axis → mesh axes it is split over."""
 
-PARAMETERS: dict[str, tuple[str | None, ...]] = {
-    "embedding": ("vocabulary", "embed"),
-    "lm_head": ("vocabulary", "embed"),
-    "q_proj/kernel": ("embed", "group", None, None),
-    "q_proj/bias": ("group", None, None),
-    "k_proj/kernel": ("embed", "group", None),
-    "k_proj/bias": ("group", None),
-    "v_proj/kernel": ("embed", "group", None),
-    "v_proj/bias": ("group", None),
-    "q_norm/scale": (None,),
-    "k_norm/scale": (None,),
-    "o_proj/kernel": ("group", None, None, "embed"),
-    "o_proj/bias": (None,),
-    "q_shared/kernel": ("embed", None),
-    "q_shared/bias": (None,),
-    "o_extra/kernel": (None, None, "embed"),
-    "router/proj/kernel": ("embed", "group", None),
-    "router/bias": ("group", None),
-    "gate_proj/kernel": ("embed", "hidden"),
-    "up_proj/kernel": ("embed", "hidden"),
-    "down_proj/kernel": ("hidden", "embed"),
-    "attention_norm/scale": (None,),
-    "mlp_norm/scale": (None,),
-    "final_norm/scale": (None,),
-}
-"""End of a parameter's path → its logical axes; blocks that are stacked have an axis of layers before them."""
-
-EXACT = frozenset({"router/proj/kernel"})
-"""Parameters gathered in their own dtype: the choice of experts hangs on them."""
-
 
 def spec_of(axes: Sequence[str | None]) -> PartitionSpec:
     """Logical axes of an array → its PartitionSpec."""
     return PartitionSpec(*(RULES[axis] for axis in axes))
 
 
-def parameter_name(path: Sequence[Any]) -> str:
-    """The end of the tree path `path` that `PARAMETERS` knows.
+def variable_axes(name: str, variable: nnx.Variable) -> LogicalAxes:
+    """Logical axes of a module's variable called `name`; an axis of layers before those it states is not split.
 
     Raises:
-      KeyError: it knows none.
+      ValueError: it states none.
     """
-    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-    names = [name for name in names if name not in ("value", "raw_value")]
-    for length in (3, 2, 1):
-        if (name := "/".join(names[-length:])) in PARAMETERS:
-            return name
-    raise KeyError(f"no sharding rule for the parameter {'/'.join(names)}: add it to gqe_jax.parallel.rules.PARAMETERS")
+    axes = variable.get_metadata().get("axes")
+    if axes is None:
+        raise ValueError(
+            f"the {type(variable).__name__} {name} states no logical axes, so it cannot be placed on a mesh: make it "
+            f"with axes=(...), names of gqe_jax.parallel.rules.RULES or None, one for each of its axes"
+        )
+    return (None,) * (variable.get_value().ndim - len(axes)) + tuple(axes)
 
 
-def parameter_axes(name: str, ndim: int) -> tuple[str | None, ...]:
-    """Logical axes of a parameter; an axis of layers before them is not split."""
-    axes = PARAMETERS[name]
-    return (None,) * (ndim - len(axes)) + axes
+def is_exact(variable: nnx.Variable) -> bool:
+    """Whether a parameter is used in its own dtype whatever the computation's is: the choice of experts hangs on it."""
+    return bool(variable.get_metadata().get("exact"))
 
 
-def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """NamedSharding of each leaf of a tree of parameters, or of what has their paths (moments, gradients).
+def variables_by_path(module: nnx.Module) -> dict[str, nnx.Variable]:
+    """Path ("layers/attention/q_proj/kernel") → variable of a module, abstract ones included."""
+    return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(module))}
+
+
+def state_shardings(mesh: Mesh, tree: Any, model: nnx.Module) -> Any:
+    """NamedSharding of each leaf of a tree of the model's parameters, or of what has their paths (moments, gradients).
 
     Scalars, and arrays of anything but floats (keys, counts), are replicated.
+
+    Args:
+      mesh: over which they are split.
+      tree: nested dictionaries, in which the path of each array ends with the whole path of a variable of `model`.
+      model: may be abstract (`nnx.eval_shape`).
+
+    Raises:
+      ValueError: an array that is none of the model's, or a parameter that states no axes.
     """
+    variables = variables_by_path(model)
 
     def sharding(path, leaf):
         if not leaf.ndim or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return replicated(mesh)
-        return NamedSharding(mesh, spec_of(parameter_axes(parameter_name(path), leaf.ndim)))
+        name = _path_in(variables, path)
+        axes = variable_axes(name, variables[name])
+        return NamedSharding(mesh, spec_of((None,) * (leaf.ndim - len(axes)) + axes))
 
     return jax.tree.map_with_path(sharding, tree)
+
+
+def _path_in(variables: Mapping[str, nnx.Variable], path: Sequence[Any]) -> str:
+    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+    for start in range(len(names)):
+        if (name := "/".join(names[start:])) in variables:
+            return name
+    raise ValueError(f"the array {'/'.join(names)} is none of the model's variables: make both by one configuration")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

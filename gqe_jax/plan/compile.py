@@ -202,15 +202,13 @@ def _extents(mesh, name: str) -> dict[str, tuple[int, ...]]:
 
 def _step(request: Request, mesh) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """(jitted function, abstract arguments, the same by what they are)."""
-    import functools
-
     import jax
     import jax.numpy as jnp
     from flax import nnx
     from jax.sharding import NamedSharding
 
     from gqe_jax.generate import cast_weights
-    from gqe_jax.models.transformer import Transformer
+    from gqe_jax.models.transformer import abstract_model
     from gqe_jax.parallel.mesh import batch_sharding, check_batch
     from gqe_jax.parallel.rules import spec_of, state_shardings
     from gqe_jax.train.step import Step
@@ -238,11 +236,10 @@ def _step(request: Request, mesh) -> tuple[Any, tuple[Any, ...], dict[str, Any]]
             f"mesh.context={mesh.shape['context']}: a cache is not split along the sequence, so --mode={request.mode} "
             f"needs mesh.context=1: give its devices to mesh.expert or mesh.data"
         )
-    abstract = nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0)))
-    graphdef, params = nnx.split(abstract)
-    cast = functools.partial(cast_weights, dtype=jnp.dtype(config.model.dtype))
-    params = jax.eval_shape(cast, nnx.to_pure_dict(params))
-    params = placed(params, state_shardings(mesh, params))
+    abstract = abstract_model(config.model)
+    graphdef = nnx.split(abstract)[0]
+    params = cast_weights(abstract, jnp.dtype(config.model.dtype))
+    params = placed(params, state_shardings(mesh, params, abstract))
     cache = jax.eval_shape(lambda: nnx.merge(graphdef, params).init_cache(rows, length))
     cache_shardings = jax.tree.map(
         lambda axes: NamedSharding(mesh, spec_of(axes)), cache.axes, is_leaf=lambda axes: isinstance(axes, tuple)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from gqe_jax.attention.context_parallel import GATHERED_BYTES
-from gqe_jax.config import GQEConfig, ModelConfig, RunConfig
+from gqe_jax.config import ModelConfig, RunConfig
 from gqe_jax.flops import parameter_count
 from gqe_jax.plan.compile import Mode
 
@@ -18,27 +18,18 @@ def activation_width(model: ModelConfig, remat: str, expert: int = 1) -> int:
 
     Args:
       model: the model.
-      remat: the policy, a key of `gqe_jax.models.transformer.REMAT_POLICIES`.
+      remat: the policy, a key of `gqe_jax.remat.POLICIES`.
       expert: devices along that axis of the mesh.
     """
-    attention, d = model.attention, model.d_model
-    item = 2 if model.dtype == "bfloat16" else 4
-    dim, groups = attention.head_dim, attention.num_kv_heads // expert
-    heads = attention.query_heads[1] // expert
-    routed = isinstance(attention, GQEConfig)
-    shared = int(routed and attention.variant == "gqe")
-    slots = groups * attention.top_k if routed else heads
-    attended = item * dim * (slots + shared) + 4 * (slots + shared)  # outputs, and float32 log-sum-exps
-    products = item * (dim * (heads + 2 * groups + shared) + d + 2 * model.d_ff // expert)
-    products += 4 * heads * routed  # of the router, in float32
-    kept = {
+    d, item, hidden = model.d_model, 2 if model.dtype == "bfloat16" else 4, 2 * model.d_ff // expert
+    attention = model.attention.saved_bytes(remat, d_model=d, itemsize=item, expert=expert)
+    mlp = {
         "full": 0,
-        "attention": attended,
-        "dots": attended + products,
-        # norms, rotated keys, silu(gate), silu(gate) * up beside them
-        "none": attended + products + item * (2 * d + dim * groups + 2 * model.d_ff // expert) + 8,
+        "attention": 0,
+        "dots": item * hidden,
+        "none": item * (2 * hidden + 2 * d) + 8,  # norms, silu(gate), silu(gate) * up beside them
     }
-    return item * d + kept[remat]
+    return item * d + attention + mlp[remat]
 
 
 def tokens_per_device(mesh: Mapping[str, int], rows: int, seq_len: int) -> tuple[int, int]:
@@ -51,7 +42,7 @@ def gathered_keys(config: RunConfig, mesh: Mapping[str, int], batch_size: int, s
     attention = config.model.attention
     rows, _ = tokens_per_device(mesh, batch_size // config.train.accumulate, seq_len)
     item = 2 if config.model.dtype == "bfloat16" else 4
-    size = 2 * item * rows * seq_len * attention.num_kv_heads // mesh["expert"] * attention.head_dim
+    size = item * rows * seq_len * attention.cached_numbers(mesh["expert"])
     method = attention.context_parallel
     gathers = method == "gather" or (method == "auto" and size <= GATHERED_BYTES)
     return size if mesh["context"] > 1 and gathers else 0
@@ -72,8 +63,7 @@ def estimate(
     rows, tokens = tokens_per_device(mesh, batch_size // parts, seq_len)
     gathered = (2 * layer + 2 * table) if pieces > 1 else 0
     if mode != "train":
-        attention = model.attention
-        cache = item * 2 * model.num_layers * rows * seq_len * attention.num_kv_heads // expert * attention.head_dim
+        cache = item * model.num_layers * rows * seq_len * model.attention.cached_numbers(expert)
         working = rows * (1 if mode == "decode" else tokens) * activation_width(model, "none", expert)
         return {"weights": item * shard, "cache": cache, "gathered weights": gathered, "one layer": working}
     saved = model.num_layers * rows * tokens * activation_width(model, model.remat, expert)

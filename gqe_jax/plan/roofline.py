@@ -118,9 +118,8 @@ def hbm_bytes(config: RunConfig, mesh: Mapping[str, int], mode: Mode, batch_size
     item = 2 if model.dtype == "bfloat16" else 4
     parameters = parameter_count(model)["total"] // expert
     if mode != "train":
-        attention = model.attention
         rows = math.ceil(batch_size / (mesh["data"] * mesh["fsdp"]))
-        cache = item * 2 * model.num_layers * rows * seq_len * attention.num_kv_heads // expert * attention.head_dim
+        cache = item * model.num_layers * rows * seq_len * model.attention.cached_numbers(expert)
         tokens = rows * (1 if mode == "decode" else seq_len)
         return item * parameters + cache + 2 * model.num_layers * tokens * activation_width(model, "none", expert)
     rows, tokens = tokens_per_device(mesh, batch_size // config.train.accumulate, seq_len)
@@ -158,8 +157,7 @@ def expected_collectives(
     rows, tokens = tokens_per_device(mesh, batch_size // config.train.accumulate, seq_len)
     again = model.remat in ("attention", "full")
     hidden = item * rows * tokens * model.d_model
-    attention = model.attention
-    keys = item * 2 * rows * seq_len * attention.num_kv_heads // expert * attention.head_dim
+    keys = item * rows * seq_len * model.attention.cached_numbers(expert)
     passes = 2 + again
 
     def ring(kind, axes, count, size, rounds):

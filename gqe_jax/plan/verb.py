@@ -7,7 +7,7 @@ import dataclasses
 import pathlib
 
 from gqe_jax.aot.topologies import topology
-from gqe_jax.config import AttentionConfig, ConfigError, GQAConfig, GQEConfig, RunConfig
+from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_files import load_config
 from gqe_jax.plan import report, search
 from gqe_jax.plan.compile import MODES, Compiled, Request, compile_plan
@@ -106,10 +106,9 @@ def dense_twin(config: RunConfig) -> RunConfig:
     Raises:
       ConfigError: it is dense already.
     """
-    attention = config.model.attention
-    if not isinstance(attention, GQEConfig):
-        raise ConfigError(f"--compare=gqa: {config.name} is dense itself (attention.kind={attention.kind!r}): drop it")
-    shared = {field.name: getattr(attention, field.name) for field in dataclasses.fields(AttentionConfig)}
-    dense = GQAConfig(**shared | {"kind": "gqa", "num_query_heads": attention.num_query_experts})
+    dense = config.model.attention.dense_twin()
+    if dense is None:
+        kind = config.model.attention.kind
+        raise ConfigError(f"--compare=gqa: {config.name} is dense itself (attention.kind={kind!r}): drop it")
     model = dataclasses.replace(config.model, attention=dense)
     return dataclasses.replace(config, name=f"{config.name}, dense", model=model)

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gqe_jax.config import ConfigError, GQEConfig, ModelConfig, RopeScaling, nearest
+from gqe_jax.attention.kinds import kind_named
+from gqe_jax.config import ConfigError, ModelConfig, RopeScaling, nearest
 from gqe_jax.data.tokenizer import Tokenizer
 
 
@@ -76,11 +77,22 @@ ROPE_KEYS_OF = {  # kind → the keys of transformers that it reads
 
 
 def choose_class(model: ModelConfig, tokenizer: Tokenizer) -> tuple[Family | None, str]:
-    """The class of transformers that computes the model (None: ours), and a sentence on why."""
-    if isinstance(model.attention, GQEConfig):
-        return None, "GQEForCausalLM, in the folder's modeling_gqe.py: transformers has no class for GQE attention"
-    objections = {family.architecture: _objections(family, model, tokenizer) for family in FAMILIES}
-    for family in FAMILIES:
+    """The class of transformers that computes the model (None: ours), and a sentence on why.
+
+    Raises:
+      ConfigError: no class computes its kind of attention, and neither does our modelling file.
+    """
+    families = [family for family in FAMILIES if family.model_type in model.attention.transformers_classes]
+    if not families and model.attention.modelling_settings() is None:
+        raise ConfigError(
+            f"attention.kind={model.attention.kind!r} cannot be exported: neither a class of transformers nor the "
+            f"modelling file that travels with exports computes it; use the model through gqe_jax"
+        )
+    if not families:
+        kind = model.attention.kind
+        return None, f"GQEForCausalLM, in the folder's modeling_gqe.py: transformers has no class for {kind} attention"
+    objections = {family.architecture: _objections(family, model, tokenizer) for family in families}
+    for family in families:
         if not objections[family.architecture]:
             return family, f"{family.architecture}: dense attention that transformers has, no code in the folder"
     first, *others = objections.values()
@@ -175,24 +187,11 @@ def _gqe_to_hf(model: ModelConfig) -> dict[str, Any]:
         "qk_norm_eps": attention.qk_norm_eps,
         "sliding_window": attention.window,
         "attn_logit_softcapping": attention.softcap,
+        **(attention.modelling_settings() or {}),
     }
     if attention.rope_scaling.kind == "dynamic":
         config["rope_scaling"] = _rope_to_hf(attention.rope_scaling) | {
             "original_max_position_embeddings": attention.rope_scaling.original_context
-        }
-    if isinstance(attention, GQEConfig):
-        router = attention.router
-        config |= {
-            "router_top_k": attention.top_k,
-            "variant": attention.variant,
-            "router_kind": router.kind,
-            "router_seed": router.seed,
-            "router_aux_loss_coef": router.load_balance_weight,
-            "router_z_loss_coef": router.z_loss_weight,
-            "router_jitter": router.jitter,
-            "router_bias": router.bias_update_rate > 0,
-            "router_bias_update_rate": router.bias_update_rate,
-            "output_router_logits": False,
         }
     return config
 
@@ -347,22 +346,7 @@ def _gqe_from_hf(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "qk_norm_eps": config.get("qk_norm_eps", 1e-6),
         "softcap": config.get("attn_logit_softcapping"),
     }
-    if kind != GQE:
-        return common | {"num_query_heads": config["num_attention_heads"]}
-    missing = [key for key in ("router_top_k", "variant", "router_kind") if key not in config]
-    if missing:
-        raise ConfigError(f"{path} lacks {', '.join(missing)}: copy it again from where the folder came from")
-    rate = config.get("router_bias_update_rate", 1e-3) if config.get("router_bias") else 0.0
-    return common | {
-        "num_query_experts": config["num_attention_heads"],
-        "top_k": config["router_top_k"],
-        "variant": config["variant"],
-        "router": {
-            "kind": config["router_kind"],
-            "seed": config.get("router_seed", 0),
-            "load_balance_weight": config.get("router_aux_loss_coef", 0.01),
-            "z_loss_weight": config.get("router_z_loss_coef", 0.0),
-            "jitter": config.get("router_jitter", 0.0),
-            "bias_update_rate": rate,
-        },
-    }
+    try:
+        return common | kind_named(kind).config.from_modelling_settings(config)
+    except KeyError as error:
+        raise ConfigError(f"{path} lacks {error}: copy it again from where the folder came from") from error

@@ -15,20 +15,21 @@ import jax
 from flax import nnx
 
 from gqe_jax import flops
-from gqe_jax.config import ConfigError, GQEConfig, RunConfig
+from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build
 from gqe_jax.config_files import load_config
 from gqe_jax.data.manifest import prepared_tokenizer
 from gqe_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from gqe_jax.models.transformer import Transformer
 from gqe_jax.pytorch.exporting import LAYER_PREFIX, LAYERS_CONFIG_FILE, LAYERS_FILE
 from gqe_jax.pytorch.folder import new_folder
 from gqe_jax.pytorch.hf_config import from_hf
 from gqe_jax.pytorch.hf_tokenizer import read_tokenizer
-from gqe_jax.pytorch.model import TorchTensor, abstract_parameters, torch_tensors
+from gqe_jax.pytorch.model import TorchTensor, abstract_parameters, fill, parameter_bytes, torch_tensors
 from gqe_jax.pytorch.names import ATTENTION_PREFIX, STACKED
 from gqe_jax.pytorch.safetensors_io import FLOATING, StoredTensor, read_file, read_folder, refuse_pickle
-from gqe_jax.runs.new_run import TOKENIZER, fill, fresh_optimizer_state, parameter_bytes, save_run
-from gqe_jax.train.step import Step
+from gqe_jax.runs.new_run import TOKENIZER, save_run
+from gqe_jax.runs.state import initial_keys
 
 CONFIG_FILE = "config.py"
 # What folders hold beside the parameters: tables that can be computed, the head where it is tied to the embedding.
@@ -89,8 +90,7 @@ def import_folder(
     extra = {name for name in stored if COMPUTED.fullmatch(name) or (name == HEAD and config.model.tie_embeddings)}
     _check_fit(config, tensors, {name: tensor for name, tensor in stored.items() if name not in extra}, source)
     with new_folder(run, "--run", parameter_bytes(abstract)) as folder:
-        arrays = fill(abstract, tensors, stored)
-        save_run(folder, config, spoken, arrays, fresh_optimizer_state(config))
+        save_run(folder, config, spoken, fill(abstract, tensors, stored))
         (folder / CONFIG_FILE).write_text(_config_file(source, run, settings), encoding="utf-8")
     return config
 
@@ -136,14 +136,11 @@ def import_layers(
         own = tensor.name.removeprefix(ATTENTION_PREFIX.format(layer=tensor.layer))
         tensors.append(dataclasses.replace(tensor, name=pattern.replace("{layer}", str(tensor.layer)) + own))
     _check_fit(config, tensors, stored, source)
-    with new_folder(run, "--run", 3 * parameter_bytes(abstract)) as folder:
-        state = jax.jit(Step(config).init)()
-        fresh = {
-            ".".join(path): leaf
-            for tree in (state.params, state.router_bias)
-            for path, leaf in nnx.traversals.flatten_mapping(tree).items()
-        }
-        save_run(folder, config, spoken, fresh | fill(abstract, tensors, stored), state.opt_state)
+    with new_folder(run, "--run", parameter_bytes(abstract_parameters(config.model))) as folder:
+        init_key, _ = initial_keys(config.train.seed)
+        fresh = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(config.model, rngs=nnx.Rngs(init_key)))))()
+        fresh = {".".join(path): leaf for path, leaf in nnx.traversals.flatten_mapping(fresh).items()}
+        save_run(folder, config, spoken, fresh | fill(abstract, tensors, stored))
     return config
 
 
@@ -192,16 +189,16 @@ def _check_fit(
 ) -> None:
     """Raises ConfigError that lists every tensor that is missing, unexpected, of another shape or no floating point."""
     wanted = {tensor.name: tensor for tensor in tensors}
-    attention = config.model.attention
+    zeros = config.model.attention.zero_tensors(config.model.d_model)
     problems = [f"{name}: missing, expected {list(wanted[name].shape)}" for name in wanted if name not in stored]
     for name, found in stored.items():
         where = f"{name} in {found.file.name}"
         shape = wanted[name].shape if name in wanted else None
-        if shape is None and isinstance(attention, GQEConfig) and name.endswith("router.weight"):
-            # The routers that learn nothing are exported with zeros.
-            shape = (attention.num_query_experts, config.model.d_model)
-            if found.shape == shape and found.read().any():
-                problems.append(f"{where}: not zero, but the router_kind {attention.router.kind!r} learns nothing")
+        for zero, zero_shape in zeros.items():
+            if shape is None and name.endswith(zero):
+                shape = zero_shape
+                if found.shape == shape and found.read().any():
+                    problems.append(f"{where}: not zero, but the configuration's layers have no parameter for it")
         if shape is None:
             problems.append(f"{where}: unexpected, of shape {list(found.shape)}")
         elif found.shape != shape:
@@ -284,10 +281,9 @@ def run(args: argparse.Namespace) -> int:
         print("only the attention layers were read: the rest of the model starts from its initialisation")
         train = " ".join([shlex.quote(args.config), *(shlex.quote(f"--config.{item}") for item in args.overrides)])
     attention = config.model.attention
-    name, heads = attention.query_heads
     print(
         f"{flops.parameter_count(config.model)['total']:,} parameters, {config.model.num_layers} layers, attention "
-        f"{attention.kind} ({name} {heads}, num_kv_heads {attention.num_kv_heads}, head_dim {attention.head_dim}), "
+        f"{attention.kind} ({attention.summary}), "
         f"written to {args.run}. Next:"
     )
     quoted = shlex.quote(args.run)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gqe_jax.attention import Attention, GQEAttention, RouterBias
+from gqe_jax.attention import Attention, Buffer
 from gqe_jax.pytorch.names import ATTENTION_ROWS, Part
 
 
@@ -43,8 +43,8 @@ def layer_to_torch(layer: Attention) -> dict[str, np.ndarray]:
     for name, parts in _rows(variables).items():
         columns = [part.to_torch(np.asarray(variables[part.path].get_value())) for part in parts]
         state[name] = np.ascontiguousarray(np.concatenate(columns, axis=-1))
-    if _has_parameterless_router(layer):
-        state["router.weight"] = np.zeros(_router_shape(layer), np.float32)
+    for name, shape in layer.config.zero_tensors(layer.d_model).items():
+        state[name] = np.zeros(shape, np.float32)
     return state
 
 
@@ -66,14 +66,12 @@ def layer_from_torch(layer: Attention, state: Mapping[str, Any]) -> None:
     wanted = {name: _torch_shape(parts, variables) for name, parts in rows.items()}
     arrays = {name: _to_numpy(value) for name, value in state.items()}
     problems = []
-    if _has_parameterless_router(layer):
-        router = arrays.pop("router.weight", np.zeros(_router_shape(layer), np.float32))
-        if router.shape != _router_shape(layer):
-            problems.append(f"router.weight has shape {router.shape}, expected {_router_shape(layer)}")
-        elif router.any():
-            problems.append(
-                f"router.weight is not zero, but the layer's router.kind={layer.config.router.kind!r} learns nothing"
-            )
+    for name, shape in layer.config.zero_tensors(layer.d_model).items():
+        zeros = arrays.pop(name, np.zeros(shape, np.float32))
+        if zeros.shape != shape:
+            problems.append(f"{name} has shape {zeros.shape}, expected {shape}")
+        elif zeros.any():
+            problems.append(f"{name} is not zero, but this layer has no parameter for it ({layer.config.summary})")
     problems += [f"{name} is missing, expected shape {wanted[name]}" for name in wanted if name not in arrays]
     for name, array in arrays.items():
         if name not in wanted:
@@ -100,7 +98,7 @@ def layer_from_torch(layer: Attention, state: Mapping[str, Any]) -> None:
 
 
 def _variables(layer: Attention) -> dict[str, nnx.Variable]:
-    state = nnx.to_flat_state(nnx.state(layer, nnx.Any(nnx.Param, RouterBias)))
+    state = nnx.to_flat_state(nnx.state(layer, nnx.Any(nnx.Param, Buffer)))
     return {".".join(path): variable for path, variable in state}
 
 
@@ -116,14 +114,6 @@ def _rows(variables: dict[str, nnx.Variable]) -> dict[str, tuple[Part, ...]]:
 def _torch_shape(parts: tuple[Part, ...], variables: dict[str, nnx.Variable]) -> tuple[int, ...]:
     shapes = [part.torch_shape(variables[part.path].shape) for part in parts]
     return *shapes[0][:-1], sum(shape[-1] for shape in shapes)
-
-
-def _has_parameterless_router(layer: Attention) -> bool:
-    return isinstance(layer, GQEAttention) and layer.config.router.kind != "learned"
-
-
-def _router_shape(layer: Attention) -> tuple[int, int]:
-    return layer.config.num_query_experts, layer.d_model
 
 
 def _to_numpy(value: Any) -> np.ndarray:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 from flax import nnx
 
-from gqe_jax.attention import RouterBias
-from gqe_jax.config import GQEConfig, ModelConfig
-from gqe_jax.models.transformer import Transformer
+from gqe_jax.attention import Buffer
+from gqe_jax.config import ModelConfig
+from gqe_jax.models.transformer import abstract_model
+from gqe_jax.parallel.rules import is_exact, variables_by_path
 from gqe_jax.pytorch.names import (
     ATTENTION_PREFIX,
     BLOCK_PREFIX,
@@ -22,7 +23,7 @@ from gqe_jax.pytorch.names import (
     Part,
     Rows,
 )
-from gqe_jax.pytorch.safetensors_io import Tensor
+from gqe_jax.pytorch.safetensors_io import StoredTensor, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +101,18 @@ def _tensors(rows: Rows, shapes: Mapping[str, tuple[int, ...]], prefix: str, lay
 
 def abstract_parameters(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path → shape and dtype of a model's parameters, the biases of loss-free balancing among them."""
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    state = nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, RouterBias)))
-    return {".".join(map(str, path)): variable.get_value() for path, variable in state}
+    return {path: variable.get_value() for path, variable in _variables(config).items()}
+
+
+def exact_parameters(config: ModelConfig) -> set[str]:
+    """Paths of the parameters and buffers that keep their dtype in an export: the choice of experts hangs on them."""
+    return {
+        path for path, variable in _variables(config).items() if is_exact(variable) or isinstance(variable, Buffer)
+    }
+
+
+def _variables(config: ModelConfig) -> dict[str, nnx.Variable]:
+    return {path.replace("/", "."): variable for path, variable in variables_by_path(abstract_model(config)).items()}
 
 
 def to_write(
@@ -119,11 +129,12 @@ def to_write(
       dtype: of the tensors; None: the parameters' own.
       zero_biases: give the attention's projections that have no bias one of zeros, for a class that has all or none.
     """
-    abstract = abstract_parameters(config)
+    abstract, exact = abstract_parameters(config), exact_parameters(config)
     result = []
     for tensor in torch_tensors({path: leaf.shape for path, leaf in abstract.items()}):
-        own = abstract[tensor.parts[0].path].dtype
-        target = np.dtype(own if dtype is None or ".router." in tensor.name else dtype)
+        path = tensor.parts[0].path
+        own = abstract[path].dtype
+        target = np.dtype(own if dtype is None or path in exact else dtype)
         make = functools.partial(tensor.gather, read)
         result.append(Tensor(tensor.name, tensor.shape, target, make, source=tensor.parts[0].path))
     for name, shape in _zeros(config, zero_biases):
@@ -138,10 +149,33 @@ def _zeros(config: ModelConfig, zero_biases: bool) -> Iterator[tuple[str, tuple[
     heads, kv_heads = attention.query_heads[1], attention.num_kv_heads
     for layer in range(config.num_layers):
         prefix = ATTENTION_PREFIX.format(layer=layer)
-        if isinstance(attention, GQEConfig) and attention.router.kind != "learned":
-            yield f"{prefix}router.weight", (heads, config.d_model)
+        yield from ((prefix + name, shape) for name, shape in attention.zero_tensors(config.d_model).items())
         if zero_biases and not attention.bias:
             for name, count in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
                 yield f"{prefix}{name}.bias", (count * attention.head_dim,)
         if zero_biases and not attention.has_out_bias:
             yield f"{prefix}o_proj.bias", (config.d_model,)
+
+
+def parameter_bytes(abstract: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """Size of the parameters, which are given by path."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())
+
+
+def fill(
+    abstract: Mapping[str, jax.ShapeDtypeStruct], tensors: Sequence[TorchTensor], stored: Mapping[str, StoredTensor]
+) -> dict[str, jax.Array]:
+    """Path → array, filled in the order in which the tensors lie on disk: one of them in memory at a time."""
+    arrays = {path: _untouched_zeros(leaf.shape, leaf.dtype) for path, leaf in abstract.items()}
+    places = {tensor.name: (stored[tensor.name].file, stored[tensor.name].begin) for tensor in tensors}
+    for tensor in sorted(tensors, key=lambda tensor: places[tensor.name]):
+        tensor.scatter(stored[tensor.name].read(), arrays)
+    return {path: jax.device_put(array) for path, array in arrays.items()}
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that JAX takes over without a copy (aligned to 64 bytes), and of which only what is written exists."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    buffer = np.zeros(size + 64, np.uint8)
+    begin = -buffer.ctypes.data % 64
+    return buffer[begin : begin + size].view(dtype).reshape(shape)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from gqe_jax import flops
-from gqe_jax.config import ConfigError, GQEConfig, RunConfig
+from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.data.manifest import Manifest
 from gqe_jax.evaluate.run_report import read_run
 from gqe_jax.runs.saved_model import SavedModel
-
-PAPER = "https://arxiv.org/abs/2606.20945"
 
 CARD = """---
 library_name: transformers
@@ -64,22 +62,13 @@ def model_card(saved: SavedModel, title: str, *, dtype: str, why: str, needs_cod
       why: which class computes the model.
       needs_code: whether that class comes in the folder.
     """
-    model, attention = saved.config.model, saved.config.model.attention
-    parameters = flops.parameter_count(model)["total"]
-    if isinstance(attention, GQEConfig):
-        attending = attention.num_kv_heads * attention.top_k + (attention.variant == "gqe")
-        what = (
-            f"[Grouped Query Experts]({PAPER}): in each of {attention.num_kv_heads} KV groups a router picks "
-            f"{attention.top_k} of {attention.experts_per_group} query heads per token; {attending} heads attend, and "
-            f"{attention.num_query_experts} would in a dense layer"
-        )
-    else:
-        what = f"dense attention, {attention.query_heads[1]} query heads on {attention.num_kv_heads} KV heads"
+    attention = saved.config.model.attention
+    parameters = flops.parameter_count(saved.config.model)["total"]
     return CARD.format(
-        tag="gqe" if isinstance(attention, GQEConfig) else "gqa",
+        tag=attention.kind,
         title=title,
         folder=title,
-        summary=f"A language model of {parameters:,} parameters. Attention: {what}.",
+        summary=f"A language model of {parameters:,} parameters. Attention: {attention.summary}.",
         remote=", trust_remote_code=True" if needs_code else "",
         loading=f"Class: {why}.",
         training=_training(saved),
@@ -134,7 +123,7 @@ def _results(saved: SavedModel) -> str:
 
 def _configuration(config: RunConfig) -> dict[str, Any]:
     model, attention = config.model, config.model.attention
-    rows = {
+    return {
         "layers": model.num_layers,
         "width": model.d_model,
         "MLP width": model.d_ff,
@@ -146,10 +135,8 @@ def _configuration(config: RunConfig) -> dict[str, Any]:
         "rotary base": attention.rope_theta,
         "rotary scaling": attention.rope_scaling.kind,
         "tied embeddings": model.tie_embeddings,
+        "attention": f"{attention.kind}, {attention.summary}",
     }
-    if isinstance(attention, GQEConfig):
-        rows |= {"selected per group": attention.top_k, "variant": attention.variant, "router": attention.router.kind}
-    return rows
 
 
 def _table(rows: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Checkpoints: asynchronous saves that a kill cannot spoil, restores that say what does not fit or is damaged.
 
 A checkpoint is the directory `<step>/` with the items `params`, `opt_state` and `train` (arrays, in Orbax's format),
-`data`, `config` and `tokenizer` (JSON), and `integrity.json`: size and CRC-32 of every file. It appears under its name
+`data`, `config`, `tokenizer` and `format` (JSON), and `integrity.json`: size and CRC-32 of every file. `opt_state` is
+missing where a model was imported: training then starts with a fresh optimizer. A checkpoint appears under its name
 in one rename after all of that is written, so a run killed at any moment leaves complete checkpoints only; what was
 half-written is named `<step>.orbax-checkpoint-tmp` and is cleared away by the next run that saves.
 """
@@ -26,6 +27,7 @@ from etils import epath
 from gqe_jax.config import ConfigError
 from gqe_jax.processes.joined import every_text, first_says
 from gqe_jax.runs import integrity
+from gqe_jax.runs.state import FORMAT
 
 SPARING_PIECE = 1 << 26  # bytes
 
@@ -93,7 +95,7 @@ class Checkpoints:
         step: int,
         *,
         params: Any,
-        opt_state: Any,
+        opt_state: Any | None,
         train: Any,
         data: Mapping[str, int],
         config: Mapping[str, Any],
@@ -105,7 +107,7 @@ class Checkpoints:
         Args:
           step: number of steps taken.
           params: parameters, tree of arrays.
-          opt_state: optimizer state, tree of arrays.
+          opt_state: optimizer state, tree of arrays; None: the checkpoint is one of parameters alone.
           train: the rest of the training state, tree of arrays.
           data: position in the data: seed and step.
           config: resolved configuration, JSON-serialisable.
@@ -120,10 +122,11 @@ class Checkpoints:
         """
         self.wait()
         arrays = {"params": params, "opt_state": opt_state, "train": train}
+        arrays = {name: tree for name, tree in arrays.items() if tree is not None}
         if first_says("saved" if step in self.steps() else ""):
             return False
         files = {name: base64.b64encode(content).decode("ascii") for name, content in tokenizer.items()}
-        texts = {"data": dict(data), "config": dict(config), "tokenizer": files}
+        texts = {"data": dict(data), "config": dict(config), "tokenizer": files, "format": {"version": FORMAT}}
         items = {name: ocp.args.StandardSave(tree, self._pieces(tree)) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(value) for name, value in texts.items()}
         self._saving = step
@@ -163,6 +166,27 @@ class Checkpoints:
     def read_tokenizer(self, step: int) -> dict[str, bytes]:
         """The tokenizer's files, by name, saved with `step`."""
         return {name: base64.b64decode(content) for name, content in self._read_json(step, "tokenizer").items()}
+
+    def read_format(self, step: int) -> int:
+        """The number of the form in which `step` was written.
+
+        Raises:
+          ConfigError: a newer version of gqe_jax wrote it, in a form that this one cannot read.
+        """
+        form = self._read_json(step, "format")["version"] if self._has(step, "format") else 1
+        if not isinstance(form, int) or not 1 <= form <= FORMAT:
+            raise ConfigError(
+                f"the checkpoint of step {step} in {self.directory} has format {form!r}, but this gqe_jax reads "
+                f"formats 1 to {FORMAT}: use the newer version of gqe_jax that wrote it"
+            )
+        return form
+
+    def has_optimizer(self, step: int) -> bool:
+        """Whether `step` holds an optimizer state, and not parameters alone."""
+        return self._has(step, "opt_state")
+
+    def _has(self, step: int, item: str) -> bool:
+        return bool(int(first_says(str(int((self.directory / str(step) / item).is_dir())))))
 
     def read_data(self, step: int) -> dict[str, int]:
         """The position in the data, saved with `step`."""
@@ -261,7 +285,7 @@ class Checkpoints:
             handlers = None
             if self._sparing:
                 handlers = {name: _sparing_handler() for name in ("params", "opt_state", "train")}
-                handlers |= {name: ocp.JsonCheckpointHandler() for name in ("data", "config", "tokenizer")}
+                handlers |= {name: ocp.JsonCheckpointHandler() for name in ("data", "config", "tokenizer", "format")}
             self._writer = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         return self._writer
 

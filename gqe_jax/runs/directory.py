@@ -1,7 +1,6 @@
-"""A run's directory: `config.json`, `metrics.jsonl`, `checkpoints/`; and how a trained model is read back from it."""
+"""A run's directory: `config.json`, `metrics.jsonl`, `checkpoints/`, and the lock of the process that trains there."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import socket
@@ -11,22 +10,14 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
-from flax import nnx
 
-from gqe_jax.attention import RouterBias
 from gqe_jax.config import ConfigError, RunConfig
-from gqe_jax.config_dict import build, to_dict
+from gqe_jax.config_dict import to_dict
 from gqe_jax.data.manifest import MANIFEST_FILE
 from gqe_jax.data.reading.mixture import MIXTURE_FILE
-from gqe_jax.data.tokenizer import Tokenizer, tokenizer_from_files
-from gqe_jax.models.transformer import Transformer
-from gqe_jax.parallel.mesh import check_model, make_mesh
-from gqe_jax.parallel.rules import state_shardings
 from gqe_jax.processes.joined import first_says
 from gqe_jax.runs.checkpoint import CheckpointFailed, Checkpoints
-from gqe_jax.train.step import Step, TrainState
 
 try:
     import fcntl
@@ -44,88 +35,6 @@ FREE_TO_CHANGE = {  # how the model is computed, not what it is
 }
 
 _LOCK_WAIT = 5.0  # seconds for the process that had the run before to end: it may have been told to a moment ago
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedModel:
-    """A model as a checkpoint holds it, with what is needed to use it."""
-
-    step: int
-    config: RunConfig
-    tokenizer: Tokenizer
-    model: Transformer
-
-
-def load_model(
-    directory: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None
-) -> TrainedModel:
-    """Reads parameters, configuration and tokenizer of a run's newest checkpoint, or of the one of `step`.
-
-    Args:
-      directory: of the run.
-      step: None: the newest.
-      mesh: over which the parameters are spread, as `parallel.rules` says; None: one device holds them.
-
-    Raises:
-      ConfigError: no such run or step.
-      CheckpointDamaged: files that are not what was written.
-    """
-    with Checkpoints(epath.Path(directory) / CHECKPOINTS) as checkpoints:
-        step = checkpoints.latest() if step is None else step
-        if step is None:
-            raise ConfigError(
-                f"--run={str(directory)!r} holds no checkpoint: name the directory of a run that `gqe train` has "
-                f"trained, or train one with `gqe train --config smoke --run {directory}`"
-            )
-        checkpoints.verify(step, items=("config", "tokenizer"))
-        config = build(checkpoints.read_config(step))
-        tokenizer = tokenizer_from_files(checkpoints.read_tokenizer(step))
-        graphdef, params, router_bias = nnx.split(
-            nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0))), nnx.Param, RouterBias
-        )
-        abstract = {
-            "params": nnx.to_pure_dict(params),
-            "train": {
-                "step": jax.ShapeDtypeStruct((), jnp.int32),
-                "key": jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))),
-                "router_bias": nnx.to_pure_dict(router_bias),
-            },
-        }
-        if mesh is None:
-            mesh = make_mesh(devices=jax.local_devices()[:1])
-        check_model(mesh, config.model)
-        shardings = state_shardings(mesh, abstract)
-        restored = checkpoints.restore(step, **jax.tree.map(_placed, abstract, shardings))
-    model = nnx.merge(graphdef, restored["params"], restored["train"]["router_bias"])
-    return TrainedModel(step, config, tokenizer, model)
-
-
-def abstract_items(step: Step) -> dict[str, Any]:
-    """Shapes, dtypes and places of a checkpoint's items, for a run that goes on from them on `step`'s mesh."""
-    items = jax.eval_shape(checkpoint_items, step.abstract_state)
-    return jax.tree.map(_placed, items, state_shardings(step.mesh, items))
-
-
-def _placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def checkpoint_items(state: TrainState) -> dict[str, Any]:
-    """The state as the checkpoint's items hold it: the key as plain numbers."""
-    train = {"step": state.step, "key": jax.random.key_data(state.key), "router_bias": state.router_bias}
-    return {"params": state.params, "opt_state": state.opt_state, "train": train}
-
-
-def state_from_items(items: dict[str, Any]) -> TrainState:
-    """The reverse of `checkpoint_items`."""
-    train = items["train"]
-    return TrainState(
-        step=train["step"],
-        params=items["params"],
-        opt_state=items["opt_state"],
-        router_bias=train["router_bias"],
-        key=jax.random.wrap_key_data(train["key"]),
-    )
 
 
 def check_directory(directory: str | Path) -> epath.Path:

@@ -17,10 +17,6 @@ from etils import epath
 
 from gqe_jax.config import ConfigError
 
-DEAD = 0.01  # share of the uniform load below which an expert counts as dead
-OVERLOADED = 0.9  # of the way from the uniform load to all tokens, above which an expert counts as overloaded
-MAX_WARNINGS = 4
-
 Value = float | int | str | list[Any] | None
 
 
@@ -201,16 +197,6 @@ class Stopwatch:
         return tokens / seconds, steps_left * self._seconds / self._steps
 
 
-def balance(load: np.ndarray) -> float:
-    """Worst max / mean of a router's load over layers and groups: 1 is perfect, M / k is one choice for all tokens.
-
-    Args:
-      load: [L, G, M], share of the tokens that select each expert.
-    """
-    load = np.asarray(load, np.float64)
-    return float(np.max(load.max(-1) / np.maximum(load.mean(-1), 1e-9)))
-
-
 def progress_line(
     step: int,
     steps: int,
@@ -221,7 +207,7 @@ def progress_line(
     gradient_norm: float,
     tokens_per_second: float,
     seconds_left: float,
-    balance: float | None,
+    note: str | None,
     mfu: float | None,
     data_wait: float = 0.0,
 ) -> str:
@@ -236,7 +222,7 @@ def progress_line(
       gradient_norm: global norm before clipping.
       tokens_per_second: of training alone.
       seconds_left: until the end of the run.
-      balance: `balance(load)`; None for a model without a router.
+      note: of the model's kind of attention (`AttentionConfig.progress_note`), or None.
       mfu: model FLOP utilisation; None where the devices' peak is not known.
       data_wait: share of the training time spent waiting for data; shown above 1%.
     """
@@ -249,8 +235,8 @@ def progress_line(
         f"{tokens_per_second:>9,.0f} tok/s",
         f"{format_duration(seconds_left):>6} left",
     ]
-    if balance is not None:
-        fields.append(f"router max/mean {balance:5.2f}")
+    if note is not None:
+        fields.append(note)
     if mfu is not None:
         fields.append(f"mfu {mfu:6.1%}")
     if data_wait > 0.01:
@@ -269,36 +255,3 @@ def format_duration(seconds: float) -> str:
     if days < 1:
         return f"{hours}h{minutes % 60:02d}m"
     return f"{days}d{hours % 24:02d}h"
-
-
-def router_warnings(load: np.ndarray, top_k: int) -> list[str]:
-    """What is wrong with the balance of a learned router, in words; nothing if it is well.
-
-    An expert is dead if it gets less than 1% of the uniform share k / M, and overloaded above nine tenths of
-    the way from that share to all tokens.
-
-    Args:
-      load: [L, G, M], share of the tokens that select each expert (sums to k over M).
-      top_k: k, experts selected per token in each group.
-
-    Returns:
-      Nothing, or at most five lines: one for each of the worst groups (the most dead experts, then the fullest), then
-      how many more there are and what to do.
-    """
-    load = np.asarray(load, np.float64)
-    uniform = top_k / load.shape[-1]
-    if uniform == 1:
-        return []
-    dead, overloaded = load < DEAD * uniform, load > uniform + OVERLOADED * (1 - uniform)
-    bad = np.argwhere((dead | overloaded).any(-1))
-    worst = sorted(bad.tolist(), key=lambda at: (dead[*at].sum(), load[*at].max()), reverse=True)
-    lines = []
-    for layer, group in worst[:MAX_WARNINGS]:
-        faults = []
-        for name, mask in (("dead", dead[layer, group]), ("overloaded", overloaded[layer, group])):
-            experts = ", ".join(f"expert {m} ({load[layer, group, m]:.1%})" for m in np.flatnonzero(mask))
-            faults += [f"{name}: {experts}"] if experts else []
-        lines.append(f"router of layer {layer}, group {group}: {'; '.join(faults)}; uniform: {uniform:.1%}")
-    more = f"and {len(bad) - MAX_WARNINGS} more groups; " if len(bad) > MAX_WARNINGS else ""
-    advice = f"{more}if this lasts, raise model.attention.router.load_balance_weight or init_std"
-    return [*lines, advice] if lines else []

@@ -15,9 +15,12 @@ from etils import epath
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build
 from gqe_jax.data.tokenizer import Tokenizer, tokenizer_from_files
-from gqe_jax.pytorch.model import abstract_parameters
+from gqe_jax.models.transformer import abstract_model
+from gqe_jax.parallel.rules import variables_by_path
 from gqe_jax.runs.checkpoint import Checkpoints
 from gqe_jax.runs.directory import CHECKPOINTS
+from gqe_jax.runs.load import chosen_step
+from gqe_jax.runs.state import buffers_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +50,16 @@ def open_model(directory: str | Path, step: int | None = None) -> SavedModel:
       CheckpointDamaged: files that are not what was written.
     """
     with Checkpoints(epath.Path(directory) / CHECKPOINTS) as checkpoints:
-        step = checkpoints.latest() if step is None else step
-        if step is None:
-            raise ConfigError(
-                f"--run={str(directory)!r} holds no checkpoint: name the directory of a run that `gqe train` or "
-                f"`gqe import` made"
-            )
+        step = chosen_step(checkpoints, directory, step)
+        buffers = buffers_name(checkpoints.read_format(step))
         checkpoints.verify(step, items=("config", "tokenizer", "params", "train"))
         config = build(checkpoints.read_config(step))
         tokenizer = tokenizer_from_files(checkpoints.read_tokenizer(step))
         root = checkpoints.directory / str(step)
     handler = ocp.PyTreeCheckpointHandler()
-    places = {**_leaves(handler, root, "params"), **_leaves(handler, root, "train", "router_bias")}
-    wanted = abstract_parameters(config.model)
+    places = {**_leaves(handler, root, "params"), **_leaves(handler, root, "train", buffers)}
+    wanted = variables_by_path(abstract_model(config.model))
+    wanted = {path.replace("/", "."): variable.get_value() for path, variable in wanted.items()}
     found = {path: tuple(leaf.shape) for path, (_, _, leaf) in places.items()}
     if found != {path: leaf.shape for path, leaf in wanted.items()}:
         raise ConfigError(

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import jax
 
 from gqe_jax import flops
-from gqe_jax.config import GQEConfig, RunConfig
+from gqe_jax.config import RunConfig
 from gqe_jax.data.reading.prepared import PreparedData
 from gqe_jax.evaluate.heldout import HeldOut
-from gqe_jax.runs.metrics import MetricWriter, Stopwatch, balance, progress_line, router_warnings
+from gqe_jax.runs.metrics import MetricWriter, Stopwatch, progress_line
+from gqe_jax.train.step import STEP_METRICS
 
 SECONDS = ("step", "data_wait", "checkpoint", "evaluation", "compile")
 
@@ -113,23 +114,18 @@ class Log:
             "tokens_per_second": rate,
             "mfu": flops.mfu(work, 1.0, jax.device_count(), jax.devices()[0].device_kind),
         }
-        load = metrics.get("load")
-        worst = None if load is None else balance(load)
-        say(progress_line(step, self.config.train.steps, **shown, seconds_left=left, balance=worst, data_wait=waited))
-        router = {name: metrics[name] for name in ("load", "entropy", "load_balance_loss") if name in metrics}
-        self.writer.write(step, shown | {"clip_factor": metrics["clip_factor"]} | router | self._split(*SECONDS))
-        self._warn(load)
+        layers = {name: value for name, value in metrics.items() if name not in STEP_METRICS}
+        attention = self.config.model.attention
+        note = attention.progress_note(layers)
+        say(progress_line(step, self.config.train.steps, **shown, seconds_left=left, note=note, data_wait=waited))
+        self.writer.write(step, shown | {"clip_factor": metrics["clip_factor"]} | layers | self._split(*SECONDS))
+        warnings = attention.warnings(layers)
+        if warnings and not self.warned:  # once when it begins; again only after it was well in between
+            say("\n".join(f"warning: {line}" for line in warnings))
+        self.warned = warnings
 
     def _split(self, *purposes: str) -> dict[str, float]:
         """Where time has gone that no line has told yet; over all lines of a run they add up to its time."""
         split = {f"seconds/{purpose}": self.seconds[purpose] for purpose in purposes if self.seconds[purpose]}
         self.seconds |= dict.fromkeys(purposes, 0.0)
         return split
-
-    def _warn(self, load: Any) -> None:
-        attention = self.config.model.attention
-        if isinstance(attention, GQEConfig) and attention.router.kind == "learned":
-            warnings = router_warnings(load, attention.top_k)
-            if warnings and not self.warned:  # once when it begins; again only after it was well in between
-                say("\n".join(f"warning: {line}" for line in warnings))
-            self.warned = warnings

@@ -1,6 +1,7 @@
 """Training from the configuration to the last checkpoint, in the order in which it happens."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -20,10 +21,12 @@ from gqe_jax.parallel.mesh import check_batch, check_model, describe, make_mesh,
 from gqe_jax.processes.joined import check_equal, first_says
 from gqe_jax.runs import directory as runs
 from gqe_jax.runs.checkpoint import CheckpointDamaged, Checkpoints
+from gqe_jax.runs.load import abstract_items
 from gqe_jax.runs.metrics import MetricWriter
+from gqe_jax.runs.state import TrainState, items_of, state_of
 from gqe_jax.train.log import Log, say
 from gqe_jax.train.profile import Profile, memory_line
-from gqe_jax.train.step import Step, TrainState
+from gqe_jax.train.step import Step
 from gqe_jax.train.stop import Interrupted, stop_requests
 
 
@@ -104,7 +107,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
             state = step.initial_state()
 
         def evaluate_state(limit: int | None) -> HeldOut:
-            compiled = functools.partial(step.evaluate, state.params, state.router_bias)
+            compiled = functools.partial(step.evaluate, state.params, state.buffers)
             rows = config.data.batch_size // config.train.accumulate
             return evaluate(compiled, data, mesh, batch_size=rows, limit=limit)
 
@@ -154,7 +157,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
                     writer.upload()
                     checkpoints.save(
                         now,
-                        **runs.checkpoint_items(state),
+                        **items_of(state),
                         data={"seed": config.data.seed, "step": now, "prepared": data.digest},
                         config=to_dict(config),
                         tokenizer=data.tokenizer.files(),
@@ -188,7 +191,11 @@ def _restore(
         runs.check_same_model(directory, saved, step.config)
         data.check_tokenizer(tokenizer_from_files(checkpoints.read_tokenizer(newest)))
         read_so_far = checkpoints.read_data(newest)
-        items = checkpoints.restore(newest, **runs.abstract_items(step))
+        form = checkpoints.read_format(newest)
+        wanted = step.abstract_state
+        if not checkpoints.has_optimizer(newest):
+            wanted = dataclasses.replace(wanted, opt_state=None)
+        items = checkpoints.restore(newest, **abstract_items(wanted, form, step.abstract_model, step.mesh))
     except CheckpointDamaged as damage:
         if not previous_checkpoint:
             raise
@@ -200,4 +207,5 @@ def _restore(
         say(f"changed since: {line}")
     if read_so_far["prepared"] != data.digest:
         say(f"changed since: the prepared data; the run goes on with the rows of {data.name}")
-    return runs.state_from_items(items)
+    state = state_of(items, form)
+    return state if state.opt_state is not None else step.with_fresh_optimizer(state)

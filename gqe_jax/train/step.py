@@ -9,35 +9,19 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from gqe_jax.attention import RouterBias
-from gqe_jax.config import GQEConfig, RunConfig
+from gqe_jax.attention import Buffer
+from gqe_jax.config import RunConfig
 from gqe_jax.evaluate.heldout import batch_loss
-from gqe_jax.models.transformer import Transformer
+from gqe_jax.models.transformer import Transformer, abstract_model
 from gqe_jax.parallel.rules import replicated, state_shardings
+from gqe_jax.runs.state import TrainState, initial_keys
 from gqe_jax.train.optimizer import clip_state, learning_rate, make_optimizer
+
+STEP_METRICS = ("loss", "tokens", "learning_rate", "gradient_norm", "clip_factor")
+"""Names of the metrics that a step has whatever its layers report."""
 
 Batch = dict[str, jax.Array]
 """tokens, targets, segment_ids, positions: int32 [B, S]; mask: bool [B, S], where the target is real."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """All that training changes.
-
-    Attributes:
-      step: int32 scalar, steps taken.
-      params: nested dict of the model's parameters.
-      opt_state: of the optimizer.
-      router_bias: nested dict of loss-free balancing's biases, empty where it is off.
-      key: random key of the run; step s draws from fold_in(key, s).
-    """
-
-    step: jax.Array
-    params: dict[str, Any]
-    opt_state: optax.OptState
-    router_bias: dict[str, Any]
-    key: jax.Array
 
 
 class Step:
@@ -53,10 +37,11 @@ class Step:
         self.mesh = mesh
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.learning_rate = learning_rate(config.optimizer, config.train.steps)
-        model = nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0)))
-        self.graphdef = nnx.split(model, nnx.Param, RouterBias)[0]
+        model = abstract_model(config.model)
+        self.abstract_model = model
+        self.graphdef = nnx.split(model, nnx.Param, Buffer)[0]
         self.abstract_state = jax.eval_shape(self.init)
-        self.shardings = None if mesh is None else state_shardings(mesh, self.abstract_state)
+        self.shardings = None if mesh is None else state_shardings(mesh, self.abstract_state, model)
         self.initial_state = jax.jit(self.init, out_shardings=self.shardings)
         everywhere = None if mesh is None else replicated(mesh)  # metrics, for every process to read
         self.train = jax.jit(self._train, donate_argnums=0, out_shardings=(self.shardings, everywhere))
@@ -64,20 +49,25 @@ class Step:
 
     def init(self) -> TrainState:
         """The state before the first step, as a function of `config.train.seed` alone."""
-        init_key, key = jax.random.split(jax.random.key(self.config.train.seed))
+        init_key, key = initial_keys(self.config.train.seed)
         model = Transformer(self.config.model, rngs=nnx.Rngs(init_key))
-        _, params, router_bias = nnx.split(model, nnx.Param, RouterBias)
+        _, params, buffers = nnx.split(model, nnx.Param, Buffer)
         params = nnx.to_pure_dict(params)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=self.optimizer.init(params),
-            router_bias=nnx.to_pure_dict(router_bias),
+            buffers=nnx.to_pure_dict(buffers),
             key=key,
         )
 
-    def model(self, params: dict[str, Any], router_bias: dict[str, Any]) -> Transformer:
-        return nnx.merge(self.graphdef, params, router_bias)
+    def with_fresh_optimizer(self, state: TrainState) -> TrainState:
+        """A state that came without one, with the optimizer's state before the first step."""
+        shardings = None if self.shardings is None else self.shardings.opt_state
+        return dataclasses.replace(state, opt_state=jax.jit(self.optimizer.init, out_shardings=shardings)(state.params))
+
+    def model(self, params: dict[str, Any], buffers: dict[str, Any]) -> Transformer:
+        return nnx.merge(self.graphdef, params, buffers)
 
     def _train(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         parts = self.config.train.accumulate
@@ -86,10 +76,10 @@ class Step:
         gradient = jax.value_and_grad(self._loss, has_aux=True)
 
         if parts == 1:
-            (_, metrics), grads = gradient(state.params, state.router_bias, batch, keys[0], tokens)
+            (_, metrics), grads = gradient(state.params, state.buffers, batch, keys[0], tokens)
         else:
             def accumulate(grads, part):
-                (_, metrics), new = gradient(state.params, state.router_bias, *part, tokens)
+                (_, metrics), new = gradient(state.params, state.buffers, *part, tokens)
                 return jax.tree.map(jnp.add, grads, new), metrics
 
             zeros = self._like_params(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params))
@@ -110,39 +100,34 @@ class Step:
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,
-            router_bias=self._balance(state.router_bias, metrics),
+            buffers=self._updated(state.buffers, metrics),
         ), metrics
 
     def _like_params(self, tree: Any) -> Any:
         """Split over the mesh as the parameters are."""
         return tree if self.shardings is None else jax.lax.with_sharding_constraint(tree, self.shardings.params)
 
-    def _loss(self, params, router_bias, batch: Batch, key: jax.Array, tokens: jax.Array):
-        """The share of `batch` in the step's loss: LM loss per token of the whole batch, router losses per part."""
-        model = self.model(params, router_bias)
-        x, stats = model(
+    def _loss(self, params, buffers, batch: Batch, key: jax.Array, tokens: jax.Array):
+        """The share of `batch` in the step's loss: LM loss per token of the whole batch, auxiliary losses per part."""
+        model = self.model(params, buffers)
+        x, report = model(
             batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"], key=key
         )
         losses = model.losses(x, batch["targets"], self.config.train.loss_chunk)
         loss = total = jnp.sum(losses * batch["mask"]) / tokens
-        metrics = {"loss": loss}
-        if stats is not None:
-            router = self.config.model.attention.router
-            auxiliary = router.load_balance_weight * stats.load_balance_loss + router.z_loss_weight * stats.z_loss
-            total += auxiliary.sum() / self.config.train.accumulate
-            metrics |= {"load": stats.load, "entropy": stats.entropy, "load_balance_loss": stats.load_balance_loss}
+        total += report.auxiliary_loss.sum() / self.config.train.accumulate
+        metrics = {"loss": loss} | report.metrics
         return total, metrics
 
-    def _balance(self, router_bias: dict[str, Any], metrics: dict[str, jax.Array]) -> dict[str, Any]:
-        """Loss-free balancing (Wang et al. 2024): nudges each expert's bias against the sign of its load error."""
-        attention = self.config.model.attention
-        if not isinstance(attention, GQEConfig) or not attention.router.bias_update_rate:
-            return router_bias
-        error = attention.top_k / attention.experts_per_group - metrics["load"]
-        return jax.tree.map(lambda bias: bias + attention.router.bias_update_rate * jnp.sign(error), router_bias)
+    def _updated(self, buffers: dict[str, Any], metrics: dict[str, jax.Array]) -> dict[str, Any]:
+        """The buffers after a step: the attention layers' by their kind's rule, from the metrics of the whole step."""
+        if not buffers:
+            return buffers
+        update = self.config.model.attention.updated_buffers
+        return {"layers": {"attention": update(buffers["layers"]["attention"], metrics)}}
 
-    def _evaluate(self, params, router_bias, batch: Batch) -> dict[str, jax.Array]:
-        return batch_loss(self.model(params, router_bias), batch)
+    def _evaluate(self, params, buffers, batch: Batch) -> dict[str, jax.Array]:
+        return batch_loss(self.model(params, buffers), batch)
 
 
 def _split(batch: Batch, parts: int) -> Batch:

@@ -1,6 +1,7 @@
-"""The key/value cache of generation: the same for dense attention and for GQE, whose keys and values are dense."""
+"""Caches of generation: the protocol that generation, planning and the model touch, and the cache of dense keys."""
 
 import dataclasses
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,32 @@ import jax.numpy as jnp
 from gqe_jax.kernels.mesh_axes import debug_check, vary, varying_axes
 
 LANES = 128  # of a TPU: an array whose last axis is shorter is padded there, or transposed
+
+
+class Cache(Protocol):
+    """What a layer keeps of the tokens it has seen; a pytree, which a model stacks over its layers."""
+
+    @property
+    def lengths(self) -> jax.Array:
+        """int32 [B], tokens held by each row: of the one layer, or of the one whose turn it is."""
+        ...
+
+    def append(self, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> Self:
+        """The cache with S tokens more: what the layer keeps of each; segment id 0 is padding behind the tokens."""
+        ...
+
+    def at(self, layer: jax.Array | None) -> Self:
+        """The same stacked cache, for the layer of that index; None: for the loop over layers again."""
+        ...
+
+    @property
+    def axes(self) -> Any:
+        """Logical axes of its arrays (`parallel.rules`): a tree like this one."""
+        ...
+
+    def check(self, batch: int, heads: tuple[int, int], parts: int = 1) -> None:
+        """Raises ValueError unless it was made for `batch` rows and (G, D) heads that `parts` devices share out."""
+        ...
 
 
 @jax.tree_util.register_dataclass
@@ -61,11 +88,30 @@ class KVCache:
         return dataclasses.replace(self, layer=layer)
 
     @property
-    def axes(self) -> "KVCache":
-        """Logical axes of the arrays (`parallel.rules`)."""
+    def axes(self) -> Any:
+        """Logical axes of the arrays (`parallel.rules`): a tree like this one."""
         layers = (None,) * (self.length.ndim - 1)
         buffer = (*layers, "batch", None, "group", None)
-        return KVCache(buffer, buffer, (*layers, "batch"), None if self.layer is None else ())
+        layer = None if self.layer is None else ()
+        return dataclasses.replace(self, k=buffer, v=buffer, length=(*layers, "batch"), layer=layer)
+
+    def check(self, batch: int, heads: tuple[int, int], parts: int = 1) -> None:
+        """Raises ValueError unless it holds `batch` rows of (G, D) heads that `parts` devices can share out."""
+        groups, dim = heads
+        *rows, held, width = self.k.shape
+        fits = (
+            len(rows) == (2 if self.layer is None else 3)
+            and rows[-2] == batch
+            and held * width == groups * dim
+            and width in (dim, dim if LANES % dim else LANES)
+            and held % parts == 0
+        )
+        if not fits:
+            raise ValueError(
+                f"cache has keys of shape {self.k.shape}, which are not those of B={batch} rows in num_kv_heads="
+                f"{groups} heads of head_dim={dim}: make it by this layer's init_cache({batch}, capacity), under the "
+                f"same mesh"
+            )
 
     @property
     def lengths(self) -> jax.Array:

@@ -1,0 +1,58 @@
+"""The registry of kinds of attention: `model.attention.kind` → its configuration and its layer."""
+
+import dataclasses
+import inspect
+from typing import Any, NamedTuple
+
+from gqe_jax.attention.base import Attention
+from gqe_jax.attention.gqa import GQAConfig, GQAttention
+from gqe_jax.attention.gqe import GQEAttention, GQEConfig
+from gqe_jax.config import AttentionConfig, ConfigError
+
+
+class Kind(NamedTuple):
+    """A kind of attention: the config that answers for it, and the layer that computes it."""
+
+    config: type[AttentionConfig]
+    layer: type[Attention]
+
+
+def checked(kinds: dict[str, Kind]) -> dict[str, Kind]:
+    """`kinds`, if each answers every question and its layer is made from its config.
+
+    Raises:
+      TypeError: naming the kind and what it lacks.
+    """
+    for name, (config, layer) in kinds.items():
+        if inspect.isabstract(config):
+            raise TypeError(
+                f"kind {name!r}: {config.__name__} does not answer {', '.join(sorted(config.__abstractmethods__))}: "
+                f"every kind states all of AttentionConfig's abstract members"
+            )
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        if defaults["kind"] != name or layer.Config is not config:
+            raise TypeError(
+                f"kind {name!r}: {config.__name__}.kind is {defaults['kind']!r} and {layer.__name__}.Config is "
+                f"{layer.Config.__name__}: both have to be those of the kind"
+            )
+    return kinds
+
+
+KINDS: dict[str, Kind] = checked({"gqe": Kind(GQEConfig, GQEAttention), "gqa": Kind(GQAConfig, GQAttention)})
+
+
+def kind_named(name: Any) -> Kind:
+    """The kind called `name`.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if not isinstance(name, str) or name not in KINDS:
+        raise ConfigError(f"model.attention.kind={name!r} is unknown: use one of {', '.join(map(repr, KINDS))}")
+    return KINDS[name]
+
+
+def make_attention(config: AttentionConfig, d_model: int, **options: Any) -> Attention:
+    """The layer that `config` describes; `options` are the constructor's others (dtype, initialisation, rngs)."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return kind_named(fields.pop("kind")).layer(d_model, **fields, **options)
