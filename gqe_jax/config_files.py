@@ -11,9 +11,9 @@ from typing import Any
 
 import ml_collections
 
-import gqe_jax.configs
 from gqe_jax.config import ConfigError, RunConfig, nearest
 from gqe_jax.config_dict import build
+from gqe_jax.configs import shipped_configs
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -59,12 +59,6 @@ def parse_argument(argument: str | None, **defaults: Any) -> ml_collections.Conf
         if type(default) is int and default > 0 and result[name] < 1:
             raise ConfigError(f"{name}={result[name]}, behind the colon of --config, must be at least 1: raise {name}")
     return result
-
-
-def shipped_configs() -> dict[str, Path]:
-    """Name → file of the configs that come with gqe_jax."""
-    (directory,) = gqe_jax.configs.__path__
-    return {path.stem: path for path in sorted(Path(directory).glob("[!_]*.py"))}
 
 
 def _find(name: str) -> Path:
