@@ -100,15 +100,6 @@ def test_help_names_what_can_be_chosen(gqe):
     assert {field.name for field in dataclasses.fields(MeshConfig)} <= words
 
 
-def test_importing_the_command_is_light():
-    """`gqe --help` imports no library that reads data or checkpoints."""
-    heavy = ("orbax", "grain", "torch", "tensorflow")
-    code = f"import sys, gqe_jax.cli.main; print([m for m in {heavy} if m in sys.modules])"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert out.stdout == "[]\n"
-
-
 # ---------------------------------------------------------------------------- bad input
 
 
