@@ -38,7 +38,8 @@ def _to_config_dict(config: Any) -> ml_collections.ConfigDict:
         if dataclasses.is_dataclass(value):
             result[field.name] = _to_config_dict(value)
         elif value is None:
-            result[field.name] = ml_collections.config_dict.placeholder(_without_none(hints[field.name]))
+            kind = _without_none(hints[field.name])
+            result[field.name] = ml_collections.config_dict.placeholder(typing.get_origin(kind) or kind)
         else:
             result[field.name] = value
     return result
@@ -103,6 +104,14 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _build(kind, value, path + ".")
     if typing.get_origin(kind) is Literal:
         return value  # the dataclass checks it
+    if typing.get_origin(kind) is tuple:  # tuple[X, ...]; JSON has lists for it
+        element, _ = typing.get_args(kind)
+        if not isinstance(value, tuple | list):
+            raise ConfigError(
+                f"{path}={value!r} has type {type(value).__name__}, but must be a sequence of {element.__name__}"
+                f"{' or None' if optional else ''}: write it with commas, such as {_example(element)}"
+            )
+        return tuple(_convert(element, entry, f"{path}[{index}]") for index, entry in enumerate(value))
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
@@ -113,3 +122,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if kind is float and not math.isfinite(value):
         raise ConfigError(f"{path}={value} must be a finite number: correct the value")
     return value
+
+
+def _example(element: type) -> str:
+    return {int: "1,2", float: "0.5,1.0", str: "a,b", bool: "True,False"}[element]

@@ -22,7 +22,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
     Args:
       spec: path of a Python file that defines `get_config(arg=None)`, or the name of a config that comes with gqe_jax
         ("smoke"); behind a colon the argument that get_config is called with.
-      overrides: "a.b=value" each. Values are read as Python literals; None, true and false as usual.
+      overrides: "a.b=value" each. Values are read as Python literals; None, true and false as usual, sequences with
+        commas ("1,2").
 
     Raises:
       ConfigError: no such file, no such key, a value of the wrong type, or a rule broken.
@@ -113,9 +114,10 @@ def _override(config: ml_collections.ConfigDict, assignment: str) -> None:
         raise ConfigError(f"config key {key!r} is a group: set one of {', '.join(config[leaf])}")
     try:
         plain = kind is str and text != "None" and text[:1] not in ("'", '"')  # a string may look like a number
-        config[leaf] = text if plain else _literal(text)
+        value = text if plain else _literal(text)
+        config[leaf] = _sequence(value, text) if kind is tuple and value is not None else value
     except TypeError:
-        what = "a finite number" if kind is float else f"of type {kind.__name__}"
+        what = {float: "a finite number", tuple: "a sequence"}.get(kind, f"of type {kind.__name__}")
         raise ConfigError(f"{key}={text!r} must be {what}: correct the value") from None
 
 
@@ -131,3 +133,12 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def _sequence(value: Any, text: str) -> tuple[Any, ...]:
+    """The sequence that a text means: "1,2" and "(1, 2)" and "[1, 2]" are two numbers, "1" is one, "a,b" two words."""
+    if isinstance(value, tuple | list):
+        return tuple(value)
+    if value != text:  # a single literal, such as 1
+        return (value,)
+    return tuple(_literal(part.strip()) for part in text.split(",")) if text else ()

@@ -94,7 +94,7 @@ def test_version(gqe):
 def test_help_names_what_can_be_chosen(gqe):
     """The configs that come with the package, and every axis of the mesh, which are the fields of `MeshConfig`."""
     words = set(re.findall(r"\w+", gqe("train --help")[1]))
-    shipped = {path.stem for path in (Path(__file__).parents[1] / "configs").glob("[a-z]*.py")}
+    shipped = {path.stem for path in (Path(__file__).parents[1] / "gqe_jax/configs").glob("[a-z]*.py")}
     assert len(shipped) > 4 and shipped <= words
     words = set(re.findall(r"\w+", gqe("eval --help")[1]))
     assert {field.name for field in dataclasses.fields(MeshConfig)} <= words
