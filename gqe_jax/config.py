@@ -37,7 +37,7 @@ def _require_positive(config: Any, *names: str) -> None:
         _require(value > 0, f"{name}={value} must be positive: set {name} to {_least(value)}")
 
 
-def _least(value: float) -> str:
+def _least(value: float | None) -> str:
     return "at least 1" if isinstance(value, int) else "a value above 0"
 
 

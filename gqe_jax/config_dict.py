@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 from gqe_jax.config import ATTENTION_CONFIGS, AttentionConfig, ConfigError, RunConfig, nearest
 
@@ -25,7 +26,8 @@ def defaults(**attention: Any) -> ml_collections.ConfigDict:
       **attention: fields of `model.attention`, its `kind` first of all ("gqe" unless given).
     """
     config = _to_config_dict(RunConfig())
-    config.model.attention = _to_config_dict(_build(AttentionConfig, {"kind": "gqe"} | attention, "model.attention."))
+    model: Any = config.model  # of a ConfigDict's values no type is known
+    model.attention = _to_config_dict(_build(AttentionConfig, {"kind": "gqe"} | attention, "model.attention."))
     return config
 
 
@@ -39,7 +41,7 @@ def _to_config_dict(config: Any) -> ml_collections.ConfigDict:
             result[field.name] = _to_config_dict(value)
         elif value is None:
             kind = _without_none(hints[field.name])
-            result[field.name] = ml_collections.config_dict.placeholder(typing.get_origin(kind) or kind)
+            result[field.name] = placeholder(typing.get_origin(kind) or kind)
         else:
             result[field.name] = value
     return result
@@ -72,7 +74,7 @@ def _lookup_kind(kind: Any) -> type[AttentionConfig]:
     return ATTENTION_CONFIGS[kind]
 
 
-def _build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
+def _build(cls: type, mapping: Mapping[str, Any] | ml_collections.ConfigDict, path: str) -> Any:
     if cls is AttentionConfig:
         cls = _lookup_kind(mapping.get("kind"))
     hints = typing.get_type_hints(cls)
@@ -98,7 +100,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if optional and value is None:
         return None
     kind = _without_none(hint) if optional else hint
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping | ml_collections.ConfigDict):
             raise ConfigError(f"{path}={value!r} must be a group of keys")
         return _build(kind, value, path + ".")

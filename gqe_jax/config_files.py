@@ -57,8 +57,9 @@ def parse_argument(argument: str | None, **defaults: Any) -> ml_collections.Conf
     for assignment in filter(None, (argument or "").split(",")):
         _override(result, assignment if "=" in assignment else f"{assignment}=True")
     for name, default in defaults.items():
-        if type(default) is int and default > 0 and result[name] < 1:
-            raise ConfigError(f"{name}={result[name]}, behind the colon of --config, must be at least 1: raise {name}")
+        value: Any = result[name]
+        if type(default) is int and default > 0 and value < 1:
+            raise ConfigError(f"{name}={value}, behind the colon of --config, must be at least 1: raise {name}")
     return result
 
 
@@ -74,7 +75,7 @@ def _find(name: str) -> Path:
 
 def _load_module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise ConfigError(f"--config={path} is no Python file: name a .py file that defines get_config(arg=None)")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -108,10 +109,10 @@ def _override(config: ml_collections.ConfigDict, assignment: str) -> None:
         config = _known(config, group, groups[:depth])
         if not isinstance(config, ml_collections.ConfigDict):
             raise ConfigError(f"config key {'.'.join(groups[: depth + 1])!r} is no group of keys: drop what follows it")
-    _known(config, leaf, groups)
+    current = _known(config, leaf, groups)
     kind = config.get_type(leaf)
-    if kind is ml_collections.ConfigDict:
-        raise ConfigError(f"config key {key!r} is a group: set one of {', '.join(config[leaf])}")
+    if isinstance(current, ml_collections.ConfigDict):
+        raise ConfigError(f"config key {key!r} is a group: set one of {', '.join(current)}")
     try:
         plain = kind is str and text != "None" and text[:1] not in ("'", '"')  # a string may look like a number
         value = text if plain else _literal(text)

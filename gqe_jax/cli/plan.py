@@ -112,10 +112,10 @@ def _compare(request: Request) -> int:
     from gqe_jax.plan.dense_twin import dense_twin
 
     twin = dataclasses.replace(request, config=dense_twin(request.config))
-    plans = [_plan(request)]
+    plan = _plan(request)
     print(flush=True)
-    plans.append(_plan(twin))
-    if None in plans:
+    plan_of_twin = _plan(twin)
+    if plan is None or plan_of_twin is None:
         return 1
-    print("\n" + report.comparison(*plans))
+    print("\n" + report.comparison(plan, plan_of_twin))
     return 0

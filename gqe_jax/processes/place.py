@@ -1,6 +1,7 @@
 """Which process of a run this one is, and where process 0 is reached: from arguments, or from the platform."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 
@@ -59,7 +60,7 @@ def find_place(timeout: float) -> Place:
     """
     try:
         coordinator, num_processes, process_id, devices = ClusterEnv.auto_detect_unset_distributed_params(
-            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, timeout
+            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, math.ceil(timeout)
         )
     except RuntimeError as error:
         raise StartFailed(f"--distributed: {error}") from error
