@@ -42,6 +42,7 @@ test-seqio:
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf $(VENV) $(VENV)-seqio

@@ -44,7 +44,7 @@ def require_positive(config: Any, *names: str) -> None:
         require(value > 0, f"{name}={value} must be positive: set {name} to {least(value)}")
 
 
-def least(value: float) -> str:
+def least(value: float | None) -> str:
     return "at least 1" if isinstance(value, int) else "a value above 0"
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 from gqe_jax.attention.kinds import kind_named
 from gqe_jax.config import AttentionConfig, ConfigError, RunConfig, nearest
@@ -29,7 +30,8 @@ def defaults(**attention: Any) -> ml_collections.ConfigDict:
       **attention: fields of `model.attention`, its `kind` first of all ("gqe" unless given).
     """
     config = _default_fields(RunConfig)
-    config.model.attention = _to_config_dict(_build(AttentionConfig, {"kind": "gqe"} | attention, "model.attention."))
+    model: Any = config.model  # of a ConfigDict's values no type is known
+    model.attention = _to_config_dict(_build(AttentionConfig, {"kind": "gqe"} | attention, "model.attention."))
     return config
 
 
@@ -58,7 +60,8 @@ def _set(result: ml_collections.ConfigDict, name: str, value: Any, hint: Any) ->
     if dataclasses.is_dataclass(value):
         result[name] = _to_config_dict(value)
     elif value is None:
-        result[name] = ml_collections.config_dict.placeholder(_without_none(hint))
+        kind = _without_none(hint)
+        result[name] = placeholder(typing.get_origin(kind) or kind)
     else:
         result[name] = value
 
@@ -86,7 +89,7 @@ def build(mapping: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
     return _build(RunConfig, values, "")
 
 
-def _build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
+def _build(cls: type, mapping: Mapping[str, Any] | ml_collections.ConfigDict, path: str) -> Any:
     if cls is AttentionConfig:
         cls = kind_named(mapping.get("kind")).config
     hints = typing.get_type_hints(cls)
@@ -112,12 +115,20 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if optional and value is None:
         return None
     kind = _without_none(hint) if optional else hint
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping | ml_collections.ConfigDict):
             raise ConfigError(f"{path}={value!r} must be a group of keys")
         return _build(kind, value, path + ".")
     if typing.get_origin(kind) is Literal:
         return value  # the dataclass checks it
+    if typing.get_origin(kind) is tuple:  # tuple[X, ...]; JSON has lists for it
+        element, _ = typing.get_args(kind)
+        if not isinstance(value, tuple | list):
+            raise ConfigError(
+                f"{path}={value!r} has type {type(value).__name__}, but must be a sequence of {element.__name__}"
+                f"{' or None' if optional else ''}: write it with commas, such as {_example(element)}"
+            )
+        return tuple(_convert(element, entry, f"{path}[{index}]") for index, entry in enumerate(value))
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
@@ -128,3 +139,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if kind is float and not math.isfinite(value):
         raise ConfigError(f"{path}={value} must be a finite number: correct the value")
     return value
+
+
+def _example(element: type) -> str:
+    return {int: "1,2", float: "0.5,1.0", str: "a,b", bool: "True,False"}[element]

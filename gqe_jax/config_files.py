@@ -11,9 +11,9 @@ from typing import Any
 
 import ml_collections
 
-import gqe_jax.configs
 from gqe_jax.config import ConfigError, RunConfig, nearest
 from gqe_jax.config_dict import build
+from gqe_jax.configs import shipped_configs
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -22,7 +22,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
     Args:
       spec: path of a Python file that defines `get_config(arg=None)`, or the name of a config that comes with gqe_jax
         ("smoke"); behind a colon the argument that get_config is called with.
-      overrides: "a.b=value" each. Values are read as Python literals; None, true and false as usual.
+      overrides: "a.b=value" each. Values are read as Python literals; None, true and false as usual, sequences with
+        commas ("1,2").
 
     Raises:
       ConfigError: no such file, no such key, a value of the wrong type, or a rule broken.
@@ -56,15 +57,10 @@ def parse_argument(argument: str | None, **defaults: Any) -> ml_collections.Conf
     for assignment in filter(None, (argument or "").split(",")):
         _override(result, assignment if "=" in assignment else f"{assignment}=True")
     for name, default in defaults.items():
-        if type(default) is int and default > 0 and result[name] < 1:
-            raise ConfigError(f"{name}={result[name]}, behind the colon of --config, must be at least 1: raise {name}")
+        value: Any = result[name]
+        if type(default) is int and default > 0 and value < 1:
+            raise ConfigError(f"{name}={value}, behind the colon of --config, must be at least 1: raise {name}")
     return result
-
-
-def shipped_configs() -> dict[str, Path]:
-    """Name → file of the configs that come with gqe_jax."""
-    (directory,) = gqe_jax.configs.__path__
-    return {path.stem: path for path in sorted(Path(directory).glob("[!_]*.py"))}
 
 
 def _find(name: str) -> Path:
@@ -79,7 +75,7 @@ def _find(name: str) -> Path:
 
 def _load_module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise ConfigError(f"--config={path} is no Python file: name a .py file that defines get_config(arg=None)")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -113,15 +109,16 @@ def _override(config: ml_collections.ConfigDict, assignment: str) -> None:
         config = _known(config, group, groups[:depth])
         if not isinstance(config, ml_collections.ConfigDict):
             raise ConfigError(f"config key {'.'.join(groups[: depth + 1])!r} is no group of keys: drop what follows it")
-    _known(config, leaf, groups)
+    current = _known(config, leaf, groups)
     kind = config.get_type(leaf)
-    if kind is ml_collections.ConfigDict:
-        raise ConfigError(f"config key {key!r} is a group: set one of {', '.join(config[leaf])}")
+    if isinstance(current, ml_collections.ConfigDict):
+        raise ConfigError(f"config key {key!r} is a group: set one of {', '.join(current)}")
     try:
         plain = kind is str and text != "None" and text[:1] not in ("'", '"')  # a string may look like a number
-        config[leaf] = text if plain else _literal(text)
+        value = text if plain else _literal(text)
+        config[leaf] = _sequence(value, text) if kind is tuple and value is not None else value
     except TypeError:
-        what = "a finite number" if kind is float else f"of type {kind.__name__}"
+        what = {float: "a finite number", tuple: "a sequence"}.get(kind, f"of type {kind.__name__}")
         raise ConfigError(f"{key}={text!r} must be {what}: correct the value") from None
 
 
@@ -137,3 +134,12 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def _sequence(value: Any, text: str) -> tuple[Any, ...]:
+    """The sequence that a text means: "1,2" and "(1, 2)" and "[1, 2]" are two numbers, "1" is one, "a,b" two words."""
+    if isinstance(value, tuple | list):
+        return tuple(value)
+    if value != text:  # a single literal, such as 1
+        return (value,)
+    return tuple(_literal(part.strip()) for part in text.split(",")) if text else ()

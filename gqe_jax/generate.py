@@ -6,14 +6,12 @@ printing cost no time, and yet every token is seen as soon as it is known.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -302,35 +300,19 @@ def cast_weights(model: Transformer, dtype: np.dtype) -> dict[str, Any]:
     return nnx.traversals.unflatten_mapping({path: cast(path, variable) for path, variable in state})
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `gqe generate`, besides those that name the run."""
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="text to continue; repeat it for several (default: empty)"
-    )
-    source.add_argument("--prompt-file", metavar="FILE", help="file whose text is continued")
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: 200")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy; default: 0.8")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens; default: all")
-    parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="draw from the nucleus; default: 0.95")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws; default: 0")
+def print_continuations(
+    model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], *, max_new_tokens: int, sampling: Sampling
+) -> None:
+    """Continues texts on standard output; one line of timings goes to standard error.
 
-
-def run_generation(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace) -> int:
-    """Continues the prompts of the command line on standard output; one line of timings goes to standard error.
-
-    A single prompt is echoed and its continuation printed as it is produced; several are printed one after another.
+    A single text is echoed and its continuation printed as it is produced; several are printed one after another.
 
     Raises:
-      ConfigError: unreadable prompt file, options out of range, prompts too long.
+      ConfigError: a text is too long, or a token is none of the model's.
     """
-    texts = args.prompt or [""]
-    if args.prompt_file is not None:
-        texts = [_read_prompt(args.prompt_file)]
-    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     generator = Generator(model, eos_id=tokenizer.eos_id)
     prompts = [tokenizer.encode(text) for text in texts]
-    stream = functools.partial(generator.stream, prompts, max_new_tokens=args.max_new_tokens, sampling=sampling)
+    stream = functools.partial(generator.stream, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
 
     started = time.perf_counter()
     next(stream(), None)  # compiles prefill and decode, so that the timings below are those of the model
@@ -364,13 +346,3 @@ def run_generation(model: Transformer, tokenizer: Tokenizer, args: argparse.Name
         f"{1e3 * prefill_s:.1f} ms; compiled in {compiled - started:.1f} s",
         file=sys.stderr,
     )
-    return 0
-
-
-def _read_prompt(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ConfigError(
-            f"--prompt-file {path!r} cannot be read ({error.strerror}): give the path of a text file"
-        ) from error

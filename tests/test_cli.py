@@ -1,5 +1,6 @@
 """The command line: help that works when pasted, and what it says about input that cannot be used."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -9,12 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from tiny_run import prepare_tiny, quick_compiles, write_config
 
 from gqe_jax.cli import main as cli
+from gqe_jax.config import MeshConfig
 from gqe_jax.config_files import load_config
 from gqe_jax.train import log, loop
 
@@ -74,20 +77,27 @@ def test_help_shows_an_example_that_parses(gqe, verb):
             load_config(words[words.index("--config") + 1], overrides)
 
 
-def test_help_of_gqe(gqe):
-    """All verbs with what they do, and where to start."""
-    code, out, _ = gqe("--help")
-    assert code == 0 and all(verb in out for verb in cli.VERBS)
+@pytest.mark.parametrize("line", ["--help", ""])
+def test_help_of_gqe(gqe, line):
+    """All verbs with what they do, and where to start; the same without any word, for who does not know the verbs."""
+    code, out, err = gqe(line)
+    assert (code, err) == (0, "") and all(verb in out for verb in cli.VERBS)
     assert "Start with: gqe train --config smoke --run runs/smoke" in out
 
 
-def test_importing_the_command_is_light():
-    """`gqe --help` imports no library that reads data or checkpoints."""
-    heavy = ("orbax", "grain", "torch", "tensorflow")
-    code = f"import sys, gqe_jax.cli.main; print([m for m in {heavy} if m in sys.modules])"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert out.stdout == "[]\n"
+def test_version(gqe):
+    """The version of the package's metadata, which pyproject.toml states."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert gqe("--version") == (0, f"{project['name']} {project['version']}\n", "")
+
+
+def test_help_names_what_can_be_chosen(gqe):
+    """The configs that come with the package, and every axis of the mesh, which are the fields of `MeshConfig`."""
+    words = set(re.findall(r"\w+", gqe("train --help")[1]))
+    shipped = {path.stem for path in (Path(__file__).parents[1] / "gqe_jax/configs").glob("[a-z]*.py")}
+    assert len(shipped) > 4 and shipped <= words
+    words = set(re.findall(r"\w+", gqe("eval --help")[1]))
+    assert {field.name for field in dataclasses.fields(MeshConfig)} <= words
 
 
 # ---------------------------------------------------------------------------- bad input
@@ -96,7 +106,7 @@ def test_importing_the_command_is_light():
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("", "the following arguments are required: VERB"),
+        ("--verbose", "unrecognized arguments: --verbose"),
         ("tran", "'tran' is no verb: did you mean 'train'?; gqe --help explains them"),
         ("xyzzy", "'xyzzy' is no verb: known: bench, eval, "),
         ("train", "the following arguments are required: --config, --run"),

@@ -9,8 +9,9 @@ from tiny import jit
 
 from gqe_jax.attention import GQEConfig
 from gqe_jax.config import ModelConfig
+from gqe_jax.data.choices import PACKINGS
 from gqe_jax.data.preparing import packing
-from gqe_jax.data.preparing.packing import PACKINGS, BestFitPacker, best_fit, row_packer
+from gqe_jax.data.preparing.packing import BestFitPacker, best_fit, row_packer
 from gqe_jax.data.rows import decode_rows, encode_row, token_dtype
 from gqe_jax.evaluate.heldout import batch_loss
 from gqe_jax.models.transformer import Transformer

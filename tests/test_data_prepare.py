@@ -18,6 +18,7 @@ import pytest
 from read_back import all_files, texts_of
 
 from gqe_jax.cli import prepare as prepare_cli
+from gqe_jax.cli import preparing as preparing_cli
 from gqe_jax.config import ConfigError
 from gqe_jax.data.manifest import Manifest, heldout_documents, prepared_tokenizer, verify
 from gqe_jax.data.preparing import prepare as prepare_module
@@ -110,7 +111,7 @@ def test_invalid_utf8_is_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"good \xff\xfe text\n" * 50)
     manifest = prepare(files_corpus([tmp_path / "a.txt"]), tmp_path / "out", tokenizer=BYTES, seq_len=16)
     assert manifest.replaced == 100
-    assert "invalid UTF-8 sequences replaced by U+FFFD: 100" in prepare_cli.report(manifest, "out", 1.0)
+    assert "invalid UTF-8 sequences replaced by U+FFFD: 100" in preparing_cli.report(manifest, "out", 1.0)
 
 
 def test_refuses_what_would_be_lost_or_empty(corpus, prepared, tmp_path):
@@ -141,7 +142,7 @@ def test_without_heldout(corpus, tmp_path):
     assert manifest.train.documents == NUM_DOCUMENTS - 2 and manifest.heldout.rows == 0
     with pytest.raises(ConfigError, match=r"has no heldout rows \(it was prepared with --heldout 0\)"):
         PreparedRows(tmp_path / "out", "heldout")
-    assert prepare_cli.next_command(manifest, tmp_path / "out") == (
+    assert preparing_cli.next_command(manifest, tmp_path / "out") == (
         "to train on it, held-out text is needed: prepare it again with --heldout above 0, such as 0.05"
     )
 

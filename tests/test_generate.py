@@ -2,6 +2,8 @@
 
 import argparse
 import itertools
+import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,10 @@ import pytest
 from flax import nnx
 
 from gqe_jax.attention import GQAConfig, GQEConfig
+from gqe_jax.cli import generate as generate_cli
 from gqe_jax.config import ConfigError, ModelConfig, RopeScaling
 from gqe_jax.data.tokenizer import load_tokenizer
-from gqe_jax.generate import Generator, Sampling, add_arguments, run_generation, sample
+from gqe_jax.generate import Generator, Sampling, sample
 from gqe_jax.models.transformer import Transformer
 
 EOS = 1
@@ -364,9 +367,12 @@ def byte_generator(byte_model):
 
 class TestCommandLine:
     def run(self, model, *options):
+        """`gqe generate`, but for the loading of the run's model."""
         parser = argparse.ArgumentParser()
-        add_arguments(parser)
-        return run_generation(model, load_tokenizer("bytes"), parser.parse_args(options))
+        generate_cli.add_arguments(parser)
+        trained = types.SimpleNamespace(model=model, tokenizer=load_tokenizer("bytes"))
+        with mock.patch("gqe_jax.runs.directory.load_model", lambda *_: trained):
+            return generate_cli.run(parser.parse_args(["--run", "r", *options]))
 
     def expected(self, generator, *texts, count):
         tokenizer = load_tokenizer("bytes")

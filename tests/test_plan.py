@@ -16,10 +16,10 @@ from gqe_jax.plan import compile as plan_compile
 from gqe_jax.plan import report
 from gqe_jax.plan.collectives import Collective, kernel_calls, read_collectives
 from gqe_jax.plan.compile import Request, compile_plan
+from gqe_jax.plan.dense_twin import dense_twin
 from gqe_jax.plan.memory import estimate
 from gqe_jax.plan.roofline import Roofline, ici_seconds, roofline
 from gqe_jax.plan.search import remedies, search
-from gqe_jax.plan.verb import dense_twin
 
 MESH = {"data": 2, "fsdp": 4, "expert": 1, "context": 1}  # device = 4 · data + fsdp
 

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from tiny_run import QUICK_FLAGS, losses, prepare_tiny, write_config
 
+from gqe_jax.cli import train as train_cli
 from gqe_jax.config import ConfigError
 from gqe_jax.processes import roll_call
-from gqe_jax.processes.place import Place, StartFailed, place_from
+from gqe_jax.processes.place import Place, StartFailed
 from gqe_jax.runs.checkpoint import Checkpoints
 from gqe_jax.runs.metrics import read_metrics
 
@@ -164,14 +165,12 @@ def test_numbers_that_do_not_fit(tmp_path):
 )
 def test_arguments(words, message, monkeypatch):
     """Incomplete and contradictory ones are named, with what is missing."""
-    from gqe_jax.cli.main import _add_train
-
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     parser = argparse.ArgumentParser()
-    _add_train(parser)
+    train_cli.add_arguments(parser)
     args = parser.parse_args(["--config", "smoke", "--run", "r", *words.split()])
     with pytest.raises(ConfigError, match=message):
-        place_from(args)
+        train_cli.place_from(args)
 
 
 def test_place_from_slurm(monkeypatch):
@@ -188,10 +187,10 @@ def test_place_from_slurm(monkeypatch):
     args = argparse.Namespace(
         distributed=True, coordinator=None, num_processes=None, process_id=None, start_timeout=1.0
     )
-    place = place_from(args)
+    place = train_cli.place_from(args)
     assert (place.address, place.num_processes, place.process_id) == (("tpu-3", 8476), 2, 1)
     args.distributed = False
-    assert place_from(args) is None
+    assert train_cli.place_from(args) is None
 
 
 # ---------------------------------------------------------------------------------------------------- real processes
@@ -227,7 +226,7 @@ def ends(child, seconds=BOUND):
 
 JOINED = """
 import sys, time
-from gqe_jax.cli.main import _report
+from gqe_jax.cli.errors import report
 from gqe_jax.config import ConfigError
 from gqe_jax.processes.place import Place
 from gqe_jax.processes.joined import check_equal, every_text, joined
@@ -235,7 +234,7 @@ import functools
 port, count, number, directory, what = sys.argv[1:]
 number = int(number)
 place = Place(f"127.0.0.1:{port}", int(count), number)
-with joined(place, {}, directory, timeout=60, report=functools.partial(_report, f"process {number}")):
+with joined(place, {}, directory, timeout=60, report=functools.partial(report, f"process {number}")):
     assert every_text("é" * number) == ["é" * i for i in range(int(count))]
     print("up")
     if what == "fail" and number == 1:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from gqe_jax.attention import GQAConfig, GQEConfig
+from gqe_jax.cli import inspect as inspect_cli
 from gqe_jax.config import ConfigError, ModelConfig, RunConfig
 from gqe_jax.config_dict import to_dict
-from gqe_jax.evaluate.run_report import add_arguments, plot_text, read_run, report, run
+from gqe_jax.evaluate.run_report import plot_text, read_run, report
 
 
 def make_run(directory, attention=None, steps=(1, 10, 20), extra=b""):
@@ -32,8 +33,8 @@ def make_run(directory, attention=None, steps=(1, 10, 20), extra=b""):
 
 def run_command(*options):
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run(parser.parse_args(options))
+    inspect_cli.add_arguments(parser)
+    return inspect_cli.run(parser.parse_args(["run", *options]))
 
 
 def test_report_of_a_gqe_run(tmp_path, capsys):

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gqe_jax.cli import prepare as prepare_cli
+from gqe_jax.cli import preparing as preparing_cli
 from gqe_jax.config import ConfigError, DataConfig, ModelConfig
 from gqe_jax.data.manifest import Manifest, prepared_tokenizer, verify
 from gqe_jax.data.reading.pipeline import PreparedRows, train_batches
@@ -242,7 +243,7 @@ def test_a_mixture_goes_on_with_finished_tasks(tasks, tmp_path, monkeypatch):
     """Stopped in the second task, the same command keeps the first; finished, it is not overwritten."""
     out = tmp_path / "both"
     command = ("--seqio-mixture", "both", "--out", out, "--seq-len", SEQ_LEN, "--workers", 1)
-    prepare, made = prepare_cli.prepare, []
+    prepare, made = preparing_cli.prepare, []
 
     def failing(corpus, folder, **settings):
         made.append(corpus.description)
@@ -250,7 +251,7 @@ def test_a_mixture_goes_on_with_finished_tasks(tasks, tmp_path, monkeypatch):
             raise OSError("no space left on device")
         return prepare(corpus, folder, **settings)
 
-    monkeypatch.setattr(prepare_cli, "prepare", failing)
+    monkeypatch.setattr(preparing_cli, "prepare", failing)
     with pytest.raises(OSError, match="no space"):
         gqe_prepare(*command)
     assert not (out / "mixture.json").exists()

@@ -27,7 +27,7 @@ SCRATCH = Path(tempfile.mkdtemp(prefix="gqe-pytorch-"))
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(SCRATCH / "hf"), "TQDM_DISABLE": "1"}
 
-CODE = Path(gqe_jax.convert.__file__).parent / "pytorch"
+CODE = Path(gqe_jax.__file__).parent / "pytorch" / "modelling"
 
 
 def model_config(attention=None, **options) -> ModelConfig:

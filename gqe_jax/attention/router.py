@@ -45,7 +45,7 @@ class RouterConfig:
 class RouterStats(LayerReport):
     """What a GQE layer reports about its routing. Means run over the real tokens of the whole batch.
 
-    `metrics` holds load, entropy, load_balance_loss and z_loss; `auxiliary_loss` the two losses below with their weights.
+    `metrics` holds load, entropy, load_balance_loss and z_loss; `auxiliary_loss` is the weighted sum of both losses.
 
     Attributes:
       expert_index: int32 [B, S, G, k], selected experts by descending probability.

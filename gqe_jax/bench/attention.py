@@ -7,12 +7,11 @@ Every comparison on the CPU is of functions that take turns in one process, and 
 of the ratio within a round: a machine that is busy with other things then slows both sides alike.
 """
 
-import argparse
 import csv
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,94 +19,100 @@ import numpy as np
 from flax import nnx
 
 from gqe_jax.attention import GQAttention, GQEAttention
+from gqe_jax.bench import TARGETS
 from gqe_jax.config import ConfigError
 from gqe_jax.convert import layer_to_torch
 from gqe_jax.kernels import attend
 
-TARGETS = ("v5e", "v5p", "v6e", "tpu7x")
 HEAD_DIM = 64
 # The paper's main setting.
 D_MODEL, NUM_HEADS, NUM_GROUPS, TOP_K, ROPE_THETA = 1024, 16, 8, 1, 10_000.0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `gqe bench attention`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = """examples:
-  gqe bench attention --seq-len 4096 --heads 8 --repeats 3
-  gqe bench attention --target v6e --csv v6e.csv --plot v6e.png"""
-    parser.add_argument("--target", metavar="TPU", help=f"compare for a TPU that is not here: {', '.join(TARGETS)}")
-    parser.add_argument("--seq-len", type=int, nargs="+", metavar="S", help="default: from 2048 up; on a CPU 4096 8192")
-    parser.add_argument("--head-dim", type=int, metavar="D", help="default: 128; on a CPU always 64")
-    parser.add_argument("--heads", type=int, nargs="+", metavar="N", help="on a CPU (default: 8 16); elsewhere 16")
-    parser.add_argument("--repeats", type=int, default=7, metavar="R", help="rounds per comparison (default: 7)")
-    parser.add_argument("--csv", metavar="FILE", help="write every row of the tables to this file too")
-    parser.add_argument("--plot", metavar="FILE", help="draw speed-up against context length (not on a CPU)")
+def run(
+    *,
+    target: str | None,
+    seq_lens: Sequence[int] | None,
+    head_dim: int | None,
+    heads: Sequence[int] | None,
+    repeats: int,
+    csv_file: str | None,
+    plot_file: str | None,
+) -> None:
+    """Prints the tables.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Prints the tables; returns the exit code.
+    Args:
+      target: TPU to compile for, one of TARGETS; None: the devices that are here.
+      seq_lens: lengths of the rows; None: those of the platform.
+      head_dim: on a TPU or GPU, 128 unless given.
+      heads: numbers of query heads, on a CPU.
+      repeats: rounds per comparison.
+      csv_file: written with every row of the tables, if given.
+      plot_file: drawn with the speed-up against the context's length, if given; not on a CPU.
 
     Raises:
-      ConfigError: a length, head count or number of rounds below 1, an unknown target, flags that the platform has no
-        use for, or a package that is missing.
+      ConfigError: a length, head count or number of rounds below 1, an unknown target, options that the platform has
+        no use for, or a package that is missing.
     """
-    for flag, values in (("--seq-len", args.seq_len), ("--heads", args.heads), ("--repeats", [args.repeats])):
+    for flag, values in (("--seq-len", seq_lens), ("--heads", heads), ("--repeats", [repeats])):
         if values and min(values) < 1:
             raise ConfigError(f"{flag}={min(values)} must be at least 1")
-    if args.target is not None and args.target not in TARGETS:
-        raise ConfigError(f"--target {args.target} is unknown: use one of {', '.join(TARGETS)}")
-    platform = "tpu" if args.target else jax.default_backend()
-    if platform == "cpu":
-        return _run_on_cpu(args)
-    if args.heads:
-        raise ConfigError(f"--heads is for CPUs: on a {platform.upper()} it is 16 query heads in 8 groups")
-    return _run_on_accelerator(args, platform)
+    if target is not None and target not in TARGETS:
+        raise ConfigError(f"--target {target} is unknown: use one of {', '.join(TARGETS)}")
+    platform = "tpu" if target else jax.default_backend()
+    if platform != "cpu":
+        if heads:
+            raise ConfigError(f"--heads is for CPUs: on a {platform.upper()} it is 16 query heads in 8 groups")
+        _run_on_accelerator(platform, target, seq_lens, head_dim or 128, repeats, csv_file, plot_file)
+        return
+    for flag, value in (("--plot", plot_file), ("--head-dim", head_dim)):
+        if value:
+            raise ConfigError(f"{flag} is for TPUs and GPUs: name a TPU with --target ({', '.join(TARGETS)})")
+    _run_on_cpu(seq_lens or (4096, 8192), heads or (8, 16), repeats, csv_file)
 
 
-def _run_on_accelerator(args: argparse.Namespace, platform: str) -> int:
+def _run_on_accelerator(
+    platform: str,
+    target: str | None,
+    seq_lens: Sequence[int] | None,
+    head_dim: int,
+    repeats: int,
+    csv_file: str | None,
+    plot_file: str | None,
+) -> None:
     from gqe_jax.bench import static, table, timed
     from gqe_jax.bench.rivals import RIVALS, Setting
 
-    head_dim = args.head_dim or 128
-    if args.target:
-        seq_lens = tuple(args.seq_len or static.SEQ_LENS)
-        result = static.measure(args.target, seq_lens, head_dim)
-        cells, device = result.cells, args.target
+    if target:
+        result = static.measure(target, tuple(seq_lens or static.SEQ_LENS), head_dim)
+        cells, device, how = result.cells, target, "static"
         print(static.report(result))
     else:
-        seq_lens = tuple(args.seq_len or timed.SEQ_LENS)
-        cells, device = timed.measure(platform, seq_lens, head_dim, args.repeats), jax.devices()[0].device_kind
+        cells = timed.measure(platform, tuple(seq_lens or timed.SEQ_LENS), head_dim, repeats)
+        device, how = jax.devices()[0].device_kind, "timed"
         print(timed.report(platform, cells, head_dim))
-    how = "static" if args.target else "timed"
-    if args.csv:
-        table.write_csv(args.csv, cells, {"device": device, "how": how, "head_dim": head_dim})
-    if args.plot:
+    if csv_file:
+        table.write_csv(csv_file, cells, {"device": device, "how": how, "head_dim": head_dim})
+    if plot_file:
         s = Setting(0, head_dim)
         bound = s.attending_heads("gqa") / s.attending_heads("gqe")
-        table.plot(args.plot, cells, RIVALS[platform], bound, f"GQE on {device} ({how}), D = {head_dim}")
-    return 0
+        table.plot(plot_file, cells, RIVALS[platform], bound, f"GQE on {device} ({how}), D = {head_dim}")
 
 
-def _run_on_cpu(args: argparse.Namespace) -> int:
-    for flag, value in (("--plot", args.plot), ("--head-dim", args.head_dim)):
-        if value:
-            raise ConfigError(f"{flag} is for TPUs and GPUs: name a TPU with --target ({', '.join(TARGETS)})")
-    args.seq_len, args.heads = args.seq_len or [4096, 8192], args.heads or [8, 16]
+def _run_on_cpu(seq_lens: Sequence[int], heads: Sequence[int], repeats: int, csv_file: str | None) -> None:
     torch = _import_torch()
     torch.manual_seed(0)
     print(
         f"{jax.default_backend()}, jax {jax.__version__}, torch {torch.__version__} "
         f"on {torch.get_num_threads()} threads; float32, causal, batch 1, head_dim {HEAD_DIM}; "
-        f"medians of {args.repeats} rounds\n"
+        f"medians of {repeats} rounds\n"
     )
-    rows = [*_attention_rows(torch, args), *_layer_rows(torch, max(args.seq_len), args.repeats)]
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
+    rows = [*_attention_rows(torch, seq_lens, heads, repeats), *_layer_rows(torch, max(seq_lens), repeats)]
+    if csv_file:
+        with open(csv_file, "w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=["what", "seq_len", "heads", "ours_ms", "other_ms", "ratio"])
             writer.writeheader()
             writer.writerows(rows)
-    return 0
 
 
 def _import_torch():
@@ -148,17 +153,17 @@ def _row(what, seq_len, heads, ours, other) -> dict[str, object]:
 # ---- attention alone
 
 
-def _attention_rows(torch, args) -> list[dict[str, object]]:
+def _attention_rows(torch, seq_lens, heads, repeats) -> list[dict[str, object]]:
     print("attention alone: attend (xla) against torch scaled_dot_product_attention; ratio = torch's time / ours")
     print(f"{'':18}{'S':>6}{'heads':>7}{'ours ms':>10}{'torch ms':>10}{'ratio':>8}")
     rows = []
-    for seq_len in args.seq_len:
-        for heads in args.heads:
-            for what, functions in _attention_rivals(torch, seq_len, heads).items():
-                seconds = _take_turns(functions, args.repeats)
-                row = _row(what, seq_len, heads, seconds["ours"], seconds["torch"])
+    for seq_len in seq_lens:
+        for count in heads:
+            for what, functions in _attention_rivals(torch, seq_len, count).items():
+                seconds = _take_turns(functions, repeats)
+                row = _row(what, seq_len, count, seconds["ours"], seconds["torch"])
                 rows.append(row)
-                print(f"{what:18}{seq_len:6}{heads:7}{row['ours_ms']:10}{row['other_ms']:10}{row['ratio']:8.2f}")
+                print(f"{what:18}{seq_len:6}{count:7}{row['ours_ms']:10}{row['other_ms']:10}{row['ratio']:8.2f}")
     return rows
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -93,27 +91,26 @@ def waiting(data: PreparedData, steps: int) -> float:
         return waited / (time.perf_counter() - began)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `gqe bench data`."""
-    parser.add_argument("--megabytes", type=float, default=200, metavar="MB", help="text to prepare (default: 200)")
-    parser.add_argument(
-        "--tokenizer", metavar="FILE", help="beside bytes (default: a SentencePiece model of 8000 pieces, trained here)"
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: cores)")
+def run(*, megabytes: float, tokenizer: str | None, workers: int) -> None:
+    """Prints the figures beside what they should be.
 
+    Args:
+      megabytes: of text to prepare.
+      tokenizer: file, beside bytes; None: a SentencePiece model of 8000 pieces that is trained here.
+      workers: processes that prepare.
 
-def run(args: argparse.Namespace) -> int:
-    """Prints the figures beside what they should be. Raises ConfigError for flags out of range."""
-    if args.megabytes <= 0 or args.workers < 1:
-        raise ConfigError(f"--megabytes={args.megabytes:g} and --workers={args.workers} must be positive")
-    print(f"{args.megabytes:g} MB of text, {args.workers} process(es), rows of {_SEQ_LEN} tokens")
+    Raises:
+      ConfigError: a number out of range, a tokenizer that cannot be read.
+    """
+    if megabytes <= 0 or workers < 1:
+        raise ConfigError(f"--megabytes={megabytes:g} and --workers={workers} must be positive")
+    print(f"{megabytes:g} MB of text, {workers} process(es), rows of {_SEQ_LEN} tokens")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "text").mkdir()
-        corpus = write_corpus(folder / "text", args.megabytes, _FILES_PER_WORKER * args.workers)
-        rate, data = preparing(corpus, folder / "bytes", "bytes", args.workers)
+        corpus = write_corpus(folder / "text", megabytes, _FILES_PER_WORKER * workers)
+        rate, data = preparing(corpus, folder / "bytes", "bytes", workers)
         print(f"prepare with bytes          {rate:8.1f} MB/s      (at least 20 on two cores)", flush=True)
-        tokenizer = args.tokenizer
         if tokenizer is None:
             tokenizer = str(folder / "sentencepiece.model")
             train_sentencepiece((d.text for d, _ in zip(corpus.documents(), range(200), strict=False)), 8000, tokenizer)
@@ -124,4 +121,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"reading packed rows         {reading(data, 200) / 1e6:8.1f} M tokens/s of one core (at least 10)")
         share = waiting(data, 100)
         print(f"waiting for data            {share:8.3%} of the time, with steps of 50 ms of 16 rows (below 1%)")
-    return 0

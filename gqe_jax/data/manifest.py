@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gqe_jax.config import ConfigError
+from gqe_jax.data.choices import SPLITS
 from gqe_jax.data.sources.corpus import Corpus
 from gqe_jax.data.sources.files import Document
 from gqe_jax.data.tokenizer import Tokenizer, tokenizer_from_files
@@ -27,7 +28,6 @@ MANIFEST_FILE = "manifest.json"
 HELDOUT_FILE = "heldout.jsonl"
 SOURCES_FILE = "sources.jsonl"
 TOKENIZER_DIRECTORY = "tokenizer"
-SPLITS = ("train", "heldout")
 
 _AGAIN = "delete the folder and prepare it again with `gqe prepare`"
 

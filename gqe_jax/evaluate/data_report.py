@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,8 @@ import numpy as np
 from etils import epath
 
 from gqe_jax.config import ConfigError
-from gqe_jax.data.manifest import SPLITS, Manifest, check_sizes, prepared_tokenizer
+from gqe_jax.data.choices import SPLITS
+from gqe_jax.data.manifest import Manifest, check_sizes, prepared_tokenizer
 from gqe_jax.data.reading.mixture import quotas, read_mixture
 from gqe_jax.data.reading.pipeline import PreparedRows
 from gqe_jax.data.tokenizer import Tokenizer
@@ -123,41 +123,42 @@ def write_png(lengths: np.ndarray, seq_len: int, path: str | Path) -> None:
         raise ConfigError(f"--png={str(path)!r} cannot be written ({error.strerror}): choose another file") from error
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `gqe inspect data`."""
-    parser.add_argument("directory", metavar="DIR", help="folder that `gqe prepare` wrote, of a set or of a mixture")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="whose rows are shown (default: train)")
-    parser.add_argument("--rows", type=int, default=2, metavar="N", help="how many rows are shown (default: 2)")
-    parser.add_argument("--png", metavar="FILE", help="also draw the histogram of lengths (extra `viz`)")
+def print_report(directory: str, *, split: str, rows: int, png: str | None) -> None:
+    """Prints what a folder holds, of a set or of a mixture.
 
+    Args:
+      directory: the folder that `gqe prepare` wrote.
+      split: "train" or "heldout", whose rows are shown.
+      rows: how many of them are shown.
+      png: file into which the lengths of a set are drawn; None: no picture.
 
-def run(args: argparse.Namespace) -> int:
-    """Prints what the folder holds. Raises ConfigError for what is no prepared data, or is damaged."""
-    if args.rows < 0:
-        raise ConfigError(f"--rows={args.rows} must not be negative: give the number of rows to show")
-    parts = read_mixture(epath.Path(args.directory))
+    Raises:
+      ConfigError: no prepared data, or damaged; a negative number of rows; a picture of a mixture.
+    """
+    if rows < 0:
+        raise ConfigError(f"--rows={rows} must not be negative: give the number of rows to show")
+    parts = read_mixture(epath.Path(directory))
     if parts is None:
-        return _run_set(Path(args.directory), args)
-    if args.png is not None:
-        raise ConfigError(f"--png draws one set, and {args.directory!r} is a mixture: name one of its folders")
+        _print_set(Path(directory), split, rows, png)
+        return
+    if png is not None:
+        raise ConfigError(f"--png draws one set, and {directory!r} is a mixture: name one of its folders")
     total = sum(quotas(parts))
     for part, quota in zip(parts, quotas(parts), strict=True):
         print(f"{part.path}: {quota / total:.4%} of the rows of the mixture\n")
-        _run_set(Path(part.path), args)
+        _print_set(Path(part.path), split, rows, None)
         print()
-    return 0
 
 
-def _run_set(directory: Path, args: argparse.Namespace) -> int:
+def _print_set(directory: Path, split: str, count: int, png: str | None) -> None:
     print(describe(directory))
-    rows, tokenizer = PreparedRows(directory, args.split), prepared_tokenizer(directory)
-    chosen = np.unique(np.linspace(0, len(rows) - 1, args.rows).astype(np.int64))
+    rows, tokenizer = PreparedRows(directory, split), prepared_tokenizer(directory)
+    chosen = np.unique(np.linspace(0, len(rows) - 1, count).astype(np.int64))
     batch = rows.read(chosen)
     for slot, number in enumerate(chosen):
-        print(f"\nrow {number:,} of {len(rows):,} ({args.split}): {show_row(batch, slot, tokenizer)}")
+        print(f"\nrow {number:,} of {len(rows):,} ({split}): {show_row(batch, slot, tokenizer)}")
     lengths = segment_lengths(rows)
     print(f"\n{histogram(lengths, rows.manifest.seq_len)}")
-    if args.png is not None:
-        write_png(lengths, rows.manifest.seq_len, args.png)
-        print(f"wrote {args.png}", file=sys.stderr)
-    return 0
+    if png is not None:
+        write_png(lengths, rows.manifest.seq_len, png)
+        print(f"wrote {png}", file=sys.stderr)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-
 import jax
 
 from gqe_jax.config import ModelConfig, RunConfig
-from gqe_jax.config_files import load_config
 from gqe_jax.kernels.choose import Call, choose, obstacle, target_platform
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -79,19 +76,3 @@ def report(config: RunConfig) -> str:
             for (implementation, why), kinds in grouped(model, platform, layer_calls(model, **shape)).items():
                 lines.append(f"  {platform}  {implementation:<18}{' and '.join(kinds)}: {why}")
     return "\n".join(lines)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `gqe inspect kernels`."""
-    parser.add_argument(
-        "--config",
-        default="gqe_250m",
-        metavar="FILE[:ARG]",
-        help="configuration whose layers are looked at, as in gqe train (default: gqe_250m)",
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prints the report. Raises ConfigError for a configuration that cannot be used."""
-    print(report(load_config(args.config, args.overrides)))
-    return 0

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -226,20 +224,3 @@ def write_png(run: RunRecord, path: str | Path) -> None:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:
         raise ConfigError(f"--png={str(path)!r} cannot be written ({error.strerror}): choose another file") from error
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `gqe inspect run`."""
-    parser.add_argument("--run", required=True, metavar="DIR", help="directory of the run")
-    parser.add_argument("--png", metavar="FILE", help="also draw loss and expert load (extra `viz`)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prints the report, and draws it if asked. Raises ConfigError for what `read_run` and `write_png` refuse."""
-    record = read_run(args.run)
-    if args.png is not None:
-        write_png(record, args.png)
-    print(report(record))
-    if args.png is not None:
-        print(f"wrote {args.png}", file=sys.stderr)
-    return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import importlib.metadata
 import json
@@ -52,7 +51,7 @@ def score(
     Raises:
       ConfigError: lm-eval is missing, a name is unknown, data are not there or do not fit, numbers out of range.
     """
-    _check(data_dir, limit, num_fewshot)
+    check(data_dir, limit, num_fewshot)
     from lm_eval import evaluate
 
     # Some tasks shuffle their choices when they are loaded.
@@ -247,70 +246,58 @@ def local_splits(task: str, splits: Sequence[str], data_dir: Path) -> dict[str, 
     return files
 
 
-# ---------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------- a run
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `gqe eval` that belong to `--tasks`."""
-    group = parser.add_argument_group("tasks of lm-eval (extra `eval`)")
-    group.add_argument("--tasks", metavar="NAME,...", help="tasks, groups or tags of lm-eval to score the model on")
-    group.add_argument("--data-dir", metavar="DIR", help="local data, as piqa_validation.jsonl; no Hub then")
-    group.add_argument("--limit", type=int, metavar="N", help="the first N items of each task (default: all)")
-    group.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each item")
-    group.add_argument("--out", metavar="FILE", help="lm-eval's JSON (default: RUN/lm_eval/results_TIME.json)")
+def score_run(
+    run: str,
+    names: Sequence[str],
+    *,
+    step: int | None,
+    batch_size: int,
+    data_dir: str | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    out: str | None,
+) -> None:
+    """Scores a run's model, prints lm-eval's table and writes its JSON.
 
+    Args:
+      run: directory of the run.
+      step: of the checkpoint; None: the newest.
+      batch_size: rows that are computed together.
+      out: the file to write; None: one named by the time, in the run's `lm_eval/`.
+      names, data_dir, limit, num_fewshot: as `score` takes them.
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises ConfigError for options of `--tasks` without it, and for those that do not go with it."""
-    options = {"--data-dir": args.data_dir, "--limit": args.limit, "--num-fewshot": args.num_fewshot, "--out": args.out}
-    given = [option for option, value in options.items() if value is not None]
-    if args.tasks is None and given:
-        say = "says" if len(given) == 1 else "say"
-        raise ConfigError(f"{', '.join(given)} only {say} how to score tasks: add --tasks, for instance --tasks piqa")
-    if args.tasks is not None and args.data is not None:
-        raise ConfigError("--data is text to measure the loss on, and not for --tasks: leave out one of them")
-    if args.out is not None and Path(args.out).is_dir():
-        raise ConfigError(f"--out={args.out!r} is a folder: name the file to write")
-    if args.tasks is not None:
-        _check(args.data_dir, args.limit, args.num_fewshot)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Scores a run's model, prints lm-eval's table and writes its JSON; returns the exit code 0. Raises as `score`."""
-    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    if not names:
-        raise ConfigError(f"--tasks={args.tasks!r} names no task: give some of lm-eval's, as in --tasks piqa,arc_easy")
+    Raises: as `score` and `load_model`.
+    """
     from lm_eval.utils import handle_non_serializable, make_table
 
     from gqe_jax.evaluate.lm_eval_model import JaxLM
     from gqe_jax.runs.load import load_model
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # the results say how tasks were set up
-    trained = load_model(args.run, args.step)
+    trained = load_model(run, step)
     results = score(
-        JaxLM(trained, batch_size=args.batch_size),
-        names,
-        data_dir=args.data_dir,
-        limit=args.limit,
-        num_fewshot=args.num_fewshot,
+        JaxLM(trained, batch_size=batch_size), names, data_dir=data_dir, limit=limit, num_fewshot=num_fewshot
     )
-    results["config"] |= {"run": str(args.run), "step": trained.step, "batch_size": args.batch_size}
+    results["config"] |= {"run": run, "step": trained.step, "batch_size": batch_size}
     del results["samples"]
     time = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
-    out = Path(args.out) if args.out is not None else Path(args.run) / "lm_eval" / f"results_{time}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    written = out.with_name(out.name + ".partial")
+    path = Path(out) if out is not None else Path(run) / "lm_eval" / f"results_{time}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(path.name + ".partial")
     written.write_text(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
-    written.replace(out)
-    print(f"{args.run}, step {trained.step}" + (f", the first {args.limit} items of each task" if args.limit else ""))
+    written.replace(path)
+    print(f"{run}, step {trained.step}" + (f", the first {limit} items of each task" if limit else ""))
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
-    print(f"results: {out}")
-    return 0
+    print(f"results: {path}")
 
 
-def _check(data_dir: str | Path | None, limit: int | None, num_fewshot: int | None) -> None:
+def check(data_dir: str | Path | None, limit: int | None, num_fewshot: int | None) -> None:
+    """Raises ConfigError where `score` would, as far as it can be seen before a model is loaded."""
     for option, value, least in (("--limit", limit, 1), ("--num-fewshot", num_fewshot, 0)):
         if value is not None and value < least:
             raise ConfigError(f"{option}={value} must be at least {least}: raise it, or leave it out")

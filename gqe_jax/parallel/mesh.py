@@ -14,7 +14,10 @@ from gqe_jax.parallel.rules import AXES, spec_of
 from gqe_jax.parallel.zigzag import zigzag
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig = MeshConfig(),
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] (for JAX it is a variable)
+) -> Mesh:
     """The mesh ("data", "fsdp", "expert", "context") of all devices, or of those given.
 
     Every axis always exists, of size 1 where unused. Neighbours on the inner axes, which communicate in every layer,

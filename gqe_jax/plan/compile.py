@@ -11,14 +11,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from gqe_jax.aot.tpu_compile import CompileError, child_environment
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build, to_dict
-
-Mode = Literal["train", "prefill", "decode"]
-MODES: tuple[Mode, ...] = ("train", "prefill", "decode")
+from gqe_jax.plan import Mode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

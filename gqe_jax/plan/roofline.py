@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from gqe_jax.aot.topologies import Topology
 from gqe_jax.config import ModelConfig, RunConfig
 from gqe_jax.flops import ForwardFlops, forward_flops, parameter_count
+from gqe_jax.plan import Mode
 from gqe_jax.plan.collectives import Collective
-from gqe_jax.plan.compile import Mode
 from gqe_jax.plan.memory import activation_width, gathered_keys, tokens_per_device
 
 

@@ -159,8 +159,7 @@ class Peers:
         self._tell({"failed": str(error).partition("\n")[0] or type(error).__name__})
 
     def _tell(self, message: Mapping[str, Any]) -> None:
-        who = {"process": self.process_id, "host": self.hosts[self.process_id]}
-        self.send(who | message)
+        self.send({"process": self.process_id, "host": self.hosts[self.process_id], **message})
 
     def wait_for_others(self) -> None:
         """Process 0, before it ends: the others have ended, or had twice the grace for it."""

@@ -1,7 +1,7 @@
 """Which process of a run this one is, and where process 0 is reached: from arguments, or from the platform."""
 
-import argparse
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 
@@ -51,34 +51,6 @@ class Place:
         return host.strip("[]"), int(port)
 
 
-def place_from(args: argparse.Namespace) -> Place | None:
-    """What the arguments of `gqe train` say; None: one process.
-
-    Raises:
-      ConfigError: they contradict one another, or some are missing.
-      StartFailed: as `find_place`.
-    """
-    by_hand = {
-        f"--{name.replace('_', '-')}": getattr(args, name) for name in ("coordinator", "num_processes", "process_id")
-    }
-    given = [name for name, value in by_hand.items() if value is not None]
-    if args.start_timeout <= 0:
-        raise ConfigError(f"--start-timeout={args.start_timeout} must be above 0 seconds")
-    if args.distributed and given:
-        raise ConfigError(
-            f"--distributed asks the platform for what {' and '.join(given)} say by hand: give one or the other"
-        )
-    if args.distributed:
-        return find_place(args.start_timeout)
-    if given and len(given) < 3:
-        missing = [name for name in by_hand if name not in given]
-        raise ConfigError(
-            f"{' and '.join(given)} without {' and '.join(missing)}: several processes need --coordinator HOST:PORT "
-            f"--num-processes N --process-id I, or --distributed where the platform knows them"
-        )
-    return Place(*by_hand.values()) if given else None
-
-
 def find_place(timeout: float) -> Place:
     """This process's place as the platform (Cloud TPU, GKE, Slurm, Open MPI, Kubernetes) gives it.
 
@@ -88,7 +60,7 @@ def find_place(timeout: float) -> Place:
     """
     try:
         coordinator, num_processes, process_id, devices = ClusterEnv.auto_detect_unset_distributed_params(
-            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, timeout
+            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, math.ceil(timeout)
         )
     except RuntimeError as error:
         raise StartFailed(f"--distributed: {error}") from error

@@ -13,8 +13,6 @@ import numpy as np
 
 from gqe_jax.data.rows import Row
 
-PACKINGS = ("concat", "best-fit")
-
 _WINDOW_TOKENS = 2**22  # what best-fit chooses from
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from etils import epath
 
 from gqe_jax.config import ConfigError
+from gqe_jax.data.choices import DEFAULT_HELDOUT_FRACTION, DEFAULT_PACKING, PACKINGS, SPLITS
 from gqe_jax.data.manifest import (
     FORMAT_VERSION,
     HELDOUT_FILE,
     MANIFEST_FILE,
     SOURCES_FILE,
-    SPLITS,
     TOKENIZER_DIRECTORY,
     FileRecord,
     Manifest,
@@ -30,15 +30,11 @@ from gqe_jax.data.manifest import (
     changed_sources,
 )
 from gqe_jax.data.preparing.deduplicate import is_hashed, mark_duplicates
-from gqe_jax.data.preparing.packing import PACKINGS
 from gqe_jax.data.preparing.splitting import split_rule
 from gqe_jax.data.preparing.units import Job, Settings, UnitResult, plan_units
 from gqe_jax.data.preparing.work import run_units, work_folder
 from gqe_jax.data.sources.corpus import Corpus, stdlib_corpus
 from gqe_jax.data.tokenizer import Tokenizer
-
-DEFAULT_HELDOUT_FRACTION = 0.05
-DEFAULT_PACKING = "concat"
 
 
 def prepare(

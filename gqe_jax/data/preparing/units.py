@@ -16,7 +16,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from gqe_jax.config import ConfigError
-from gqe_jax.data.manifest import HELDOUT_FILE, SOURCES_FILE, SPLITS, FileRecord, SplitInfo
+from gqe_jax.data.choices import SPLITS
+from gqe_jax.data.manifest import HELDOUT_FILE, SOURCES_FILE, FileRecord, SplitInfo
 from gqe_jax.data.preparing.deduplicate import KeptDocuments, hash_unit
 from gqe_jax.data.preparing.packing import row_packer
 from gqe_jax.data.preparing.splitting import split_document

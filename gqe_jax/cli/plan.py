@@ -1,23 +1,32 @@
-"""`gqe plan`: would a configuration fit a slice of TPUs, and how fast could it be, without a TPU."""
+"""`gqe plan`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import pathlib
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gqe_jax.aot.topologies import topology
-from gqe_jax.config import ConfigError, RunConfig
-from gqe_jax.config_files import load_config
-from gqe_jax.plan import report, search
-from gqe_jax.plan.compile import MODES, Compiled, Request, compile_plan
+from gqe_jax.cli.options import add_config
+from gqe_jax.config import ConfigError
+from gqe_jax.plan import MODES
+
+if TYPE_CHECKING:
+    from gqe_jax.plan import report
+    from gqe_jax.plan.compile import Request
 
 COMPILED = 2  # of what the search ranks first
 
+EPILOG = """examples:
+  gqe plan --config gqe_250m --topology v5e:4x4
+  gqe plan --config gqe_8b --topology v5p:4x4x4 --search
+  gqe plan --config gqe_8b --topology v6e:16x16 --mode decode --config.mesh.fsdp=1 --config.mesh.expert=4"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `gqe plan`."""
-    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="configuration, as in gqe train")
+    """Adds the options of `gqe plan`."""
+    parser.epilog = EPILOG
+    add_config(parser)
     parser.add_argument("--topology", required=True, metavar="NAME", help="slice of TPUs: v5e:4x4, v5p:4x4x4, ...")
     parser.add_argument("--mode", choices=MODES, default="train", help="which step (default: train)")
     parser.add_argument("--seq-len", type=int, metavar="N", help="tokens of a row (default: the model's context)")
@@ -38,6 +47,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       ConfigError: what cannot be planned.
     """
+    from gqe_jax.aot.topologies import topology
+    from gqe_jax.config_files import load_config
+    from gqe_jax.plan.compile import Request
+
     topology(args.topology)
     config = load_config(args.config, args.overrides)
     request = Request(
@@ -60,12 +73,15 @@ def run(args: argparse.Namespace) -> int:
     if plan is None:
         return 1
     if args.hlo:
-        pathlib.Path(args.hlo).write_text(plan.compiled.hlo)
+        Path(args.hlo).write_text(plan.compiled.hlo)
     return 0
 
 
 def _plan(request: Request) -> report.Plan | None:
     """Compiles and prints; None: it does not fit."""
+    from gqe_jax.plan import report, search
+    from gqe_jax.plan.compile import Compiled, compile_plan
+
     result = compile_plan(request)
     if isinstance(result, Compiled):
         plan = report.Plan(request, result)
@@ -78,6 +94,8 @@ def _plan(request: Request) -> report.Plan | None:
 
 
 def _search(request: Request) -> int:
+    from gqe_jax.plan import report, search
+
     if request.mode != "train":
         raise ConfigError(f"--search ranks training steps: drop it, or --mode={request.mode}")
     ranked = search.search(request)
@@ -90,25 +108,14 @@ def _search(request: Request) -> int:
 
 
 def _compare(request: Request) -> int:
+    from gqe_jax.plan import report
+    from gqe_jax.plan.dense_twin import dense_twin
+
     twin = dataclasses.replace(request, config=dense_twin(request.config))
-    plans = [_plan(request)]
+    plan = _plan(request)
     print(flush=True)
-    plans.append(_plan(twin))
-    if None in plans:
+    plan_of_twin = _plan(twin)
+    if plan is None or plan_of_twin is None:
         return 1
-    print("\n" + report.comparison(*plans))
+    print("\n" + report.comparison(plan, plan_of_twin))
     return 0
-
-
-def dense_twin(config: RunConfig) -> RunConfig:
-    """The same run with all query heads attending.
-
-    Raises:
-      ConfigError: it is dense already.
-    """
-    dense = config.model.attention.dense_twin()
-    if dense is None:
-        kind = config.model.attention.kind
-        raise ConfigError(f"--compare=gqa: {config.name} is dense itself (attention.kind={kind!r}): drop it")
-    model = dataclasses.replace(config.model, attention=dense)
-    return dataclasses.replace(config, name=f"{config.name}, dense", model=model)
