@@ -17,7 +17,7 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-import gqe_jax.convert
+import gqe_jax.pytorch
 from gqe_jax.config import GQEConfig, ModelConfig
 from gqe_jax.convert import layer_to_torch
 from gqe_jax.models.transformer import Transformer
@@ -26,7 +26,7 @@ SCRATCH = Path(tempfile.mkdtemp(prefix="gqe-pytorch-"))
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(SCRATCH / "hf"), "TQDM_DISABLE": "1"}
 
-CODE = Path(gqe_jax.convert.__file__).parent / "pytorch"
+CODE = Path(gqe_jax.pytorch.__file__).parent / "modelling"
 
 
 def model_config(attention=None, **options) -> ModelConfig:

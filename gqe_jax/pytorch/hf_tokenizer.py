@@ -147,9 +147,7 @@ UNIGRAM, BPE = 1, 2  # types of models
 UNKNOWN_PENALTY = 10.0  # SentencePiece's: an unknown character scores this much less than the worst piece
 
 
-def _sentencepiece_definition(
-    model: bytes, tokenizer: SentencePieceTokenizer
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _sentencepiece_definition(model: bytes, tokenizer: SentencePieceTokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
     pieces, model_type, normalizer = _read_sentencepiece(model)
     names = [name for name, _, _ in pieces]
     specials = {name: i for i, (name, _, kind) in enumerate(pieces) if kind in (CONTROL, UNKNOWN)}
