@@ -297,7 +297,7 @@ BAD_CONFIGS = [
     ({"model_type": "-"}, "model_type=None cannot be imported"),
     ({"model_type": "llamma"}, "cannot be imported (did you mean 'llama'?): Llama (SmolLM too), Mistral, Qwen2, Qwen3"),
     ({"hidden_size": "-", "vocab_size": "-"}, "config.json lacks vocab_size, hidden_size: copy it again"),
-    ({"hidden_size": "32"}, "in this project's terms: model.d_model='32' has type str, but must be int"),
+    ({"hidden_size": "32"}, "config.json: hidden_size='32' must be a whole number from 1 to 2147483647: copy"),
     ({"num_key_value_heads": 3}, "num_query_heads=4 is not a multiple of num_kv_heads=3"),
     ({"rope_scaling": {"rope_type": "longrope", "short_factor": []}, "mlp_bias": True, "hidden_act": "gelu"},
      "asks for what the model here does not have: hidden_act='gelu' (the MLP is SwiGLU, with silu); mlp_bias=True (the "
