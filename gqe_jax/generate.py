@@ -324,7 +324,8 @@ def run_generation(model: Transformer, tokenizer: Tokenizer, args: argparse.Name
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     generator = Generator(model, eos_id=tokenizer.eos_id)
     prompts = [tokenizer.encode(text) for text in texts]
-    stream = functools.partial(generator.stream, prompts, max_new_tokens=args.max_new_tokens, sampling=sampling)
+    options = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "stop_tokens": tokenizer.stop_ids}
+    stream = functools.partial(generator.stream, prompts, **options)
 
     started = time.perf_counter()
     next(stream(), None)  # compiles prefill and decode, so that the timings below are those of the model

@@ -1,6 +1,5 @@
 """The decoder-only language model: embedding, blocks scanned over depth, final norm, logits."""
 
-
 import jax
 import jax.numpy as jnp
 from flax import nnx

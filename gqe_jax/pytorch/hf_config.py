@@ -166,9 +166,11 @@ def to_hf(model: ModelConfig, family: Family | None, dtype: str, tokenizer: Toke
     return config
 
 
-def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The special tokens as config.json and generation_config.json have them."""
-    return {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+def token_ids(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
+    """The special tokens as config.json and generation_config.json have them; several may end a generation."""
+    stops = list(tokenizer.stop_ids)
+    eos = stops if len(stops) > 1 else tokenizer.eos_id
+    return {"bos_token_id": tokenizer.eos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
 
 
 def _gqe_to_hf(model: ModelConfig) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from gqe_jax.data.manifest import prepared_tokenizer
 from gqe_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from gqe_jax.pytorch.exporting import LAYER_PREFIX, LAYERS_CONFIG_FILE, LAYERS_FILE
 from gqe_jax.pytorch.folder import new_folder
-from gqe_jax.pytorch.hf_config import PHI3, from_hf
-from gqe_jax.pytorch.hf_tokenizer import read_tokenizer
+from gqe_jax.pytorch.hf_config import CODE_FILES, PHI3, from_hf
+from gqe_jax.pytorch.hf_tokenizer import CHAT_TEMPLATE, GENERATION, read_tokenizer
 from gqe_jax.pytorch.model import TorchTensor, abstract_parameters, torch_tensors
 from gqe_jax.pytorch.names import ATTENTION_PREFIX, STACKED, split_fused
 from gqe_jax.pytorch.outside import read_object
@@ -302,6 +302,26 @@ def _check_fit(
         )
 
 
+def left_behind(source: Path) -> list[str]:
+    """What a Hugging Face folder holds that an import does not take along, though transformers heeds it."""
+    found = []
+    path = source / GENERATION
+    if path.is_file():
+        tokens = {"eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
+        options = {key: value for key, value in read_object(path).items() if key not in tokens and value is not None}
+        if options:
+            named = ", ".join(f"{key}={value!r}" for key, value in options.items())
+            found.append(f"{GENERATION}'s {named[:300]} (gqe generate has options of its own)")
+    code = sorted(file.name for file in source.glob("*.py") if file.name not in CODE_FILES)
+    if code:
+        found.append(
+            f"code ({', '.join(code)[:300]}), which is never run: the model is computed as its model_type says"
+        )
+    if not (source / "tokenizer.json").is_file() and (source / CHAT_TEMPLATE).is_file():
+        found.append(f"{CHAT_TEMPLATE}, since the tokenizer is no tokenizer.json")
+    return found
+
+
 def _some_names(source: Path) -> str:
     names = list(read_folder(source) if source.is_dir() else read_file(source))
     return f"its names are {', '.join(names[:4])} …" if names else "it holds none"
@@ -371,6 +391,8 @@ def run(args: argparse.Namespace) -> int:
     if args.pattern is None:
         config = import_folder(args.source, args.run, dtype=args.dtype, **options)
         train = str(Path(args.run) / CONFIG_FILE)
+        for what in left_behind(Path(args.source)):
+            print(f"left behind: {what}")
     else:
         config = load_config(args.config, args.overrides)
         import_layers(args.source, args.run, config, pattern=args.pattern, **options)

@@ -20,7 +20,10 @@ LARGEST = 2**31 - 1  # of a size
 def parse_json(content: bytes, origin: object) -> Any:
     """The value of JSON text; ConfigError where there is none, or one nested too deeply to be real."""
     try:
-        return json.loads(content)
+        value = json.loads(content)
+        if b"\\u" in content:  # which may spell half a character, that no file can hold
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{origin} is no JSON ({error}): copy or download it again") from error
 
