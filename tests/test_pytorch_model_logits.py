@@ -101,7 +101,9 @@ def count_ties(stats, outputs, attention):
         want = real(left=False)(stats.expert_index[layer])
         got = real(left=True)(outputs.expert_index[layer].numpy())
         probs = real(left=False)(stats.router_probs[layer])
-        np.testing.assert_allclose(real(left=True)(outputs.router_logits[layer].softmax(-1).numpy()), probs, atol=1e-5)
+        np.testing.assert_allclose(
+            real(left=True)(outputs.router_logits[layer].softmax(-1).numpy()), probs, atol=1e-5
+        )
         differs = (want != got).any(-1)
         assert not differs.any() or attention.router.kind == "learned"
         gap = np.diff(np.sort(probs, -1)).min(-1, initial=np.inf)

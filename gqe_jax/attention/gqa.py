@@ -94,7 +94,9 @@ class GQAttention(Attention):
         super().__init__(d_model, config, linear, param_dtype=param_dtype, rngs=rngs)
         heads = (num_kv_heads, num_query_heads // num_kv_heads, config.head_dim)
         self.q_proj = linear(d_model, heads)
-        self.o_proj = linear(heads, d_model, use_bias=config.has_out_bias, kernel_init=out_kernel_init or kernel_init)
+        self.o_proj = linear(
+            heads, d_model, use_bias=config.has_out_bias, kernel_init=out_kernel_init or kernel_init
+        )
 
     def _forward(self, shard, x, segment_ids, rope, draws, cache):
         del draws  # no randomness in dense attention

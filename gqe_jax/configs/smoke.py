@@ -1,9 +1,9 @@
 """A small GQE language model on bytes: a few minutes on a laptop's CPU.
 
-gqe train --config smoke --run runs/smoke                     the default corpus
-gqe train --config smoke:steps=3600 --run runs/smoke          longer (about an hour on two cores): continues the run,
-                                                              whose learning rate then rises to its peak again
-gqe train --config smoke:kind=gqa --run runs/smoke_gqa        its dense twin: all four query heads attend
+  gqe train --config smoke --run runs/smoke                     the default corpus
+  gqe train --config smoke:steps=3600 --run runs/smoke          longer (about an hour on two cores): continues the run,
+                                                                whose learning rate then rises to its peak again
+  gqe train --config smoke:kind=gqa --run runs/smoke_gqa        its dense twin: all four query heads attend
 """
 
 from gqe_jax.config_dict import defaults

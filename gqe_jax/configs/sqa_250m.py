@@ -1,8 +1,8 @@
 """The static control of gqe_250m: sparse-query attention, with the 8 query heads that GQE's routed slots cost.
 
-gqe train --config sqa_250m --run runs/sqa --config.data.path=DIR     prepared rows of 2048 tokens
-gqe train --config sqa_250m:head_dim=128 --run ...                    for TPUs: half as many heads, twice as wide
-gqe train --config sqa_250m:laptop --run runs/sqa_laptop              minutes on a CPU, no data needed
+  gqe train --config sqa_250m --run runs/sqa --config.data.path=DIR     prepared rows of 2048 tokens
+  gqe train --config sqa_250m:head_dim=128 --run ...                    for TPUs: half as many heads, twice as wide
+  gqe train --config sqa_250m:laptop --run runs/sqa_laptop              minutes on a CPU, no data needed
 """
 
 from gqe_jax.configs._paper import paper_config

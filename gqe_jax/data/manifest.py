@@ -1,10 +1,10 @@
 """What a prepared data set is: a folder of row shards and `manifest.json`, which says what they hold.
 
-manifest.json   this page's dataclass
-train-00000-of-00002.arrayrecord, ..., heldout-00000-of-00001.arrayrecord
-heldout.jsonl   the held-out documents' names and texts, for comparison with compressors
-sources.jsonl   every source file's name, size and sha256
-tokenizer/      the tokenizer's own files
+    manifest.json   this page's dataclass
+    train-00000-of-00002.arrayrecord, ..., heldout-00000-of-00001.arrayrecord
+    heldout.jsonl   the held-out documents' names and texts, for comparison with compressors
+    sources.jsonl   every source file's name, size and sha256
+    tokenizer/      the tokenizer's own files
 """
 
 from __future__ import annotations

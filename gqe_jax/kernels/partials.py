@@ -7,7 +7,9 @@ EMPTY_LSE = -1e30
 """Log-sum-exp of a query that sees no key: finite, so that merging and differentiating it gives no NaN."""
 
 
-def merge_partials(o: jax.Array, lse: jax.Array, o2: jax.Array, lse2: jax.Array) -> tuple[jax.Array, jax.Array]:
+def merge_partials(
+    o: jax.Array, lse: jax.Array, o2: jax.Array, lse2: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Attention over the union of two disjoint sets of keys, from the attention over each.
 
     lse' = log(e^lse + e^lse2), o' = o·e^(lse − lse') + o2·e^(lse2 − lse'), in float32. The merge is associative, and

@@ -1,5 +1,6 @@
 """The decoder-only language model: embedding, blocks scanned over depth, final norm, logits."""
 
+
 import jax
 import jax.numpy as jnp
 from flax import nnx

@@ -271,7 +271,9 @@ def _device_bytes(tree) -> int:
 
     import jax
 
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )
 
 
 def _out_of_memory(message: str) -> dict[str, Any]:

@@ -57,7 +57,9 @@ def gathered_keys(config: RunConfig, mesh: Mapping[str, int], batch_size: int, s
     return size if mesh["context"] > 1 and gathers else 0
 
 
-def estimate(config: RunConfig, mesh: Mapping[str, int], mode: Mode, batch_size: int, seq_len: int) -> dict[str, int]:
+def estimate(
+    config: RunConfig, mesh: Mapping[str, int], mode: Mode, batch_size: int, seq_len: int
+) -> dict[str, int]:
     """Bytes on one device, by what they are."""
     model, expert = config.model, mesh["expert"]
     item = 2 if model.dtype == "bfloat16" else 4

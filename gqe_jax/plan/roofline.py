@@ -198,3 +198,4 @@ def likely_extents(topology: Topology, mesh: Mapping[str, int]) -> dict[str, tup
             free[place] //= spans[place]
         extents[axis] = tuple(spans)
     return extents
+

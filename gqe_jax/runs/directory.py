@@ -56,7 +56,9 @@ class TrainedModel:
     model: Transformer
 
 
-def load_model(directory: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> TrainedModel:
+def load_model(
+    directory: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None
+) -> TrainedModel:
     """Reads parameters, configuration and tokenizer of a run's newest checkpoint, or of the one of `step`.
 
     Args:

@@ -98,7 +98,9 @@ class Log:
     def _write(self, step: int, metrics: dict[str, Any]) -> None:
         now = time.monotonic()
         training = now - self.since - self.paused
-        rate, left = self.stopwatch.lap(step - self.logged_step, self.tokens, training, self.config.train.steps - step)
+        rate, left = self.stopwatch.lap(
+            step - self.logged_step, self.tokens, training, self.config.train.steps - step
+        )
         waited = self.seconds["data_wait"] / training
         self.seconds["step"] += training - self.seconds["data_wait"]
         self.logged_step, self.tokens, self.since, self.paused = step, 0, now, 0.0

@@ -88,7 +88,6 @@ class Step:
         if parts == 1:
             (_, metrics), grads = gradient(state.params, state.router_bias, batch, keys[0], tokens)
         else:
-
             def accumulate(grads, part):
                 (_, metrics), new = gradient(state.params, state.router_bias, *part, tokens)
                 return jax.tree.map(jnp.add, grads, new), metrics
@@ -121,7 +120,9 @@ class Step:
     def _loss(self, params, router_bias, batch: Batch, key: jax.Array, tokens: jax.Array):
         """The share of `batch` in the step's loss: LM loss per token of the whole batch, router losses per part."""
         model = self.model(params, router_bias)
-        x, stats = model(batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"], key=key)
+        x, stats = model(
+            batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"], key=key
+        )
         losses = model.losses(x, batch["targets"], self.config.train.loss_chunk)
         loss = total = jnp.sum(losses * batch["mask"]) / tokens
         metrics = {"loss": loss}
@@ -147,3 +148,5 @@ class Step:
 def _split(batch: Batch, parts: int) -> Batch:
     """[B, S] → [parts, B / parts, S], each part with rows of every device."""
     return {name: rows.reshape(-1, parts, rows.shape[1]).swapaxes(0, 1) for name, rows in batch.items()}
+
+

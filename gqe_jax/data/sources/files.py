@@ -75,7 +75,7 @@ class SourceFile:
 
     @property
     def compression(self) -> str | None:
-        """ ".gz", ".zst" or None."""
+        """".gz", ".zst" or None."""
         return self.path.suffix if self.path.suffix in _COMPRESSIONS else None
 
     @property

@@ -90,10 +90,9 @@ class SeqioShard:
 
     def _examples(self, task: Any, column: str) -> Iterator[dict[str, Any]]:
         seqio = import_seqio(self.modules)
-        takes_seed = (
-            not isinstance(task.source, seqio.FunctionDataSource)
-            or "seed" in inspect.signature(task.source._dataset_fn).parameters
-        )
+        takes_seed = not isinstance(task.source, seqio.FunctionDataSource) or "seed" in inspect.signature(
+            task.source._dataset_fn
+        ).parameters
         dataset = task.get_dataset(
             dict.fromkeys(task.output_features, _LONGEST),
             self.seqio_split,

@@ -100,7 +100,9 @@ def _attend_bwd(plan, residuals, cotangents):
         plan, mask, operands, _heads_together(plan, o), _heads_together(plan, do), _heads_to_rows(plan, lse),
         _heads_to_rows(plan, dlse),
     )  # fmt: skip
-    dq, dk, dv = (_heads_apart(plan, dx, heads) for dx, heads in ((dq, plan.num_experts), (dk, None), (dv, None)))
+    dq, dk, dv = (
+        _heads_apart(plan, dx, heads) for dx, heads in ((dq, plan.num_experts), (dk, None), (dv, None))
+    )
     if norm_scale is not None:
         dnorm_scale = _unpad_dim(dnorm_scale, plan).astype(norm_scale.dtype)
     return None, None, None, dq, dk[:, : k.shape[1]], dv[:, : k.shape[1]], dnorm_scale
