@@ -131,6 +131,19 @@ def test_dense_models_of_transformers(tmp_path, case):
         np.testing.assert_array_equal(back(torch.tensor(ids).long()).logits.numpy(), wanted)
 
 
+def test_fused_projections(tmp_path):
+    """Phi-3 has q, k and v in one tensor and gate and up in another: the same logits, of a window too."""
+    pytest.importorskip("transformers")
+    import torch
+
+    original = write_transformers(tmp_path / "from", "Phi3", head_dim=8, sliding_window=7, pad_token_id=0)
+    import_folder(tmp_path / "from", tmp_path / "run")
+    ids = tokens(BYTES["vocab_size"])
+    with torch.no_grad():
+        wanted = original(torch.tensor(ids).long()).logits.numpy()
+    np.testing.assert_allclose(logits(load_model(tmp_path / "run").model, ids), wanted, atol=1e-4)
+
+
 def test_half_precision_folders(tmp_path):
     """bfloat16 weights become float32 parameters without loss, or stay as they are; the model computes in bfloat16."""
     pytest.importorskip("transformers")
