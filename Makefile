@@ -13,8 +13,8 @@ INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet -
 # One process for each core, each with whole files: compiling, the most of it, takes one core.
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
-# The exported model's own tests, and those of what an import reads, under the oldest and the newest transformers that the extra `pytorch` allows, which stand
-# in folders of their own before the environment's. Left out: what compares gradients with JAX, at length.
+# The exported model's own tests, and those of what an import reads, under the oldest and the newest transformers that the
+# extra `pytorch` allows, which stand in folders of their own before the environment's. Left out: gradients against JAX.
 TRANSFORMERS := .venv-transformers
 TRANSFORMERS_TESTS := tests/test_pytorch_model_generate.py tests/test_pytorch_model_train.py tests/test_pytorch_model_folder.py \
     tests/test_import_differential.py
