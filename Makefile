@@ -13,7 +13,13 @@ INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet -
 # One process for each core, each with whole files: compiling, the most of it, takes one core.
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
-.PHONY: demo test test-fast test-seqio .test-seqio lint clean
+# The exported model's own tests, and those of what an import reads, under the oldest and the newest transformers that the
+# extra `pytorch` allows, which stand in folders of their own before the environment's. Left out: gradients against JAX.
+TRANSFORMERS := .venv-transformers
+TRANSFORMERS_TESTS := tests/test_pytorch_model_generate.py tests/test_pytorch_model_train.py tests/test_pytorch_model_folder.py \
+    tests/test_import_differential.py
+
+.PHONY: demo test test-fast test-seqio .test-seqio test-transformers lint clean
 
 demo: $(VENV)/.core
 	$(BIN)/gqe train --config smoke:steps=$(STEPS) --run $(RUN)
@@ -40,12 +46,25 @@ test-seqio:
 .test-seqio: $(VENV)/.seqio
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_seqio.py
 
+test-transformers: $(VENV)/.dev $(TRANSFORMERS)/oldest $(TRANSFORMERS)/newest
+	for version in oldest newest; do \
+	    PYTHONPATH=$(TRANSFORMERS)/$$version JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(TRANSFORMERS_TESTS) \
+	        -m 'not slow' -k 'not loss_and_gradients and not k2' $(PYTEST_ARGS) || exit; \
+	done
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) $(VENV)-seqio
+	rm -rf $(VENV) $(VENV)-seqio $(TRANSFORMERS)
+
+$(TRANSFORMERS)/oldest: | $(BIN)/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check --target $@ 'transformers==4.57.*'
+	$(BIN)/pip install --quiet --disable-pip-version-check --target $@ --no-deps 'datasets==4.1.*'  # Trainer imports it
+$(TRANSFORMERS)/newest: pyproject.toml | $(BIN)/pip
+	rm -rf $@
+	$(BIN)/pip install --quiet --disable-pip-version-check --target $@ 'transformers>=5.24'
 
 # What each environment has beyond the core is an extra of pyproject.toml.
 $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/pip

@@ -312,7 +312,8 @@ def print_continuations(
     """
     generator = Generator(model, eos_id=tokenizer.eos_id)
     prompts = [tokenizer.encode(text) for text in texts]
-    stream = functools.partial(generator.stream, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
+    options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop_tokens": tokenizer.stop_ids}
+    stream = functools.partial(generator.stream, prompts, **options)
 
     started = time.perf_counter()
     next(stream(), None)  # compiles prefill and decode, so that the timings below are those of the model

@@ -132,6 +132,20 @@ def test_dense_models_of_transformers(tmp_path, case):
         np.testing.assert_array_equal(back(torch.tensor(ids).long()).logits.numpy(), wanted)
 
 
+def test_fused_projections(tmp_path):
+    """Phi-3 has q, k and v in one tensor and gate and up in another: the same logits, of a window too."""
+    pytest.importorskip("transformers")
+    import torch
+
+    ends = {"pad_token_id": 0, "eos_token_id": 1}  # else Phi-3's own, beyond this vocabulary
+    original = write_transformers(tmp_path / "from", "Phi3", head_dim=8, sliding_window=7, **ends)
+    import_folder(tmp_path / "from", tmp_path / "run")
+    ids = tokens(BYTES["vocab_size"])
+    with torch.no_grad():
+        wanted = original(torch.tensor(ids).long()).logits.numpy()
+    np.testing.assert_allclose(logits(load_model(tmp_path / "run").model, ids), wanted, atol=1e-4)
+
+
 def test_half_precision_folders(tmp_path):
     """bfloat16 weights become float32 parameters without loss, or stay as they are; the model computes in bfloat16."""
     pytest.importorskip("transformers")
@@ -298,7 +312,7 @@ BAD_CONFIGS = [
     ({"model_type": "-"}, "model_type=None cannot be imported"),
     ({"model_type": "llamma"}, "cannot be imported (did you mean 'llama'?): Llama (SmolLM too), Mistral, Qwen2, Qwen3"),
     ({"hidden_size": "-", "vocab_size": "-"}, "config.json lacks vocab_size, hidden_size: copy it again"),
-    ({"hidden_size": "32"}, "in this project's terms: model.d_model='32' has type str, but must be int"),
+    ({"hidden_size": "32"}, "config.json: hidden_size='32' must be a whole number from 1 to 2147483647: copy"),
     ({"num_key_value_heads": 3}, "num_query_heads=4 is not a multiple of num_kv_heads=3"),
     ({"rope_scaling": {"rope_type": "longrope", "short_factor": []}, "mlp_bias": True, "hidden_act": "gelu"},
      "asks for what the model here does not have: hidden_act='gelu' (the MLP is SwiGLU, with silu); mlp_bias=True (the "

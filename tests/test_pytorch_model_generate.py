@@ -6,7 +6,9 @@ import torch_folder
 from torch_folder import model_config
 
 from gqe_jax.attention import GQAConfig, GQEConfig
+from gqe_jax.data.tokenizer import ByteTokenizer
 from gqe_jax.generate import Generator
+from gqe_jax.pytorch.hf_tokenizer import tokenizer_files
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -130,6 +132,41 @@ def test_attention_maps_are_refused(model):
     eager.config.output_attentions = True
     with pytest.raises(ValueError, match=message):
         eager(ids)
+
+
+def test_keywords_that_no_one_reads_are_refused(model):
+    """A newer transformers once passed the cache under another name, which was swallowed: the text was another, and
+    nothing said so."""
+    ids = torch.ones(1, 3, dtype=torch.long)
+    for part in (model, model.model):
+        with pytest.raises(TypeError, match=r"does not know the keyword cache_params, is_causal: leave it out"):
+            part(ids, cache_params=None, is_causal=False)
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="give one of past_key_values and cache"):
+        model(ids, past_key_values=cache, cache=cache)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_has_two_names(model, name):
+    """transformers calls it `cache` from 5.24 on; either continues the sequence as one full pass does."""
+    ids = torch.tensor(PROMPTS[1])[None]
+    with torch.no_grad():
+        whole = model(ids).logits
+        cache = model(ids[:, :9], use_cache=True).past_key_values
+        rest = model(ids[:, 9:], **{name: cache}).logits
+    np.testing.assert_allclose(rest, whole[:, 9:], atol=1e-5)
+
+
+def test_pipeline(tmp_path):
+    """The text-generation pipeline gives what `generate` and the tokenizer give."""
+    folder = torch_folder.write_folder(torch_folder.make_model(model_config(vocab_size=300)), tmp_path / "model")
+    for name, content in tokenizer_files(ByteTokenizer(), 256).items():
+        (folder / name).write_bytes(content)
+    model, tokenizer = torch_folder.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    (found,) = pipe("A router", max_new_tokens=8, do_sample=False)
+    tokens = greedy(model, tokenizer("A router", return_tensors="pt"), 8)
+    assert found["generated_text"] == "A router" + tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
 def test_decoding_is_one_graph(model):

@@ -234,7 +234,8 @@ def test_the_router_may_be_trained_in_full_beside_lora(model):
 
 
 def test_trainer(tmp_path):
-    """transformers' Trainer, with accumulation and checkpointing, lowers the loss on rows that repeat."""
+    """transformers' Trainer, with accumulation and checkpointing, lowers the loss on rows that repeat; it evaluates to
+    the LM loss, and its predictions are the logits alone."""
     model = torch_folder.load(CONFIG)
     rows = [{name: value[0] for name, value in inputs().items()} for _ in range(4)]
     arguments = transformers.TrainingArguments(
@@ -249,7 +250,14 @@ def test_trainer(tmp_path):
         save_strategy="no",
         use_cpu=True,
     )
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+    evaluated = dict(rows[0], labels=rows[0]["labels"].clone())
+    evaluated["labels"][0] = -100  # nothing predicts it, though transformers 4 counts it
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=[evaluated])
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 1
+    with torch.no_grad():
+        want = model.eval()(**{name: value[None] for name, value in evaluated.items()})
+    np.testing.assert_allclose(trainer.evaluate()["eval_loss"], want.loss.item(), rtol=1e-5)
+    predictions = trainer.predict([evaluated]).predictions
+    np.testing.assert_allclose(predictions, want.logits.numpy(), atol=1e-5)

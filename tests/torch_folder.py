@@ -18,6 +18,7 @@ import safetensors.numpy
 from flax import nnx
 
 import gqe_jax.convert
+import gqe_jax.pytorch
 from gqe_jax.attention import GQEConfig
 from gqe_jax.config import ModelConfig
 from gqe_jax.convert import layer_to_torch
@@ -27,7 +28,7 @@ SCRATCH = Path(tempfile.mkdtemp(prefix="gqe-pytorch-"))
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(SCRATCH / "hf"), "TQDM_DISABLE": "1"}
 
-CODE = Path(gqe_jax.__file__).parent / "pytorch" / "modelling"
+CODE = Path(gqe_jax.pytorch.__file__).parent / "modelling"
 
 
 def model_config(attention=None, **options) -> ModelConfig:

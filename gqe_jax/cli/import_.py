@@ -12,9 +12,9 @@ EPILOG = """examples:
   gqe import --from ../Qwen3-0.6B --run runs/qwen3 --dtype bfloat16
   gqe import --from exported/layers/attention.safetensors --pattern 'layers.{layer}.' --config smoke --run runs/mine
 
-The folder is one that gqe export wrote, or a Llama, Mistral, Qwen2, Qwen3 or SmolLM: config.json, safetensors and the
-tokenizer. With --pattern, only the attention layers are read, from a checkpoint of your own that uses the package gqe;
-the rest of the model that --config names starts from its initialisation. PyTorch is not needed."""
+The folder is one that gqe export wrote, or a Llama, Mistral, Qwen2, Qwen3, SmolLM or Phi-3: config.json, safetensors
+and the tokenizer. With --pattern, only the attention layers are read, from a checkpoint of your own that uses the
+package gqe; the rest of the model that --config names starts from its initialisation. PyTorch is not needed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PREFIX",
         help="read attention layers of the package gqe only: what stands before q_proj.weight, {layer} for the number",
     )
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="take weights that are NaN or infinite (default: refuse them)"
+    )
     add_config(parser, purpose="with --pattern: the configuration of the whole model", required=False)
 
 
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Imports and says what came of it; returns the exit code 0. Raises as `import_folder`."""
     from gqe_jax import flops
     from gqe_jax.config_files import load_config
-    from gqe_jax.pytorch.importing import CONFIG_FILE, import_folder, import_layers
+    from gqe_jax.pytorch.importing import CONFIG_FILE, import_folder, import_layers, left_behind
     from gqe_jax.runs.new_run import TOKENIZER
 
     if (args.pattern is None) != (args.config is None):
@@ -54,12 +57,15 @@ def run(args: argparse.Namespace) -> int:
             f"{given} needs {other}: --pattern says which attention layers to read, --config which model they are for; "
             f"leave both out to import a folder with a config.json"
         )
+    options = {"tokenizer": args.tokenizer, "allow_nonfinite": args.allow_nonfinite}
     if args.pattern is None:
-        config = import_folder(args.source, args.run, tokenizer=args.tokenizer, dtype=args.dtype)
+        config = import_folder(args.source, args.run, dtype=args.dtype, **options)
         train = str(Path(args.run) / CONFIG_FILE)
+        for what in left_behind(Path(args.source)):
+            print(f"left behind: {what}")
     else:
         config = load_config(args.config, args.overrides)
-        import_layers(args.source, args.run, config, pattern=args.pattern, tokenizer=args.tokenizer)
+        import_layers(args.source, args.run, config, pattern=args.pattern, **options)
         print("only the attention layers were read: the rest of the model starts from its initialisation")
         train = " ".join([shlex.quote(args.config), *(shlex.quote(f"--config.{item}") for item in args.overrides)])
     attention = config.model.attention

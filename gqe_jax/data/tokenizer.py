@@ -41,12 +41,17 @@ class Tokenizer(abc.ABC):
       vocab_size: every id is below it.
       eos_id: stands before every document and after the last one.
       pad_id: fills the end of a row; may equal eos_id.
+      stop_ids: end a generation; eos_id, and what ends a turn of a model that was tuned for chat.
     """
 
     name: str
     vocab_size: int
     eos_id: int
     pad_id: int
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return (self.eos_id,)
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -220,7 +225,8 @@ class HuggingFaceTokenizer(Tokenizer):
     name = "huggingface"
 
     def __init__(self, definition: bytes, config: bytes | None = None, origin: str = _HUGGINGFACE_FILE):
-        """definition: tokenizer.json. config: tokenizer_config.json, of which eos_token and pad_token are read.
+        """definition: tokenizer.json. config: tokenizer_config.json, of which eos_token, pad_token and chat_template
+        are read, and `stop_ids`, a list of ids that end a generation as eos_token does.
 
         Raises ConfigError if the definition cannot be read, or no token is known to end a document.
         """
@@ -233,6 +239,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"tokenizer {origin} cannot be read as a Hugging Face tokenizer.json ({error}): give the file that "
                 "the library's save() wrote, a SentencePiece .model, or 'bytes'"
             ) from error
+        if not isinstance(names, dict):
+            raise ConfigError(f"{_HUGGINGFACE_CONFIG_FILE} beside {origin} holds no JSON object: copy it again")
         self._definition = definition
         self._tokenizer.encode_special_tokens = True  # a document cannot forge an end of document
         self._tokenizer.no_truncation()
@@ -248,7 +256,19 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         pad = _token_name(names.get("pad_token"), _PAD_NAMES, vocabulary) or eos
         self.eos_id, self.pad_id = vocabulary[eos], vocabulary[pad]
-        self._config = (json.dumps({"eos_token": eos, "pad_token": pad}, sort_keys=True) + "\n").encode()
+        stops = names.get("stop_ids") or []
+        if not isinstance(stops, list) or any(type(i) is not int or not 0 <= i < self.vocab_size for i in stops):
+            raise ConfigError(
+                f"tokenizer {origin} has ids up to {self.vocab_size - 1}, but {stops!r} should end a generation: "
+                "correct eos_token_id in generation_config.json or config.json"
+            )
+        self._stop_ids = tuple(dict.fromkeys([self.eos_id, *stops]))
+        kept = {"eos_token": eos, "pad_token": pad}
+        if len(self._stop_ids) > 1:
+            kept["stop_ids"] = list(self._stop_ids)
+        if names.get("chat_template"):
+            kept["chat_template"] = names["chat_template"]
+        self._config = (json.dumps(kept, sort_keys=True) + "\n").encode()
         self._unsettled = frozenset()
         if '"ByteFallback"' in json.dumps(json.loads(definition).get("decoder")):
             # That decoder turns a whole run of byte tokens into U+FFFD if any of it is invalid; special tokens do not
@@ -267,6 +287,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self._stop_ids
 
     def files(self) -> dict[str, bytes]:
         return {_HUGGINGFACE_FILE: self._definition, _HUGGINGFACE_CONFIG_FILE: self._config}
@@ -375,7 +399,7 @@ def _token_name(named: str | Mapping | None, usual: Sequence[str], vocabulary: M
     """The token a tokenizer_config.json names (a string, or an object with "content"), else a usual name."""
     if isinstance(named, Mapping):
         named = named.get("content")
-    return next((name for name in (named, *usual) if name in vocabulary), None)
+    return next((name for name in (named, *usual) if isinstance(name, str) and name in vocabulary), None)
 
 
 def _require_module(name: str, origin: str) -> ModuleType:

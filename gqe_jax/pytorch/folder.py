@@ -25,9 +25,9 @@ def new_folder(out: str | Path, option: str, size: int = 0) -> Iterator[Path]:
       ConfigError: `out` exists and is not an empty folder.
       OSError: it cannot be written.
     """
-    out = Path(out)
+    given, out = out, Path(os.path.realpath(out))  # a link keeps leading where it leads
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"{option}={str(out)!r} exists and is not an empty folder: name another one, or remove it")
+        raise ConfigError(f"{option}={str(given)!r} exists and is not an empty folder: name another one, or remove it")
     temporary = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def new_folder(out: str | Path, option: str, size: int = 0) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
             raise OSError(
-                f"could not write {out}: {error.strerror or error}; nothing is left behind. Free disk space or make "
+                f"could not write {given}: {error.strerror or error}; nothing is left behind. Free disk space or make "
                 f"{out.parent} writable, and start the same command again"
             ) from error
         raise

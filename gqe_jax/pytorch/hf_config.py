@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from gqe_jax.attention.kinds import kind_named
 from gqe_jax.config import ConfigError, ModelConfig, RopeScaling, nearest
 from gqe_jax.data.tokenizer import Tokenizer
+from gqe_jax.pytorch.outside import checked_config
 
 
 class Family(NamedTuple):
@@ -47,6 +48,11 @@ FAMILIES = (
         "qwen3", "Qwen3ForCausalLM", True, ((False, False), (True, True)), True, False, True,
         _QWEN | {"num_key_value_heads": 32, "head_dim": 128},
     ),
+)  # fmt: skip
+# Read, never written: its weights are Llama's, q, k and v in one projection, gate and up in another.
+PHI3 = Family(
+    "phi3", "Phi3ForCausalLM", False, ((False, False),), True, False, True,
+    _DEFAULTS | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
 )  # fmt: skip
 GQE = "gqe"
 CODE_FILES = ("configuration_gqe.py", "modeling_gqe.py")
@@ -172,9 +178,11 @@ def to_hf(model: ModelConfig, family: Family | None, dtype: str, tokenizer: Toke
     return config
 
 
-def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The special tokens as config.json and generation_config.json have them."""
-    return {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+def token_ids(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
+    """The special tokens as config.json and generation_config.json have them; several may end a generation."""
+    stops = list(tokenizer.stop_ids)
+    eos = stops if len(stops) > 1 else tokenizer.eos_id
+    return {"bos_token_id": tokenizer.eos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
 
 
 def _gqe_to_hf(model: ModelConfig) -> dict[str, Any]:
@@ -217,12 +225,13 @@ def from_hf(config: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict
     Raises:
       ConfigError: another architecture, or options that the model here does not have; all are listed.
     """
+    spoken, config = config, checked_config(config, path)
     model_type = config.get("model_type")
-    known = {family.model_type: family for family in FAMILIES}
+    known = {family.model_type: family for family in (*FAMILIES, PHI3)}
     if model_type != GQE and model_type not in known:
         raise ConfigError(
-            f"{path}: model_type={model_type!r} cannot be imported ({nearest(str(model_type), [GQE, *known])}): Llama "
-            f"(SmolLM too), Mistral, Qwen2, Qwen3 and what gqe export wrote can"
+            f"{path}: model_type={model_type!r} cannot be imported ({nearest(str(model_type)[:60], [GQE, *known])}): "
+            f"Llama (SmolLM too), Mistral, Qwen2, Qwen3, Phi-3 and what gqe export wrote can"
         )
     missing = [key for key in REQUIRED if config.get(key) is None]
     if missing:
@@ -230,7 +239,9 @@ def from_hf(config: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict
     family = known.get(model_type)
     defaults = _DEFAULTS | {"max_position_embeddings": 2048} if family is None else family.defaults
     kv_heads = (defaults | config).get("num_key_value_heads")  # null means as many as query heads
-    no_rotary = family is None and "rope_theta" in config and config["rope_theta"] is None
+    no_rotary = family is None and any(
+        "rope_theta" in place and place["rope_theta"] is None for place in (spoken, spoken.get("rope_parameters") or {})
+    )
     config = defaults | {key: value for key, value in config.items() if value is not None or key == "sliding_window"}
     problems = [
         f"{key}={config[key]!r} ({why})"
@@ -243,7 +254,7 @@ def from_hf(config: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict
         "window": _window(family, config, problems),
     }
     attention |= _rope_from_hf(config, problems)
-    if no_rotary or (family is None and (config.get("rope_parameters") or {}).get("rope_theta", 0) is None):
+    if no_rotary:
         attention["rope_theta"] = None
     model = {
         "vocab_size": config["vocab_size"],
@@ -284,27 +295,37 @@ _ONLY: dict[str, tuple[tuple, str]] = {
 def _window(family: Family | None, config: Mapping[str, Any], problems: list[str]) -> int | None:
     """The window of every layer; a model in which only some layers have one is refused."""
     window = config.get("sliding_window")
+    kinds = set(config.get("layer_types") or ())
     if family is not None and not family.window:
+        if window is not None or kinds - {"full_attention"}:
+            problems.append(f"sliding_window={window!r}, or layer_types with one ({family.architecture} has no window)")
         return None
-    layers, kinds = config["num_hidden_layers"], config.get("layer_types")
     if family is not None and "max_window_layers" in family.defaults:
         if not config.get("use_sliding_window", False):
+            if kinds - {"full_attention"}:
+                problems.append("layer_types with a window, but use_sliding_window is not true")
             return None
-        full = min(max(config["max_window_layers"], 0), layers)
-        kinds = kinds or full * ["full_attention"] + (layers - full) * ["sliding_attention"]
-    if not kinds or set(kinds) == {"sliding_attention"}:
+        if not kinds:  # the first max_window_layers layers see everything
+            first = config["max_window_layers"]
+            seen = {"full_attention": first > 0, "sliding_attention": first < config["num_hidden_layers"]}
+            kinds = {kind for kind, has in seen.items() if has}
+    elif family is not None and kinds:
+        problems.append(f"layer_types ({family.architecture} reads sliding_window alone; another class reads both)")
+    if not kinds or kinds == {"sliding_attention"}:
         return window
-    if set(kinds) != {"full_attention"}:
-        problems.append(f"layer_types of several kinds ({', '.join(sorted(set(kinds)))}; all layers here are alike)")
+    if kinds != {"full_attention"}:
+        problems.append(f"layer_types of several kinds ({', '.join(sorted(kinds))}; all layers here are alike)"[:300])
     return None
 
 
 def _rope_from_hf(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope = dict(config.get("rope_parameters") or {})
+    kind = rope.get("rope_type", "default")
     result = {"rope_theta": rope.get("rope_theta") or config["rope_theta"], "rope_scaling": {"kind": "none"}}
     if any(isinstance(value, dict) for value in rope.values()):
         problems.append("rope_parameters of its own for each kind of layer (all layers here are alike)")
+    elif kind != "default" and config["model_type"] == PHI3.model_type:
+        problems.append(f"rope_type={kind!r} in Phi-3 (known: default)")
     elif kind not in ("default", *ROPE_KEYS_OF):
         problems.append(f"rope_type={kind!r} (known: default, {', '.join(ROPE_KEYS_OF)})")
     elif rope.get("partial_rotary_factor", 1) != 1:

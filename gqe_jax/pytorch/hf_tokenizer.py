@@ -24,12 +24,15 @@ from gqe_jax.data.tokenizer import (
     load_tokenizer,
     tokenizer_from_files,
 )
+from gqe_jax.pytorch.outside import GENERATION_RULES, TOKENIZER_RULES, check_fields, parse_json, read_object
 
 if TYPE_CHECKING:
     import tokenizers
 
 DEFINITION = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
+GENERATION = "generation_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"  # where newer folders keep it, rather than in tokenizer_config.json
 ORIGINAL = "original_tokenizer.json"  # beside a tokenizer.json that was changed
 OWN_FILES = ("bytes.json", "sentencepiece.model")  # as `Tokenizer.files` names them
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
@@ -51,6 +54,7 @@ def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
         definition, config = _sentencepiece_definition(files["sentencepiece.model"], tokenizer)
     else:
         definition, config = None, json.loads(files[CONFIG])
+        config.pop("stop_ids", None)  # generation_config.json has them
         library, start = _library_tokenizer(tokenizer), start_token(tokenizer)
         config["bos_token"] = library.id_to_token(start)
         if library.encode("a").ids != [start, *tokenizer.encode("a")]:
@@ -91,11 +95,10 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     own = {name: (folder / name).read_bytes() for name in OWN_FILES if (folder / name).is_file()}
     if own:
         return tokenizer_from_files(own)
-    if (folder / ORIGINAL).is_file():
-        files = {DEFINITION: folder / ORIGINAL, CONFIG: folder / CONFIG}
-        return tokenizer_from_files({name: path.read_bytes() for name, path in files.items()})
-    if (folder / DEFINITION).is_file():
-        return load_tokenizer(folder / DEFINITION)
+    for name in (ORIGINAL, DEFINITION):
+        if (folder / name).is_file():
+            definition = (folder / name).read_bytes()
+            return HuggingFaceTokenizer(definition, _json(_settings(folder, definition)), str(folder / name))
     for name in SENTENCEPIECE_FILES:
         if (folder / name).is_file():
             return load_tokenizer(folder / name)
@@ -106,6 +109,35 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         f"{folder} has no tokenizer that can be read ({DEFINITION} or {' or '.join(SENTENCEPIECE_FILES)}): give one "
         f"with --tokenizer FILE, or --tokenizer bytes"
     )
+
+
+def _settings(folder: Path, definition: bytes) -> dict[str, Any]:
+    """tokenizer_config.json, with what its folder says elsewhere about the ends of a turn and the form of a chat.
+
+    transformers ends a generation at each eos_token_id of generation_config.json, or else of config.json.
+    """
+    settings: dict[str, Any] = {}
+    if (folder / CONFIG).is_file():
+        settings = read_object(folder / CONFIG)
+        check_fields(settings, TOKENIZER_RULES, str(folder / CONFIG))
+    stops: Any = None
+    for name in (GENERATION, "config.json"):
+        if stops is None and (folder / name).is_file():
+            content = read_object(folder / name)
+            check_fields(content, GENERATION_RULES, str(folder / name))
+            stops = content.get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if stops:
+        settings["stop_ids"] = stops
+    if stops and not settings.get("eos_token"):
+        added = parse_json(definition, folder / DEFINITION)
+        added = added.get("added_tokens") if isinstance(added, dict) else None
+        for token in added if isinstance(added, list) else []:
+            if isinstance(token, dict) and token.get("id") == stops[0]:
+                settings["eos_token"] = token.get("content")
+    if (folder / CHAT_TEMPLATE).is_file():
+        settings["chat_template"] = (folder / CHAT_TEMPLATE).read_text("utf-8", errors="replace")
+    return settings
 
 
 # ---------------------------------------------------------------------------- bytes
@@ -147,9 +179,7 @@ UNIGRAM, BPE = 1, 2  # types of models
 UNKNOWN_PENALTY = 10.0  # SentencePiece's: an unknown character scores this much less than the worst piece
 
 
-def _sentencepiece_definition(
-    model: bytes, tokenizer: SentencePieceTokenizer
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _sentencepiece_definition(model: bytes, tokenizer: SentencePieceTokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
     pieces, model_type, normalizer = _read_sentencepiece(model)
     names = [name for name, _, _ in pieces]
     specials = {name: i for i, (name, _, kind) in enumerate(pieces) if kind in (CONTROL, UNKNOWN)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import re
 import shlex
 from collections.abc import Iterable, Mapping
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from gqe_jax.config import ConfigError, RunConfig
@@ -20,10 +21,11 @@ from gqe_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from gqe_jax.models.transformer import Transformer
 from gqe_jax.pytorch.exporting import LAYER_PREFIX, LAYERS_CONFIG_FILE, LAYERS_FILE
 from gqe_jax.pytorch.folder import new_folder
-from gqe_jax.pytorch.hf_config import from_hf
-from gqe_jax.pytorch.hf_tokenizer import read_tokenizer
+from gqe_jax.pytorch.hf_config import CODE_FILES, PHI3, from_hf
+from gqe_jax.pytorch.hf_tokenizer import CHAT_TEMPLATE, GENERATION, read_tokenizer
 from gqe_jax.pytorch.model import TorchTensor, abstract_parameters, fill, parameter_bytes, torch_tensors
-from gqe_jax.pytorch.names import ATTENTION_PREFIX, STACKED
+from gqe_jax.pytorch.names import ATTENTION_PREFIX, STACKED, split_fused
+from gqe_jax.pytorch.outside import read_object
 from gqe_jax.pytorch.safetensors_io import FLOATING, StoredTensor, read_file, read_folder, refuse_pickle
 from gqe_jax.runs.new_run import TOKENIZER, save_run
 from gqe_jax.runs.state import initial_keys
@@ -35,7 +37,12 @@ HEAD = "lm_head.weight"
 
 
 def import_folder(
-    source: str | Path, run: str | Path, *, tokenizer: str | None = None, dtype: str = "float32"
+    source: str | Path,
+    run: str | Path,
+    *,
+    tokenizer: str | None = None,
+    dtype: str = "float32",
+    allow_nonfinite: bool = False,
 ) -> RunConfig:
     """Makes a run of the model in a folder; its parameters are read tensor by tensor.
 
@@ -45,6 +52,7 @@ def import_folder(
       tokenizer: file, or "bytes"; None: the folder's own.
       dtype: "float32" or "bfloat16", of the parameters. Training needs float32; generation computes in bfloat16 unless
         the folder's weights are float32.
+      allow_nonfinite: take weights that are NaN or infinite as they are.
 
     Returns:
       The run's configuration.
@@ -55,8 +63,12 @@ def import_folder(
       OSError: the run cannot be written; nothing is left of it.
     """
     source, run = Path(source), Path(run)
-    model, attention = from_hf(_read_config(source), source / "config.json")
+    content = _read_config(source)
+    model, attention = from_hf(content, source / "config.json")
     stored = read_folder(source)
+    _check_sizes(model, attention, stored, source)
+    if content["model_type"] == PHI3.model_type:
+        stored = split_fused(stored, content)
     spoken = read_tokenizer(source) if tokenizer is None else load_tokenizer(tokenizer)
     wide = any(tensor.dtype in ("F32", "F64") for name, tensor in stored.items() if "embed" in name)
     model |= {"dtype": "float32" if wide else "bfloat16", "param_dtype": dtype}
@@ -75,16 +87,26 @@ def import_folder(
 
     abstract = abstract_parameters(config.model)
     tensors = torch_tensors({path: leaf.shape for path, leaf in abstract.items()})
-    extra = {name for name in stored if COMPUTED.fullmatch(name) or (name == HEAD and config.model.tie_embeddings)}
+    extra = {name for name in stored if COMPUTED.fullmatch(name)}
+    if config.model.tie_embeddings and HEAD in stored:
+        _check_tied(stored, source)
+        extra.add(HEAD)
     _check_fit(config, tensors, {name: tensor for name, tensor in stored.items() if name not in extra}, source)
     with new_folder(run, "--run", parameter_bytes(abstract)) as folder:
-        save_run(folder, config, spoken, fill(abstract, tensors, stored))
+        arrays = _fill_finite(abstract, tensors, stored, source, allow_nonfinite)
+        save_run(folder, config, spoken, arrays)
         (folder / CONFIG_FILE).write_text(_config_file(source, run, settings), encoding="utf-8")
     return config
 
 
 def import_layers(
-    source: str | Path, run: str | Path, config: RunConfig, *, pattern: str, tokenizer: str | None = None
+    source: str | Path,
+    run: str | Path,
+    config: RunConfig,
+    *,
+    pattern: str,
+    tokenizer: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> RunConfig:
     """Makes a run of `config` whose attention layers come from a checkpoint that uses the package gqe.
 
@@ -94,6 +116,7 @@ def import_layers(
       config: of the run; its model's other parameters start as `config.train.seed` makes them.
       pattern: what stands before a layer's names, with `{layer}` for its number: "model.layers.{layer}.attn.".
       tokenizer: file, or "bytes"; None: that of `config.data`.
+      allow_nonfinite: as in `import_folder`.
 
     Raises: as `import_folder`.
     """
@@ -118,17 +141,19 @@ def import_layers(
     _check_vocabulary(config, spoken, tokenizer or config.data.path or config.data.tokenizer)
 
     abstract = abstract_parameters(config.model)
+    size = parameter_bytes(abstract)
     abstract = {path: leaf for path, leaf in abstract.items() if path.startswith(f"{STACKED}.attention.")}
     tensors = []
     for tensor in torch_tensors({path: leaf.shape for path, leaf in abstract.items()}):
         own = tensor.name.removeprefix(ATTENTION_PREFIX.format(layer=tensor.layer))
         tensors.append(dataclasses.replace(tensor, name=pattern.replace("{layer}", str(tensor.layer)) + own))
     _check_fit(config, tensors, stored, source)
-    with new_folder(run, "--run", parameter_bytes(abstract_parameters(config.model))) as folder:
+    with new_folder(run, "--run", size) as folder:
         init_key, _ = initial_keys(config.train.seed)
         fresh = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(config.model, rngs=nnx.Rngs(init_key)))))()
         fresh = {".".join(path): leaf for path, leaf in nnx.traversals.flatten_mapping(fresh).items()}
-        save_run(folder, config, spoken, fresh | fill(abstract, tensors, stored))
+        read = _fill_finite(abstract, tensors, stored, source, allow_nonfinite)
+        save_run(folder, config, spoken, fresh | read)
     return config
 
 
@@ -155,13 +180,76 @@ def _read_config(source: Path) -> dict[str, Any]:
             f"--from={str(source)!r} {what}: give a folder that gqe export or transformers' save_pretrained wrote, or "
             f"one downloaded from the Hub"
         )
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON ({error}): copy or download it again") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds no JSON object: copy or download it again")
-    return config
+    if (source / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{source} holds adapter_config.json, a LoRA that transformers adds to the model as it loads it: merge it "
+            f"first (PEFT's merge_and_unload, then save_pretrained), or remove that file to import the model without it"
+        )
+    return read_object(path)
+
+
+def _check_sizes(
+    model: Mapping[str, Any], attention: Mapping[str, Any], stored: Mapping[str, StoredTensor], source: Path
+) -> None:
+    """Raises ConfigError if the configuration claims sizes that the weights cannot have: no work is done for them."""
+    heads = attention.get("num_query_heads") or attention.get("num_query_experts")
+    most = max((math.prod(tensor.shape) for tensor in stored.values()), default=0)
+    claims = {
+        "num_hidden_layers": (model["num_layers"], len(stored), "tensors"),
+        "vocab_size": (model["vocab_size"], most, "numbers in its largest tensor"),
+        "hidden_size": (model["d_model"], most, "numbers in its largest tensor"),
+        "intermediate_size": (model["d_ff"], most, "numbers in its largest tensor"),
+        "num_attention_heads": (heads, most, "numbers in its largest tensor"),
+        "num_key_value_heads": (attention["num_kv_heads"], most, "numbers in its largest tensor"),
+        "head_dim": (attention.get("head_dim") or 1, most, "numbers in its largest tensor"),
+    }
+    for name, (claimed, there, what) in claims.items():
+        if claimed > there:
+            raise ConfigError(
+                f"{source / 'config.json'}: {name}={claimed}, but the weights of {source} have {there} {what}: use the "
+                f"configuration that belongs to them"
+            )
+
+
+def _check_tied(stored: Mapping[str, StoredTensor], source: Path) -> None:
+    """Raises ConfigError if a head is there that is not the embedding, though the configuration ties the two."""
+    head, embedding = stored[HEAD], stored.get("model.embed_tokens.weight")
+    if embedding is None or head.dtype not in FLOATING or embedding.dtype not in FLOATING:
+        return  # refused with the other tensors that do not fit
+    if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read(), equal_nan=True):
+        raise ConfigError(
+            f"{source / 'config.json'}: tie_word_embeddings=true, but {HEAD} in {head.file.name} differs from "
+            f"model.embed_tokens.weight (transformers 5.23 and later use the head, earlier ones the embedding): set "
+            f"tie_word_embeddings to false to keep the head, or remove it from the weights"
+        )
+
+
+def _fill_finite(
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    tensors: list[TorchTensor],
+    stored: Mapping[str, StoredTensor],
+    source: Path,
+    allow_nonfinite: bool,
+) -> dict[str, jax.Array]:
+    """`fill`; raises ConfigError if a weight is NaN or infinite, unless that is allowed."""
+    found: dict[str, int] = {}
+
+    def look(name: str, value: np.ndarray) -> None:
+        with np.errstate(over="ignore"):
+            bad = value.size - np.count_nonzero(np.isfinite(value.astype(np.float32, copy=False)))
+        if bad:
+            found[name] = bad
+
+    arrays = fill(abstract, tensors, stored, look)
+    if found and not allow_nonfinite:
+        most = sorted(found.items(), key=lambda item: -item[1])
+        named = ", ".join(f"{name} ({count:,})" for name, count in most[:8])
+        rest = f" and {len(most) - 8} more" if len(most) > 8 else ""
+        raise ConfigError(
+            f"{source}: {sum(found.values()):,} weights in {len(found)} tensors are NaN, infinite or beyond float32: "
+            f"{named}{rest}; copy or download the folder again, or take them as they are with --allow-nonfinite"
+        )
+    return arrays
 
 
 def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer, origin: object) -> None:
@@ -200,6 +288,26 @@ def _check_fit(
         )
 
 
+def left_behind(source: Path) -> list[str]:
+    """What a Hugging Face folder holds that an import does not take along, though transformers heeds it."""
+    found = []
+    path = source / GENERATION
+    if path.is_file():
+        tokens = {"eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
+        options = {key: value for key, value in read_object(path).items() if key not in tokens and value is not None}
+        if options:
+            named = ", ".join(f"{key}={value!r}" for key, value in options.items())
+            found.append(f"{GENERATION}'s {named[:300]} (gqe generate has options of its own)")
+    code = sorted(file.name for file in source.glob("*.py") if file.name not in CODE_FILES)
+    if code:
+        found.append(
+            f"code ({', '.join(code)[:300]}), which is never run: the model is computed as its model_type says"
+        )
+    if not (source / "tokenizer.json").is_file() and (source / CHAT_TEMPLATE).is_file():
+        found.append(f"{CHAT_TEMPLATE}, since the tokenizer is no tokenizer.json")
+    return found
+
+
 def _some_names(source: Path) -> str:
     names = list(read_folder(source) if source.is_dir() else read_file(source))
     return f"its names are {', '.join(names[:4])} …" if names else "it holds none"
@@ -209,15 +317,17 @@ def _config_file(source: Path, run: Path, settings: Mapping[str, Any]) -> str:
     model = dict(settings["model"])
 
     def arguments(values: Mapping[str, Any], indent: int) -> str:
-        return "".join(f"{' ' * indent}{key}={value!r},\n" for key, value in values.items())
+        return "".join(f"{' ' * indent}{key}={value!a},\n" for key, value in values.items())
 
     attention = arguments(model.pop("attention"), 8)
+    # What comes from outside stands here as values only: a folder's name may hold quotes, and so code.
     return (
-        f'"""The model that gqe import read from {source}.\n\n'
-        f"  gqe train --config {run / CONFIG_FILE} --run {run} --config.data.path=DIR\n"
-        f'"""\n\nfrom gqe_jax.config_dict import defaults\n\n\ndef get_config(argument=None):\n'
+        '"""A model that gqe import read.\n\n'
+        f"  gqe train --config RUN/{CONFIG_FILE} --run RUN --config.data.path=DIR\n"
+        f'"""\n\nfrom gqe_jax.config_dict import defaults\n\nSOURCE = {str(source)!a}\nRUN = {str(run)!a}\n\n\n'
+        f"def get_config(argument=None):\n"
         f"    config = defaults(\n{attention}    )\n"
-        f"    config.name = {settings['name']!r}\n"
+        f"    config.name = {settings['name']!a}\n"
         f"    config.model.update(\n{arguments(model, 8)}    )\n"
         f"    config.data.update(\n{arguments(settings['data'], 8)}    )\n"
         f"    config.optimizer.update(\n{arguments(settings['optimizer'], 8)}    )\n"

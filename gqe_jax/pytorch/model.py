@@ -163,13 +163,22 @@ def parameter_bytes(abstract: Mapping[str, jax.ShapeDtypeStruct]) -> int:
 
 
 def fill(
-    abstract: Mapping[str, jax.ShapeDtypeStruct], tensors: Sequence[TorchTensor], stored: Mapping[str, StoredTensor]
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    tensors: Sequence[TorchTensor],
+    stored: Mapping[str, StoredTensor],
+    look: Callable[[str, np.ndarray], None] = lambda name, value: None,
 ) -> dict[str, jax.Array]:
-    """Path → array, filled in the order in which the tensors lie on disk: one of them in memory at a time."""
+    """Path → array, filled in the order in which the tensors lie on disk: one of them in memory at a time.
+
+    `look` is called with each tensor's name and value.
+    """
     arrays = {path: _untouched_zeros(leaf.shape, leaf.dtype) for path, leaf in abstract.items()}
     places = {tensor.name: (stored[tensor.name].file, stored[tensor.name].begin) for tensor in tensors}
     for tensor in sorted(tensors, key=lambda tensor: places[tensor.name]):
-        tensor.scatter(stored[tensor.name].read(), arrays)
+        value = stored[tensor.name].read()
+        look(tensor.name, value)
+        tensor.scatter(value, arrays)
+        del value
     return {path: jax.device_put(array) for path, array in arrays.items()}
 
 

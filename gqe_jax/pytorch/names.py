@@ -8,9 +8,12 @@ the names are Llama's, which Mistral, Qwen2 and Qwen3 share.
 
 import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from gqe_jax.pytorch.safetensors_io import StoredTensor
 
 
 class Part(NamedTuple):
@@ -94,3 +97,28 @@ BLOCK_PREFIX = "model.layers.{layer}."
 ATTENTION_PREFIX = BLOCK_PREFIX + "self_attn."
 STACKED = "layers"
 """Our blocks are stacked: the parameter `layers.<path>` has a leading axis of layers, one slice for each prefix."""
+
+
+def split_fused(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """Phi-3's tensors under Llama's names: `qkv_proj` holds the rows of q, k and v, `gate_up_proj` those of two more.
+
+    A fused tensor whose rows are not as many as `config`, its config.json, says keeps its name, so that it is refused.
+    """
+    heads, width = config["num_attention_heads"], config["intermediate_size"]
+    dim = config.get("head_dim") or config["hidden_size"] // heads
+    kv = (config.get("num_key_value_heads") or heads) * dim
+    parts = {
+        "self_attn.qkv_proj.weight": {"q_proj": heads * dim, "k_proj": kv, "v_proj": kv},
+        "mlp.gate_up_proj.weight": {"gate_proj": width, "up_proj": width},
+    }
+    result = {}
+    for name, tensor in stored.items():
+        rows = next((rows for end, rows in parts.items() if name.endswith(f".{end}")), {})
+        if not rows or len(tensor.shape) != 2 or tensor.shape[0] != sum(rows.values()):
+            result[name] = tensor
+            continue
+        first = 0
+        for own, count in rows.items():
+            result[f"{name.rsplit('.', 2)[0]}.{own}.weight"] = tensor.rows(first, count)
+            first += count
+    return result

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from gqe_jax.config import ConfigError
+from gqe_jax.pytorch.outside import read_object
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -58,6 +60,12 @@ class StoredTensor(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     begin: int
+
+    def rows(self, first: int, count: int) -> StoredTensor:
+        """So many rows of the first axis."""
+        shape = (count, *self.shape[1:])
+        row = math.prod(self.shape[1:]) * SIZES[self.dtype]
+        return StoredTensor(self.file, self.dtype, shape, self.begin + first * row)
 
     def read(self) -> np.ndarray:
         """The tensor, of a floating dtype."""
@@ -154,15 +162,17 @@ def read_folder(directory: Path) -> dict[str, StoredTensor]:
     index = directory / INDEX_FILE
     if not index.is_file():
         raise ConfigError(_no_weights(directory))
-    try:
-        places = json.loads(index.read_bytes())["weight_map"]
-        names = sorted(set(places.values()))
-        odd = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise ConfigError(
-            f"{index} is no index of safetensors files ({type(error).__name__}: {error}): copy it again from where the "
-            f"folder came from"
-        ) from error
+            f"{index} is no index of safetensors files (weight_map must be an object of texts): copy it again from "
+            f"where the folder came from"
+        )
+    names = sorted(set(places.values()))
+    # No path, link out of the folder aside (the Hub's cache consists of links), and nothing that no file is called.
+    odd = [
+        name for name in names if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable()
+    ]
     if odd:
         raise ConfigError(
             f"{index} names {', '.join(map(repr, odd))}, but a shard is a .safetensors file in the same folder: do not "
@@ -191,12 +201,16 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
             if size < 8 or length > min(size - 8, LONGEST_HEADER):
                 raise ValueError(f"its header should have {length} bytes, the file has {size}")
             header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
         header.pop("__metadata__", None)
         begin = 8 + length
         stored = {}
         end = begin
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            shape, (first, last) = tuple(map(int, entry["shape"])), entry["data_offsets"]
+            shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(number) is int and 0 <= number <= size for number in (*shape, first, last)):
+                raise ValueError(f"{name} has a shape or data_offsets that are no whole numbers up to the file's size")
             needed = math.prod(shape) * SIZES[entry["dtype"]]
             if begin + first != end or last - first != needed:
                 raise ValueError(f"{name} lies at bytes {first} to {last}, and should have {needed}")
@@ -205,7 +219,7 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
         if end != size:
             what = "truncated" if size < end else "longer than its header says"
             raise ValueError(f"it is {what}: {size} bytes, {end} expected")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:
         raise ConfigError(
             f"{path} cannot be read as a safetensors file ({error}): copy or download it again"
         ) from error
@@ -219,12 +233,13 @@ _NEVER = "unpickling runs whatever code is in it, so gqe never does"
 def refuse_pickle(path: Path) -> None:
     """Raises ConfigError, with the conversion to type, if `path` is a file that only unpickling can read."""
     if path.suffix in PICKLES:
-        target = path.with_suffix(".safetensors")
+        code = (
+            f"import torch, safetensors.torch as s; w = torch.load({str(path)!r}, map_location='cpu', "
+            f"weights_only=True); s.save_file({{n: t.clone().contiguous() for n, t in w.items()}}, "
+            f"{str(path.with_suffix('.safetensors'))!r})"
+        )
         raise ConfigError(
-            f"{path} is a pickle, and {_NEVER}. Where PyTorch is, convert it with\n"
-            f'  python -c "import torch, safetensors.torch as s; '
-            f"w = torch.load('{path}', map_location='cpu', weights_only=True); "
-            f"s.save_file({{n: t.clone().contiguous() for n, t in w.items()}}, '{target}')\""
+            f"{path} is a pickle, and {_NEVER}. Where PyTorch is, convert it with\n  python -c {shlex.quote(code)}"
         )
 
 
@@ -235,8 +250,11 @@ def _no_weights(directory: Path) -> str:
             f"{directory} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}: give a folder that save_pretrained or gqe "
             f"export wrote"
         )
+    code = (
+        f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(directory)!r}, dtype='auto')"
+        f".save_pretrained({f'{directory}-safetensors'!r})"
+    )
     return (
         f"{directory} has its weights as a pickle ({', '.join(pickles)}), and {_NEVER}. Where PyTorch and transformers "
-        f'are, convert it with\n  python -c "from transformers import AutoModelForCausalLM as M; '
-        f"M.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}-safetensors')\""
+        f"are, convert it with\n  python -c {shlex.quote(code)}"
     )

@@ -44,7 +44,8 @@ class GQEConfig(PretrainedConfig):
     """
 
     model_type = "gqe"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    # What Trainer.evaluate leaves out of the predictions; it adds a list to this, so a tuple fails.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "aux_loss"]  # noqa: RUF012
 
     def __init__(
         self,

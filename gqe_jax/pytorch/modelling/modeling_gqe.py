@@ -30,7 +30,18 @@ from transformers.utils import can_return_tuple
 
 from .configuration_gqe import GQEConfig
 
-MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters  # they changed between transformers 4 and 5
+# What changed between transformers 4.57 and 5.24: the cache's name, and the arguments of the functions that make masks.
+MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+CACHE = "cache" if "cache" in MASK_ARGUMENTS else "past_key_values"
+MASK_VALUES = {"config", "attention_mask", "inputs_embeds", "input_embeds", "position_ids", "cache_position", CACHE}
+if any(value.default is value.empty for name, value in MASK_ARGUMENTS.items() if name not in MASK_VALUES | {"kwargs"}):
+    raise ImportError(
+        "this transformers' create_causal_mask wants arguments that modeling_gqe.py does not know: use a version from "
+        f"4.57 to 5.24 (arguments: {', '.join(MASK_ARGUMENTS)})"
+    )
+# What other keywords `forward` hands on: to the attention's implementation, and to the loss.
+ATTENTION_KEYWORDS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+LOSS_KEYWORDS = {"num_items_in_batch", "ignore_index", "shift_labels"}
 
 
 @dataclass
@@ -194,10 +205,11 @@ class GQEAttention(nn.Module):
             self.shared_head = GQEHeads(config, 1)
 
     def forward(
-        self, x, *, positions, rotary, attention_mask, past_key_values, cache_position, **kwargs
+        self, x, *, positions, rotary, attention_mask, cache_position, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """x [B, S, d] → y [B, S, d], and of GQE router logits [B, S, G, M] and selected experts [B, S, G, K]."""
         batch, length, _ = x.shape
+        cache = kwargs.pop(CACHE)
         config, dim = self.config, self.config.head_dim
         groups, experts = config.num_key_value_heads, config.experts_per_group
 
@@ -209,8 +221,8 @@ class GQEAttention(nn.Module):
         q = self._finish(q.flatten(2, 3), "q_norm", rotary)
         k = self._finish(self.k_proj(x).view(batch, length, groups, dim), "k_norm", rotary).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, groups, dim).transpose(1, 2)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx, {"cache_position": cache_position})
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx, {"cache_position": cache_position})
 
         o = self.heads(q, k, v, attention_mask, **kwargs).view(batch, length, groups, self.slots, dim)
         if self.routed and config.variant == "weighted_concat":
@@ -289,7 +301,7 @@ class GQEPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GQEDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _keep_in_fp32_modules_strict = ["router"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -322,14 +334,21 @@ class GQEModel(GQEPreTrainedModel):
     @can_return_tuple
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        use_cache=None, output_attentions=None, output_hidden_states=None, output_router_logits=None, **kwargs,
+        use_cache=None, output_attentions=None, output_hidden_states=None, output_router_logits=None, cache=None,
+        **kwargs,
     ) -> GQEModelOutput:  # fmt: skip
         """Arguments as everywhere in transformers; without `position_ids`, positions count the tokens of the mask.
 
+        `past_key_values` and `cache` are two names of one argument: transformers before and from 5.24.
+
         Raises:
-          ValueError: `output_attentions`, or not exactly one of `input_ids` and `inputs_embeds`.
+          TypeError: a keyword that is unknown here.
+          ValueError: `output_attentions`, not exactly one of `input_ids` and `inputs_embeds`, or two caches.
         """
         config = self.config
+        cache_position = kwargs.pop("cache_position", None)  # transformers 4 passes it
+        _refuse_unknown(kwargs, ATTENTION_KEYWORDS)
+        cache = _either(past_key_values, cache)
         if config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError(
                 "output_attentions=True is refused: each token attends with heads of its own choice, so there is no "
@@ -343,11 +362,10 @@ class GQEModel(GQEPreTrainedModel):
 
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length = x.shape[1]
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
-        cache_position = kwargs.pop("cache_position", None)  # transformers 4 passes it
+        if use_cache and cache is None:
+            cache = DynamicCache(config=config)
         if cache_position is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             cache_position = torch.arange(length, device=x.device) + seen
         if position_ids is None:
             position_ids = cache_position[None]
@@ -355,7 +373,7 @@ class GQEModel(GQEPreTrainedModel):
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
         make_mask = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
-        shared = {"past_key_values": past_key_values, "cache_position": cache_position}
+        shared = {CACHE: cache, "cache_position": cache_position}
         mask_arguments = {"inputs_embeds": x, "input_embeds": x, "position_ids": position_ids, **shared}
         mask_arguments = {name: value for name, value in mask_arguments.items() if name in MASK_ARGUMENTS}
         mask = make_mask(config=config, attention_mask=attention_mask, **mask_arguments)
@@ -371,7 +389,7 @@ class GQEModel(GQEPreTrainedModel):
         router_logits, expert_index = zip(*routings, strict=True) if routings else (None, None)
         return GQEModelOutput(
             last_hidden_state=x,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
             router_logits=router_logits,
             expert_index=expert_index,
@@ -396,12 +414,16 @@ class GQEForCausalLM(GQEPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        labels=None, use_cache=None, output_router_logits=None, logits_to_keep=0, **kwargs,
+        labels=None, use_cache=None, output_router_logits=None, logits_to_keep=0, cache=None, **kwargs,
     ) -> GQECausalLMOutput:  # fmt: skip
-        """Arguments as everywhere in transformers; `logits_to_keep` is a number of last positions, or their indices."""
+        """Arguments as everywhere in transformers; `logits_to_keep` is a number of last positions, or their indices.
+
+        Raises: as `GQEModel.forward`.
+        """
+        for_loss = {name: kwargs.pop(name) for name in LOSS_KEYWORDS & kwargs.keys()}
         output_router_logits = _default(output_router_logits, self.config.output_router_logits)
         outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            input_ids, attention_mask, position_ids, _either(past_key_values, cache), inputs_embeds, use_cache,
             output_router_logits=output_router_logits or labels is not None, **kwargs,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -411,15 +433,15 @@ class GQEForCausalLM(GQEPreTrainedModel, GenerationMixin):
         if outputs.router_logits is not None:
             aux_loss = self._aux_loss(outputs, attention_mask).to(logits.device)
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
         if labels is not None and aux_loss is not None and self.training:
-            whole = kwargs.get("num_items_in_batch")  # given: this is a microbatch, and the parts' losses are added
+            whole = for_loss.get("num_items_in_batch")  # given: this is a microbatch, and the parts' losses are added
             loss = loss + (aux_loss if whole is None else aux_loss * (labels[..., 1:] != -100).sum() / whole)
         return GQECausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             router_logits=outputs.router_logits if output_router_logits else None,
             expert_index=outputs.expert_index if output_router_logits else None,
@@ -447,3 +469,17 @@ class GQEForCausalLM(GQEPreTrainedModel, GenerationMixin):
 
 def _default(value: bool | None, default: bool) -> bool:
     return default if value is None else value
+
+
+def _either(past_key_values, cache):
+    """The one of the two that is given."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("give one of past_key_values and cache: they are two names of one argument")
+    return past_key_values if cache is None else cache
+
+
+def _refuse_unknown(kwargs, known: set[str]) -> None:
+    """A keyword that no one reads, from a newer transformers say, would silently change what is computed."""
+    unknown = sorted(kwargs.keys() - known)
+    if unknown:
+        raise TypeError(f"forward() does not know the keyword {', '.join(unknown)}: leave it out")
