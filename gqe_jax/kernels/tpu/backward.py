@@ -28,7 +28,7 @@ from gqe_jax.kernels.tpu.backward_blocks import BackwardBlocks
 from gqe_jax.kernels.tpu.backward_step import Step
 from gqe_jax.kernels.tpu.plan import Plan
 from gqe_jax.kernels.tpu.q_bounds import q_bounds
-from gqe_jax.kernels.tpu.selection import LANES
+from gqe_jax.kernels.tpu.tiles import LANES
 
 
 def backward(
@@ -82,8 +82,9 @@ class Call:
         self.num_kv_blocks = -(-plan.kv_len // blocks.block_kv)
         self.num_chunks = -(-self.num_q_blocks // blocks.chunk_q)
         self.has_norm = "norm_scale" in operands
-        self.ragged_q = plan.padded_q_len % blocks.block_q != 0
-        self.ragged_kv = operands["k"].shape[1] % blocks.block_kv != 0
+        # Whether there may be queries that see no key, or lie past the end of their array.
+        self.blind_queries = plan.padded_q_len % blocks.block_q != 0 or not plan.all_see(plan.q_len, plan.kv_len)
+        self.hidden_keys = plan.has_hidden_keys(blocks.block_kv)
         self.cuts_kv = plan.kv_len % blocks.block_kv != 0
         self.inputs = self._input_specs(operands)
         count = plan.batch * plan.num_groups // plan.groups_per_block
@@ -152,8 +153,6 @@ class Call:
             "dk": pltpu.VMEM((plan.width, blocks.block_kv), jnp.float32),
             "dv": pltpu.VMEM((plan.width, blocks.block_kv), jnp.float32),
         }
-        if self.ragged_kv:
-            scratch |= {name: pltpu.VMEM((blocks.block_kv, plan.width), plan.dtype) for name in ("k", "v")}
         if plan.mask.has_segments:
             scratch["q_segments"] = pltpu.VMEM((blocks.chunk_q, 1, blocks.block_q), jnp.int32)
             scratch["kv_segments"] = pltpu.VMEM((blocks.block_kv, LANES), jnp.int32)

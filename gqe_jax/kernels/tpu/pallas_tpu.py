@@ -12,10 +12,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.tpu.backward import backward
-from gqe_jax.kernels.tpu.blocks import LANES, BlockSizes, tpu_generation
+from gqe_jax.kernels.tpu.blocks import BlockSizes, tpu_generation
 from gqe_jax.kernels.tpu.forward import forward
 from gqe_jax.kernels.tpu.plan import MaskKind, Plan
 from gqe_jax.kernels.tpu.schedule import row_bounds
+from gqe_jax.kernels.tpu.tiles import LANES, round_up
 
 
 def obstacle(call) -> str | None:
@@ -53,7 +54,7 @@ def pallas_tpu(
     kv_len, num_slots = k.shape[1], num_experts if expert_index is None else expert_index.shape[-1]
     paired = head_dim == 64 and num_groups % 2 == 0
     lone = num_groups == 1 and head_dim == 64 and num_experts == 1
-    padded_dim = head_dim if paired or lone else -(-head_dim // LANES) * LANES
+    padded_dim = head_dim if paired or lone else round_up(head_dim, LANES)
     groups_per_block = 2 if paired else 1
     plan = Plan(
         batch=batch,

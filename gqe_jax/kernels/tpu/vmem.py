@@ -7,8 +7,9 @@ the registers. The forward's is within a tenth of what the compiler takes, the b
 import dataclasses
 from collections.abc import Callable
 
-from gqe_jax.kernels.tpu.blocks import LANES, Blocks, forward_blocks, round_up
+from gqe_jax.kernels.tpu.blocks import Blocks, forward_blocks
 from gqe_jax.kernels.tpu.schedule import is_bounded
+from gqe_jax.kernels.tpu.tiles import LANES, round_up
 
 LIMIT_BYTES = {"v4": 14 << 20, "v5e": 100 << 20, "v5p": 60 << 20, "v6e": 100 << 20, "7x": 60 << 20}
 """Generation → what a kernel may take of a core's 16, 64 or 128 MiB."""
