@@ -4,17 +4,20 @@ The kernels read what the projections write: queries of all experts [B, S, GÂ·MÂ
 shapes that the hardware's tiles do not fit are padded: lengths to multiples of 128, D = 80, 96 or 192 to 128 or 256.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
 from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels.queries import prepare_queries
 from gqe_jax.kernels.tpu.backward import backward
 from gqe_jax.kernels.tpu.blocks import BlockSizes, tpu_generation
 from gqe_jax.kernels.tpu.forward import forward
-from gqe_jax.kernels.tpu.plan import MaskKind, Plan
+from gqe_jax.kernels.tpu.plan import MaskKind, Plan, bounded_positions
 from gqe_jax.kernels.tpu.schedule import row_bounds
 from gqe_jax.kernels.tpu.tiles import LANES, round_up
 
@@ -50,6 +53,7 @@ def pallas_tpu(
 
     `interpret` runs the kernels on a CPU, for tests: True or `pltpu.InterpretParams`.
     """
+    mask = bounded_positions(mask, k.shape[1])
     batch, q_len, num_groups, num_experts, head_dim = q.shape
     kv_len, num_slots = k.shape[1], num_experts if expert_index is None else expert_index.shape[-1]
     paired = head_dim == 64 and num_groups % 2 == 0
@@ -87,15 +91,44 @@ def _attend(plan: Plan, mask: Mask, expert_index, q_rope, q, k, v, norm_scale):
     return _heads_apart(plan, o, plan.num_slots), _rows_to_heads(plan, lse)
 
 
-def _attend_fwd(plan, mask, expert_index, q_rope, q, k, v, norm_scale):
-    o, lse = _attend(plan, mask, expert_index, q_rope, q, k, v, norm_scale)
-    o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")  # for remat policies
-    return (o, lse), (mask, expert_index, q_rope, q, k, v, norm_scale, o, lse)
+def _attend_fwd(plan, *args):
+    """The forward pass, and what the backward pass needs of it.
+
+    The kernel turns queries by the rotary tables and has no gradient in them. Where that is asked for, queries are
+    selected, normed and turned before the kernel, by differentiable XLA operations: slower, and only then.
+    """
+    perturbed = any(table.perturbed for table in args[2] or ())
+    args = jax.tree.map(lambda x: x.value, args)
+    if not perturbed:
+        o, lse = _named(*_attend(plan, *args))
+        return (o, lse), (args, None, o, lse)
+    mask, expert_index, q_rope, q, k, v, norm_scale = args
+
+    def prepare(q_rope, q, norm_scale):
+        q_norm = None if norm_scale is None else (norm_scale, plan.norm_eps)
+        return prepare_queries(q, expert_index, q_norm, q_rope)
+
+    q, undo = jax.vjp(prepare, q_rope, q, norm_scale)
+    args = mask, None, None, q, k, v, None
+    o, lse = _named(*_attend(_of_finished_queries(plan), *args))
+    return (o, lse), (args, undo, o, lse)
+
+
+def _named(o, lse):
+    return checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")  # for remat policies
+
+
+def _of_finished_queries(plan):
+    """The plan of the same call with queries that are selected, normed and turned already."""
+    return dataclasses.replace(plan, num_experts=plan.num_slots, rope_batch=0, norm_eps=0.0)
 
 
 def _attend_bwd(plan, residuals, cotangents):
-    mask, expert_index, q_rope, q, k, v, norm_scale, o, lse = residuals
-    do, dlse = cotangents
+    (mask, expert_index, q_rope, q, k, v, norm_scale), undo, o, lse = residuals
+    do, dlse = (
+        jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents
+    )
+    plan = plan if undo is None else _of_finished_queries(plan)
     operands = _operands(plan, mask, expert_index, q_rope, q, k, v, norm_scale)
     dq, dk, dv, dnorm_scale = backward(
         plan, mask, operands, _heads_together(plan, o), _heads_together(plan, do), _heads_to_rows(plan, lse),
@@ -106,10 +139,13 @@ def _attend_bwd(plan, residuals, cotangents):
     )
     if norm_scale is not None:
         dnorm_scale = _unpad_dim(dnorm_scale, plan).astype(norm_scale.dtype)
-    return None, None, None, dq, dk[:, : k.shape[1]], dv[:, : k.shape[1]], dnorm_scale
+    dq_rope = None
+    if undo is not None:
+        dq_rope, dq, dnorm_scale = undo(dq)
+    return None, None, dq_rope, dq, dk[:, : k.shape[1]], dv[:, : k.shape[1]], dnorm_scale
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
 def _operands(plan, mask, expert_index, q_rope, q, k, v, norm_scale) -> dict[str, jax.Array]:
