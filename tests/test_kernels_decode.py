@@ -137,7 +137,9 @@ def test_decode_equals_float64_attention(features):
     check(**features)
 
 
-@pytest.mark.parametrize(("q_offset", "window"), [(300, 1), (2**31 - 1, 5), (-(2**31), 5), (127, 2**31 - 1), (-5, None)])
+@pytest.mark.parametrize(
+    ("q_offset", "window"), [(300, 1), (2**31 - 1, 5), (-(2**31), 5), (127, 2**31 - 1), (-5, None)]
+)
 def test_it_reads_nothing_outside_of_the_cache(q_offset, window):
     """A window that lies behind the cache, or before it, holds no block; reads outside of an array raise here."""
     q, k = jnp.ones((1, 1, 1, 1, 128)), jnp.ones((1, 128, 1, 128))

@@ -1,4 +1,4 @@
-"""Every feature of the mask under every schedule of the TPU kernels, forward and backward, with NaN in hidden memory."""
+"""Every feature of the mask under every schedule of the TPU kernels, forward and backward; hidden memory is NaN."""
 
 import functools
 
@@ -162,9 +162,7 @@ def test_the_gradients_of_the_rotary_tables():
 
     def gradients(attention, which):
         def loss(rope, q, k, v, norm_scale):
-            o, _ = attention(
-                q, k, v, index, mask, q_rope=rope, q_norm=(norm_scale, 1e-5), softcap=None, scale=0.125
-            )
+            o, _ = attention(q, k, v, index, mask, q_rope=rope, q_norm=(norm_scale, 1e-5), softcap=None, scale=0.125)
             return jnp.sum(o * do)
 
         return jax.grad(loss, which)(*arguments)

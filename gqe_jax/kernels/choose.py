@@ -119,7 +119,6 @@ def obstacle(name: str, platform: str, call: Call) -> str | None:
     return None if rules is None else rules(call)
 
 
-@functools.cache
 def choose(platform: str, call: Call) -> Choice:
     """The implementation that `attend` takes for a call on a platform where none is named.
 

@@ -209,9 +209,7 @@ class Step:
                 probs = probs.astype(plan.dtype)
                 scratch["dv"][own, keys] += product(do, probs, contract=(1, 1))
                 scratch["dk"][own, keys] += product(q, ds, contract=(1, 1))
-                scratch["dq"][i, slot, own, queries] += product(
-                    scratch["k_transposed"][own, keys], ds, contract=(1, 0)
-                )
+                scratch["dq"][i, slot, own, queries] += product(scratch["k_transposed"][own, keys], ds, contract=(1, 0))
 
     def in_lanes(self, x, p):
         """[D, R] → [W, R], zeros for the block's other group: its lanes of K and V then count for nothing."""

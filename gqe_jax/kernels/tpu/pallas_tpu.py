@@ -22,6 +22,10 @@ from gqe_jax.kernels.tpu.schedule import row_bounds
 from gqe_jax.kernels.tpu.tiles import LANES, round_up
 
 
+MAX_HEADS = 32
+"""Heads of a block (slots, of two groups where D = 64). Code is straight over them: beyond, compiling takes minutes."""
+
+
 def obstacle(call) -> str | None:
     """Why these kernels cannot compute a `choose.Call` on a TPU; None where they can."""
     if call.dtype not in ("bfloat16", "float32"):
@@ -32,7 +36,53 @@ def obstacle(call) -> str | None:
         return f"pallas_tpu selects among at most 256 experts of a group, not {call.num_experts}"
     if call.partitioned:
         return "XLA cannot split a Pallas kernel over devices: call it inside jax.shard_map"
+    heads = call.num_slots * _lanes(call.num_groups, call.num_experts, call.head_dim)[1]
+    if heads > MAX_HEADS:
+        return f"pallas_tpu computes at most {MAX_HEADS} heads of a KV group at one time, not {heads}"
+    return None if call.block_sizes else _lack_of_memory(call)
+
+
+def _lack_of_memory(call) -> str | None:
+    """What the error says where no blocks fit the VMEM of the TPU that the call is lowered for, if one is known."""
+    try:
+        generation = tpu_generation()
+    except ValueError:  # a host without a TPU asks what a TPU would run
+        return None
+    padded_dim, groups_per_block = _lanes(call.num_groups, call.num_experts, call.head_dim)
+    plan = Plan(
+        batch=call.batch,
+        num_groups=call.num_groups,
+        num_experts=call.num_experts,
+        num_slots=call.num_slots,
+        head_dim=padded_dim,
+        norm_dim=call.head_dim,
+        groups_per_block=groups_per_block,
+        q_len=call.q_len,
+        kv_len=call.kv_len,
+        rope_batch=1,
+        norm_eps=0.0,
+        scale=1.0,
+        softcap=1.0 if call.softcap else None,
+        dtype=jnp.dtype(call.dtype),
+        mask=MaskKind(call.causal, call.window, call.aligned, call.kv_length, call.segments),
+        generation=generation,
+        block_sizes=BlockSizes(),
+        interpret=False,
+    )
+    try:
+        _ = plan.blocks, plan.backward_blocks
+    except ValueError as error:
+        return f"pallas_tpu: {error}"
     return None
+
+
+def _lanes(num_groups: int, num_experts: int, head_dim: int) -> tuple[int, int]:
+    """Lanes of a head, padding included, and groups that share a block."""
+    if head_dim == 64 and num_groups % 2 == 0:
+        return head_dim, 2
+    if head_dim == 64 and num_groups == num_experts == 1:
+        return head_dim, 1
+    return round_up(head_dim, LANES), 1
 
 
 def pallas_tpu(
@@ -56,10 +106,7 @@ def pallas_tpu(
     mask = bounded_positions(mask, k.shape[1])
     batch, q_len, num_groups, num_experts, head_dim = q.shape
     kv_len, num_slots = k.shape[1], num_experts if expert_index is None else expert_index.shape[-1]
-    paired = head_dim == 64 and num_groups % 2 == 0
-    lone = num_groups == 1 and head_dim == 64 and num_experts == 1
-    padded_dim = head_dim if paired or lone else round_up(head_dim, LANES)
-    groups_per_block = 2 if paired else 1
+    padded_dim, groups_per_block = _lanes(num_groups, num_experts, head_dim)
     plan = Plan(
         batch=batch,
         num_groups=num_groups,
@@ -125,18 +172,14 @@ def _of_finished_queries(plan):
 
 def _attend_bwd(plan, residuals, cotangents):
     (mask, expert_index, q_rope, q, k, v, norm_scale), undo, o, lse = residuals
-    do, dlse = (
-        jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents
-    )
+    do, dlse = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents)
     plan = plan if undo is None else _of_finished_queries(plan)
     operands = _operands(plan, mask, expert_index, q_rope, q, k, v, norm_scale)
     dq, dk, dv, dnorm_scale = backward(
         plan, mask, operands, _heads_together(plan, o), _heads_together(plan, do), _heads_to_rows(plan, lse),
         _heads_to_rows(plan, dlse),
     )  # fmt: skip
-    dq, dk, dv = (
-        _heads_apart(plan, dx, heads) for dx, heads in ((dq, plan.num_experts), (dk, None), (dv, None))
-    )
+    dq, dk, dv = (_heads_apart(plan, dx, heads) for dx, heads in ((dq, plan.num_experts), (dk, None), (dv, None)))
     if norm_scale is not None:
         dnorm_scale = _unpad_dim(dnorm_scale, plan).astype(norm_scale.dtype)
     dq_rope = None

@@ -95,4 +95,3 @@ def finish_queries(
     if rope is not None:
         raw = raw * rope[:, :width] + rotate_halves(raw, head_dim) * rope[:, width:]
     return raw * factor if factor != 1.0 else raw
-

@@ -72,7 +72,9 @@ def backward_bytes(plan, block_q: int, block_kv: int, piece_q: int, piece_kv: in
     windows = block_q * (_q_side_bytes(plan) + size * (2 * q_lanes + o_lanes) + 4 * 8 * heads)
     windows += block_kv * width * (2 * size + 4 * 4)
     scratch = block_kv * (width * (8 + 3 * size) + 4 * LANES * segments)
+    # Scores of the pieces that the compiler overlaps; what masks them; the slope of the cap.
     in_flight = 8 * piece_q * piece_kv * min((heads + 1) // 2, 4)
+    in_flight += 4 * piece_q * piece_kv * (2 * segments + (plan.softcap is not None) + (not plan.mask.aligned))
     if plan.exact:
         in_flight = 2 * in_flight + 4 * width * (piece_q + piece_kv)
     in_flight = max(in_flight, _selection_bytes(block_q, q_lanes))
