@@ -170,3 +170,36 @@ def test_the_gradients_of_the_rotary_tables():
     expected, actual = (jax.tree.leaves(gradients(attention, (0, 1, 2, 3, 4))) for attention in (reference, FAST))
     for a, e in zip(actual, expected, strict=True):
         assert float64_attention.relative_error(a, np.asarray(e, np.float64)) <= 3e-6
+
+
+@pytest.mark.parametrize(
+    "masks", [{}, {"kv_length": [100, 140], "window": 90, "q_offset": [3, 0]}], ids=["plain", "all"]
+)
+def test_each_group_reads_the_kv_head_that_it_names(masks):
+    """The same as with K and V gathered by group, traced or not; a KV head's gradient is the sum over its groups, and 0
+    where no group reads it."""
+    rng = np.random.default_rng(0)
+    batch, q_len, groups, heads, dim = 2, 150, 4, 3, 64
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    q, do = normal(batch, q_len, groups, 2, dim), normal(batch, q_len, groups, 2, dim)
+    k, v = normal(batch, q_len, heads, dim), normal(batch, q_len, heads, dim)
+    mask, options = make_mask(batch, **masks), {"q_rope": None, "q_norm": None, "softcap": None, "scale": 0.125}
+    kv_head = np.array([2, 0, 0, 2])
+
+    def named(q, k, v, kv_head):
+        return FAST(q, k, v, None, mask, kv_head=kv_head, **options)
+
+    def gathered(q, k, v):
+        return reference(q, k[:, :, kv_head], v[:, :, kv_head], None, mask, **options)
+
+    def gradients(function, *more):
+        o, vjp = jax.vjp(lambda *x: function(*x, *more), q, k, v)
+        return jax.tree.leaves((o, vjp((do, jnp.ones_like(o[1])))))
+
+    actual = jax.jit(lambda kv_head: gradients(named, kv_head))(jnp.asarray(kv_head))
+    for a, e in zip(actual, gradients(gathered), strict=True):
+        assert float64_attention.relative_error(a, np.asarray(e, np.float64)) <= 3e-6
+    assert not np.asarray(actual[3])[:, :, 1].any()

@@ -21,7 +21,6 @@ from gqe_jax.kernels.tpu.plan import MaskKind, Plan, bounded_positions
 from gqe_jax.kernels.tpu.schedule import row_bounds
 from gqe_jax.kernels.tpu.tiles import LANES, round_up
 
-
 MAX_HEADS = 32
 """Heads of a block (slots, of two groups where D = 64). Code is straight over them: beyond, compiling takes minutes."""
 
@@ -96,17 +95,22 @@ def pallas_tpu(
     q_norm: tuple[jax.Array, float] | None,
     softcap: float | None,
     scale: float,
+    kv_head: jax.Array | None = None,
     block_sizes: BlockSizes | None = None,
     interpret: object = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention by Pallas kernels; arguments, results and errors as in `attend`.
 
+    kv_head: int32 [G], may be traced: the head of k and v, which have any number of them, that each group of q reads.
     `interpret` runs the kernels on a CPU, for tests: True or `pltpu.InterpretParams`.
     """
     mask = bounded_positions(mask, k.shape[1])
     batch, q_len, num_groups, num_experts, head_dim = q.shape
     kv_len, num_slots = k.shape[1], num_experts if expert_index is None else expert_index.shape[-1]
-    padded_dim, groups_per_block = _lanes(num_groups, num_experts, head_dim)
+    if kv_head is None:
+        padded_dim, groups_per_block = _lanes(num_groups, num_experts, head_dim)
+    else:  # neighbours that read other KV heads cannot share a block's lanes
+        padded_dim, groups_per_block = round_up(head_dim, LANES), 1
     plan = Plan(
         batch=batch,
         num_groups=num_groups,
@@ -125,16 +129,17 @@ def pallas_tpu(
         mask=MaskKind(mask.causal, mask.window, mask.aligned, mask.has_length, mask.has_segments),
         generation="v5e" if interpret else tpu_generation(),
         block_sizes=BlockSizes() if block_sizes is None else block_sizes,
+        has_kv_head=kv_head is not None,
         interpret=interpret,
     )
     norm_scale = None if q_norm is None else q_norm[0]
-    return _attend(plan, mask, expert_index, q_rope, q, k, v, norm_scale)
+    return _attend(plan, mask, expert_index, kv_head, q_rope, q, k, v, norm_scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, mask: Mask, expert_index, q_rope, q, k, v, norm_scale):
+def _attend(plan: Plan, mask: Mask, expert_index, kv_head, q_rope, q, k, v, norm_scale):
     """o [B, S, G, K, D] in q's dtype, lse float32 [B, S, G, K]."""
-    o, lse = forward(plan, _operands(plan, mask, expert_index, q_rope, q, k, v, norm_scale))
+    o, lse = forward(plan, _operands(plan, mask, expert_index, kv_head, q_rope, q, k, v, norm_scale))
     return _heads_apart(plan, o, plan.num_slots), _rows_to_heads(plan, lse)
 
 
@@ -144,19 +149,19 @@ def _attend_fwd(plan, *args):
     The kernel turns queries by the rotary tables and has no gradient in them. Where that is asked for, queries are
     selected, normed and turned before the kernel, by differentiable XLA operations: slower, and only then.
     """
-    perturbed = any(table.perturbed for table in args[2] or ())
+    perturbed = any(table.perturbed for table in args[3] or ())
     args = jax.tree.map(lambda x: x.value, args)
     if not perturbed:
         o, lse = _named(*_attend(plan, *args))
         return (o, lse), (args, None, o, lse)
-    mask, expert_index, q_rope, q, k, v, norm_scale = args
+    mask, expert_index, kv_head, q_rope, q, k, v, norm_scale = args
 
     def prepare(q_rope, q, norm_scale):
         q_norm = None if norm_scale is None else (norm_scale, plan.norm_eps)
         return prepare_queries(q, expert_index, q_norm, q_rope)
 
     q, undo = jax.vjp(prepare, q_rope, q, norm_scale)
-    args = mask, None, None, q, k, v, None
+    args = mask, None, kv_head, None, q, k, v, None
     o, lse = _named(*_attend(_of_finished_queries(plan), *args))
     return (o, lse), (args, undo, o, lse)
 
@@ -171,10 +176,10 @@ def _of_finished_queries(plan):
 
 
 def _attend_bwd(plan, residuals, cotangents):
-    (mask, expert_index, q_rope, q, k, v, norm_scale), undo, o, lse = residuals
+    (mask, expert_index, kv_head, q_rope, q, k, v, norm_scale), undo, o, lse = residuals
     do, dlse = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents)
     plan = plan if undo is None else _of_finished_queries(plan)
-    operands = _operands(plan, mask, expert_index, q_rope, q, k, v, norm_scale)
+    operands = _operands(plan, mask, expert_index, kv_head, q_rope, q, k, v, norm_scale)
     dq, dk, dv, dnorm_scale = backward(
         plan, mask, operands, _heads_together(plan, o), _heads_together(plan, do), _heads_to_rows(plan, lse),
         _heads_to_rows(plan, dlse),
@@ -185,13 +190,17 @@ def _attend_bwd(plan, residuals, cotangents):
     dq_rope = None
     if undo is not None:
         dq_rope, dq, dnorm_scale = undo(dq)
-    return None, None, dq_rope, dq, dk[:, : k.shape[1]], dv[:, : k.shape[1]], dnorm_scale
+    if kv_head is not None:  # the kernel's are those of each group, in float32
+        dk, dv = (
+            jnp.zeros(x.shape, dx.dtype).at[:, :, kv_head].add(dx).astype(x.dtype) for x, dx in ((k, dk), (v, dv))
+        )
+    return None, None, None, dq_rope, dq, dk, dv, dnorm_scale
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
-def _operands(plan, mask, expert_index, q_rope, q, k, v, norm_scale) -> dict[str, jax.Array]:
+def _operands(plan, mask, expert_index, kv_head, q_rope, q, k, v, norm_scale) -> dict[str, jax.Array]:
     """What the kernels read, as it lies in HBM; those that a call lacks are left out."""
     operands = {"q": _heads_together(plan, q), "k": _heads_together(plan, k), "v": _heads_together(plan, v)}
     if expert_index is not None:
@@ -204,6 +213,8 @@ def _operands(plan, mask, expert_index, q_rope, q, k, v, norm_scale) -> dict[str
     if plan.mask.has_segments:
         operands["q_segments"] = _pad_length(mask.q_segment_ids, axis=1)[:, None]
         operands["kv_segments"] = _pad_length(mask.kv_segment_ids, axis=1)[:, None]
+    if kv_head is not None:
+        operands["kv_head"] = jnp.clip(kv_head.astype(jnp.int32), 0, k.shape[2] - 1)
     if plan.schedule.bounded:
         operands["bounds"] = row_bounds(mask, plan.schedule).reshape(-1)
     if not plan.mask.aligned or plan.mask.has_length:

@@ -70,6 +70,7 @@ class Plan:
       scale, softcap: as in `attend`.
       generation: of the TPU.
       block_sizes: in place of the tuned ones.
+      has_kv_head: each group says which KV head it reads.
       interpret: what `pallas_call` takes.
     """
 
@@ -91,6 +92,7 @@ class Plan:
     generation: str
     block_sizes: BlockSizes
     interpret: object
+    has_kv_head: bool = False
 
     @functools.cached_property
     def blocks(self) -> Blocks:
