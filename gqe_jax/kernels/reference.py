@@ -26,9 +26,13 @@ def visible(mask: Mask, q_len: int, kv_len: int) -> jax.Array:
     return seen
 
 
-def reference(q, k, v, expert_index, mask: Mask, *, q_rope, q_norm, softcap, scale) -> tuple[jax.Array, jax.Array]:
+def reference(
+    q, k, v, expert_index, mask: Mask, *, kv_head=None, q_rope, q_norm, softcap, scale
+) -> tuple[jax.Array, jax.Array]:
     """softmax(scale · q kᵀ) v over the visible keys; holds [S, T] arrays. Arguments as in `attend`."""
     dtype = q.dtype
+    if kv_head is not None:
+        k, v = (x[:, :, kv_head] for x in (k, v))
     q = prepare_queries(q, expert_index, q_norm, q_rope)
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     scores = scale * jnp.einsum("bsgkd,btgd->bsgkt", q, k, precision="highest")

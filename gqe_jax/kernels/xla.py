@@ -67,6 +67,7 @@ def xla(
     expert_index: jax.Array | None,
     mask: Mask,
     *,
+    kv_head: jax.Array | None = None,
     q_rope: tuple[jax.Array, jax.Array] | None,
     q_norm: tuple[jax.Array, float] | None,
     softcap: float | None,
@@ -76,11 +77,11 @@ def xla(
 ) -> tuple[jax.Array, jax.Array]:
     """Blockwise attention; arguments as in `attend`. Block sizes are upper bounds: rows of q (slots included), keys."""
     on_cpu = target_platform(q) == "cpu"
-    return _xla(q, k, v, expert_index, mask, q_rope, q_norm, softcap, scale, block_q, block_k, on_cpu)
+    return _xla(q, k, v, expert_index, mask, kv_head, q_rope, q_norm, softcap, scale, block_q, block_k, on_cpu)
 
 
 @functools.partial(jax.jit, static_argnames=("softcap", "scale", "block_q", "block_k", "on_cpu"))
-def _xla(q, k, v, expert_index, mask, q_rope, q_norm, softcap, scale, block_q, block_k, on_cpu):
+def _xla(q, k, v, expert_index, mask, kv_head, q_rope, q_norm, softcap, scale, block_q, block_k, on_cpu):
     q = prepare_queries(q, expert_index, q_norm, q_rope)
     _, q_len, _, num_slots, _ = q.shape
     num_q_blocks = -(-q_len // max(1, block_q // num_slots))
@@ -96,13 +97,13 @@ def _xla(q, k, v, expert_index, mask, q_rope, q_norm, softcap, scale, block_q, b
         on_cpu=on_cpu,
         varying=varying_axes(q),
     )
-    o, lse2 = _attend(plan, mask, q, k, v)
+    o, lse2 = _attend(plan, mask, kv_head, q, k, v)
     return o, jnp.maximum(lse2 / LOG2_E, EMPTY_LSE)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: _Plan, mask: Mask, q, k, v):
-    """o [B, S, G, K, D] in q's dtype and lse2 float32 [B, S, G, K]: base 2, as the backward wants it unrounded, and
+def _attend(plan: _Plan, mask: Mask, kv_head, q, k, v):
+    """o [B, S, R, K, Dv] in q's dtype and lse2 float32 [B, S, R, K]: base 2, as the backward wants it unrounded, and
     2 · EMPTY_LSE where nothing is seen."""
 
     def some_heads(bounded, heads, outputs):
@@ -131,7 +132,8 @@ def _attend(plan: _Plan, mask: Mask, q, k, v):
 
             per_row = (*q_i.shape[:-1], 1)
             zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-            carry = jnp.full(per_row, 0.0 if bounded else EMPTY_LSE, jnp.float32), zeros(per_row), zeros(q_i.shape)
+            carry = jnp.full(per_row, 0.0 if bounded else EMPTY_LSE, jnp.float32), zeros(per_row)
+            carry = *carry, zeros((*q_i.shape[:-1], v.shape[-1]))
             row_max, row_sum, acc = _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry)
             none_seen = row_sum <= LEAST_ROW_SUM  # of a NaN it is false: NaN goes on
             o_i = jnp.where(none_seen, 0.0, acc / row_sum)
@@ -141,24 +143,24 @@ def _attend(plan: _Plan, mask: Mask, q, k, v):
         return _over_q_blocks(plan, heads.mask(mask), q, k, one_q_block, outputs)
 
     def all_heads(bounded):
-        outputs = jnp.zeros_like(q), jnp.zeros(q.shape[:-1], jnp.float32)
-        return _over_heads(plan, q, functools.partial(some_heads, bounded), outputs)
+        outputs = jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype), jnp.zeros(q.shape[:-1], jnp.float32)
+        return _over_heads(plan, q, k, kv_head, functools.partial(some_heads, bounded), outputs)
 
     if not plan.try_bound:
         return all_heads(False)
     return lax.cond(_score_bound(plan, q, k) <= SAFE_SCORE, lambda: all_heads(True), lambda: all_heads(False))
 
 
-def _attend_fwd(plan, mask, q, k, v):
-    o, lse2 = _attend(plan, mask, q, k, v)
+def _attend_fwd(plan, mask, kv_head, q, k, v):
+    o, lse2 = _attend(plan, mask, kv_head, q, k, v)
     o, lse2 = checkpoint_name(o, "attention_out"), checkpoint_name(lse2, "attention_lse")  # for remat policies
-    return (o, lse2), (mask, q, k, v, o, lse2)
+    return (o, lse2), (mask, kv_head, q, k, v, o, lse2)
 
 
 def _attend_bwd(plan, residuals, cotangents):
     """Scores are formed transposed, [T, R]: all five matmuls then contract the last axis of a block of scores or its
     first from the right, and none needs a transposed copy of one."""
-    mask, q, k, v, o, lse2 = residuals
+    mask, kv_head, q, k, v, o, lse2 = residuals
     do, dlse2 = cotangents
 
     def some_heads(heads, outputs):
@@ -190,8 +192,8 @@ def _attend_bwd(plan, residuals, cotangents):
                 ds = p * (_dot(plan, "...td,...dr->...tr", v_block(start, num_keys), do_r_transposed) - delta_r)
                 if slope is not None:
                     ds = ds * slope
-                dv = _add_at(dv, start, _dot(plan, "...tr,...rd->...td", p, do_r), axis=-2)
-                dk = _add_at(dk, start, _dot(plan, "...tr,...rd->...td", ds, q_r), axis=-2)
+                dv = _add_at(dv, start, heads.per_kv_head(_dot(plan, "...tr,...rd->...td", p, do_r)), axis=-2)
+                dk = _add_at(dk, start, heads.per_kv_head(_dot(plan, "...tr,...rd->...td", ds, q_r)), axis=-2)
                 dq_r = _dot(plan, "...dt,...tr->...dr", k_block_transposed(start, num_keys), ds)
                 return _add_at(dq_i, first_row, dq_r, axis=-1), dk, dv
 
@@ -206,7 +208,10 @@ def _attend_bwd(plan, residuals, cotangents):
         dk *= plan.scale / _query_factor(plan, q.dtype)
         return dq, *(heads.put_keys(x, dx) for x, dx in zip(dkv_all, (dk, dv), strict=True))
 
-    return None, *_over_heads(plan, q, some_heads, tuple(jnp.zeros_like(x) for x in (q, k, v)))
+    # Several query runs add to one KV head: in float32.
+    dkv = [jnp.zeros(x.shape, x.dtype if kv_head is None else jnp.float32) for x in (k, v)]
+    dq, dk, dv = _over_heads(plan, q, k, kv_head, some_heads, (jnp.zeros_like(q), *dkv))
+    return None, None, dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -214,52 +219,72 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 @dataclasses.dataclass(frozen=True)
 class _Heads:
-    """All (batch row, group) pairs, or one of them, and where their data lie in the arguments' layout."""
+    """All (batch row, query run) pairs, or one of them, and where their data lie in the arguments' layout."""
 
     b: jax.Array | int
-    g: jax.Array | int
+    run: jax.Array | int
     batch: int
-    num_groups: int
-    leading: tuple[int, ...]  # (B, G), or () for one pair
+    num_runs: int
+    leading: tuple[int, ...]  # (B, R), or () for one pair
+    kv: jax.Array | int  # the first of their KV heads
+    num_kv_heads: int
+    kv_head: jax.Array | None  # the KV head of each run, where not run r reads head r
 
     def rows(self, x: jax.Array, start: jax.Array, length: int) -> jax.Array:
-        """[B, S, G, K, ...] → [..., R, ...], the block of `length` positions from `start`."""
+        """[B, S, R, K, ...] → [..., rows, ...], the block of `length` positions from `start`."""
         num_slots, *rest = x.shape[3:]
-        sizes = (self.batch, length, self.num_groups, num_slots, *rest)
-        block = lax.dynamic_slice(x, (self.b, start, self.g, 0, *(0 for _ in rest)), sizes)
+        sizes = (self.batch, length, self.num_runs, num_slots, *rest)
+        block = lax.dynamic_slice(x, (self.b, start, self.run, 0, *(0 for _ in rest)), sizes)
         return jnp.swapaxes(block, 1, 2).reshape(*self.leading, length * num_slots, *rest)
 
     def put_rows(self, x: jax.Array, start: jax.Array, rows: jax.Array) -> jax.Array:
         """Writes what `rows` reads."""
         num_slots, *rest = x.shape[3:]
-        block = jnp.swapaxes(rows.reshape(self.batch, self.num_groups, -1, num_slots, *rest), 1, 2)
-        return lax.dynamic_update_slice(x, block.astype(x.dtype), (self.b, start, self.g, 0, *(0 for _ in rest)))
+        block = jnp.swapaxes(rows.reshape(self.batch, self.num_runs, -1, num_slots, *rest), 1, 2)
+        return lax.dynamic_update_slice(x, block.astype(x.dtype), (self.b, start, self.run, 0, *(0 for _ in rest)))
 
     def keys(self, x: jax.Array) -> jax.Array:
-        """[B, T, G, D] → [..., T, D]."""
-        _, length, _, head_dim = x.shape
-        x = lax.dynamic_slice(x, (self.b, 0, self.g, 0), (self.batch, length, self.num_groups, head_dim))
-        return x.transpose(0, 2, 1, 3).reshape(*self.leading, length, head_dim)
+        """[B, T, G, D] → [..., T, D] of each KV head."""
+        _, length, _, width = x.shape
+        x = lax.dynamic_slice(x, (self.b, 0, self.kv, 0), (self.batch, length, self.num_kv_heads, width))
+        leading = self.leading and (self.batch, self.num_kv_heads)
+        return x.transpose(0, 2, 1, 3).reshape(*leading, length, width)
 
     def put_keys(self, x: jax.Array, keys: jax.Array) -> jax.Array:
-        """Writes what `keys` reads."""
-        keys = keys.reshape(self.batch, self.num_groups, *keys.shape[-2:]).transpose(0, 2, 1, 3)
-        return lax.dynamic_update_slice(x, keys.astype(x.dtype), (self.b, 0, self.g, 0))
+        """Adds where `keys` reads: several runs may read one KV head."""
+        keys = keys.reshape(self.batch, self.num_kv_heads, *keys.shape[-2:]).transpose(0, 2, 1, 3)
+        at = self.b, 0, self.kv, 0
+        keys = keys + lax.dynamic_slice(x, at, keys.shape)
+        return lax.dynamic_update_slice(x, keys.astype(x.dtype), at)
+
+    def per_run(self, keys: jax.Array) -> jax.Array:
+        """A block [..., T, D] of each KV head → of each query run."""
+        return keys if self.kv_head is None else keys[:, self.kv_head]
+
+    def per_kv_head(self, keys: jax.Array) -> jax.Array:
+        """The sum of what `per_run` spread."""
+        if self.kv_head is None:
+            return keys
+        zeros = jnp.zeros((self.batch, self.num_kv_heads, *keys.shape[2:]), keys.dtype)
+        return zeros.at[:, self.kv_head].add(keys)
 
     def mask(self, mask: Mask) -> Mask:
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, self.b, self.batch), mask)
 
 
-def _over_heads(plan, q, some_heads, outputs):
+def _over_heads(plan, q, k, kv_head, some_heads, outputs):
     """some_heads(heads, outputs) → outputs, for all heads together or for one after the other."""
-    batch, _, num_groups, _, _ = q.shape
+    batch, _, num_runs, _, _ = q.shape
+    num_kv_heads = k.shape[2]
     if not plan.head_by_head:
-        return some_heads(_Heads(0, 0, batch, num_groups, (batch, num_groups)), outputs)
+        return some_heads(_Heads(0, 0, batch, num_runs, (batch, num_runs), 0, num_kv_heads, kv_head), outputs)
 
     def one_head(n, outputs):
-        return some_heads(_Heads(n // num_groups, n % num_groups, 1, 1, ()), outputs)
+        run = n % num_runs
+        kv = run if kv_head is None else jnp.clip(kv_head[run], 0, num_kv_heads - 1)
+        return some_heads(_Heads(n // num_runs, run, 1, 1, (), kv, 1, None), outputs)
 
-    return _loop(plan, 0, batch * num_groups, one_head, outputs)
+    return _loop(plan, 0, batch * num_runs, one_head, outputs)
 
 
 def _over_q_blocks(plan, mask, q, k, one_q_block, outputs):
@@ -322,16 +347,16 @@ def _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry):
 
 
 def _block_reader(plan, heads, x, *, transposed=False):
-    """A function (start, length) → that block of K or V, [..., T, D] or transposed."""
+    """A function (start, length) → that block of K or V for each query run, [..., T, D] or transposed."""
 
     def arrange(x):
         keys = heads.keys(x).astype(jnp.float32) if plan.on_cpu else heads.keys(x)
         return jnp.swapaxes(keys, -1, -2) if transposed else keys
 
     if plan.few_rows:
-        return lambda start, length: arrange(lax.dynamic_slice_in_dim(x, start, length, axis=1))
-    arranged = arrange(x)
-    return lambda start, length: lax.dynamic_slice_in_dim(arranged, start, length, axis=-1 if transposed else -2)
+        return lambda start, length: heads.per_run(arrange(lax.dynamic_slice_in_dim(x, start, length, axis=1)))
+    arranged, axis = arrange(x), -1 if transposed else -2
+    return lambda start, length: heads.per_run(lax.dynamic_slice_in_dim(arranged, start, length, axis=axis))
 
 
 def _query_factor(plan, dtype):

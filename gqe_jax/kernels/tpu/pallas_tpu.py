@@ -24,6 +24,10 @@ def obstacle(call) -> str | None:
         return f"pallas_tpu takes float32 and bfloat16, not {call.dtype}"
     if call.head_dim % 2 or call.head_dim > 256:
         return f"pallas_tpu needs an even head_dim of at most 256, not {call.head_dim}"
+    if call.kv_head:
+        return "pallas_tpu has no kv_head: it needs one query run for each KV head"
+    if call.value_dim != call.head_dim:
+        return f"pallas_tpu needs values as wide as keys, not {call.value_dim} and {call.head_dim}"
     if call.num_experts > 256:
         return f"pallas_tpu selects among at most 256 experts of a group, not {call.num_experts}"
     if call.partitioned:
@@ -38,6 +42,7 @@ def pallas_tpu(
     expert_index: jax.Array | None,
     mask: Mask,
     *,
+    kv_head: jax.Array | None = None,
     q_rope: tuple[jax.Array, jax.Array] | None,
     q_norm: tuple[jax.Array, float] | None,
     softcap: float | None,
@@ -49,6 +54,7 @@ def pallas_tpu(
 
     `interpret` runs the kernels on a CPU, for tests: True or `pltpu.InterpretParams`.
     """
+    del kv_head  # an obstacle
     batch, q_len, num_groups, num_experts, head_dim = q.shape
     kv_len, num_slots = k.shape[1], num_experts if expert_index is None else expert_index.shape[-1]
     paired = head_dim == 64 and num_groups % 2 == 0
