@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+import numbers
+import operator
 from collections.abc import Callable, Sequence
 
 import jax
@@ -11,7 +13,7 @@ import numpy as np
 
 from gqe_jax.kernels.choose import Call, announce, check, choose, is_partitioned, target_platform
 from gqe_jax.kernels.cudnn import cudnn
-from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels.mask import INT32, Mask, make_mask
 from gqe_jax.kernels.mesh_axes import check_not_explicit, debug_check, vary, varying_axes
 from gqe_jax.kernels.reference import reference
 from gqe_jax.kernels.tpu.blocks import BlockSizes
@@ -103,6 +105,11 @@ def attend(
             f"implementation={implementation!r} is unknown: choose one of {', '.join(sorted(IMPLEMENTATIONS))}"
         )
     check_not_explicit(q=q, k=k, v=v)
+    window, softcap, scale, q_norm = _known_options(window, softcap, scale, q_norm)
+    if expert_index is not None and not isinstance(expert_index, jax.Array):
+        expert_index = np.asarray(expert_index)
+    if q_rope is not None:
+        q_rope = tuple(jnp.asarray(table, jnp.float32) for table in q_rope)
     positions = (q_offset, kv_offset, kv_length, q_segment_ids, kv_segment_ids)
     axes = varying_axes((q, k, v, expert_index, kv_head, q_shared, layer, q_rope, q_norm, positions))
     q, k, v, expert_index, q_shared, layer, q_rope = vary((q, k, v, expert_index, q_shared, layer, q_rope), axes)
@@ -117,7 +124,7 @@ def attend(
             f"q_shared has shape {q_shared.shape} and dtype {q_shared.dtype}: with q of shape {q.shape} and dtype "
             f"{q.dtype} it must be [B, S, D] = {[*q.shape[:2], q.shape[-1]]} in the same dtype"
         )
-    _check_options(q, q_rope, q_norm, window, softcap, scale)
+    _check_queries(q, q_rope, q_norm)
     mask = vary(_build_mask(q, k, causal, window, *positions), axes)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     call = Call(
@@ -133,7 +140,7 @@ def attend(
         kv_head=kv_head is not None,
         dtype=q.dtype.name,
         causal=causal,
-        window=window,
+        window=mask.window,
         softcap=softcap is not None,
         segments=q_segment_ids is not None,
         kv_length=kv_length is not None,
@@ -258,14 +265,36 @@ def _check_arrays(q, k, v, expert_index, kv_head):
     _check_values("expert_index", expert_index, "M", num_experts)
 
 
-def _check_options(q, q_rope, q_norm, window, softcap, scale):
-    batch, q_len, _, _, head_dim = q.shape
-    if window is not None and (not isinstance(window, int) or window < 1):
-        raise ValueError(f"window={window!r} must be an int of at least 1: a query's own key is the first it sees")
+def _known_options(window, softcap, scale, q_norm):
+    """The options that kernels are compiled for, as Python numbers; an infinite soft cap is none."""
+
+    def known(name, value, kind, rule):
+        if isinstance(value, jax.core.Tracer):
+            raise ValueError(f"{name} is traced, and kernels are compiled for it: it {rule}")
+        try:
+            return None if value is None else kind(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name}={value!r} {rule}") from None
+
+    rule = "must be an int of at least 1: a query's own key is the first it sees"
+    window = known("window", window, operator.index, rule)
+    if window is not None and window < 1:
+        raise ValueError(f"window={window!r} {rule}")
+    rule = "must be positive, or None for no cap"
+    softcap = known("softcap", softcap, float, rule)
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap} must be positive, or None for no cap")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale={scale} must be positive, or None for 1/sqrt(head_dim)")
+        raise ValueError(f"softcap={softcap} {rule}")
+    rule = "must be positive, or None for 1/sqrt(head_dim); multiply q, or q_norm's scale, by a factor that is traced"
+    scale = known("scale", scale, float, rule)
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale} {rule}")
+    if q_norm is not None:
+        q_norm = jnp.asarray(q_norm[0]), known("q_norm's eps", q_norm[1], float, "must be a number")
+    return window, None if softcap == math.inf else softcap, scale, q_norm
+
+
+def _check_queries(q, q_rope, q_norm):
+    batch, q_len, _, _, head_dim = q.shape
     if q_norm is not None and jnp.shape(q_norm[0]) != (head_dim,):
         raise ValueError(f"q_norm's scale has shape {jnp.shape(q_norm[0])}: it must be [D] = [{head_dim}]")
     if q_rope is not None:
@@ -283,21 +312,22 @@ def _build_mask(q, k, causal, window, q_offset, kv_offset, kv_length, q_segment_
     batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
 
     def per_row(name, value):
-        value = jnp.asarray(value)
+        value = value if isinstance(value, jax.Array) else np.asarray(value)
         if value.shape not in ((), (batch,)) or not jnp.issubdtype(value.dtype, jnp.integer):
             raise ValueError(
                 f"{name} has shape {value.shape} and dtype {value.dtype}: it must be an integer, scalar or "
                 f"[B] = [{batch}]"
             )
-        return jnp.broadcast_to(value.astype(jnp.int32), (batch,))
+        return jnp.broadcast_to(_as_int32(name, value), (batch,))
 
     def segment_ids(name, value, length):
+        value = value if isinstance(value, jax.Array) else np.asarray(value)
         if value.shape != (batch, length) or not jnp.issubdtype(value.dtype, jnp.integer):
             raise ValueError(
                 f"{name} has shape {value.shape} and dtype {value.dtype}: it must be an integer array "
                 f"[{batch}, {length}]"
             )
-        return value.astype(jnp.int32)
+        return _as_int32(name, value)
 
     if (q_segment_ids is None) != (kv_segment_ids is None):
         given, missing = ("q", "kv") if kv_segment_ids is None else ("kv", "q")
@@ -305,13 +335,36 @@ def _build_mask(q, k, causal, window, q_offset, kv_offset, kv_length, q_segment_
     if q_segment_ids is not None:
         q_segment_ids = segment_ids("q_segment_ids", q_segment_ids, q_len)
         kv_segment_ids = segment_ids("kv_segment_ids", kv_segment_ids, kv_len)
-    return Mask(
+    known = [np.asarray(x, object) for x in (q_offset, kv_offset) if not isinstance(x, jax.Array)]
+    if window is not None and len(known) == 2 and np.any(abs(known[0] - known[1]) > INT32.max):
+        raise ValueError(
+            f"q_offset={q_offset} and kv_offset={kv_offset} differ by 2^31 or more: with a window they must be nearer"
+        )
+    return make_mask(
+        q_len,
+        kv_len,
         q_offset=per_row("q_offset", q_offset),
         kv_offset=per_row("kv_offset", kv_offset),
         kv_length=None if kv_length is None else per_row("kv_length", kv_length),
         q_segment_ids=q_segment_ids,
         kv_segment_ids=kv_segment_ids,
-        causal=causal,
+        causal=bool(causal),
         window=window,
-        aligned=isinstance(q_offset, int) and isinstance(kv_offset, int) and q_offset == kv_offset,
+        aligned=all(isinstance(x, numbers.Integral) for x in (q_offset, kv_offset)) and q_offset == kv_offset,
     )
+
+
+def _as_int32(name: str, x: jax.Array | np.ndarray) -> jax.Array:
+    """Raises ValueError for values beyond int32: here if they are known, else under `checkify.checkify`."""
+    if not np.can_cast(x.dtype, np.int32):
+        rule = f"{name} must have values within int32"
+        if isinstance(x, jax.core.Tracer):
+            lowest, highest = x.min(), x.max()
+            fits = (lowest >= INT32.min) & (highest <= INT32.max)
+            debug_check(fits, rule + ", not {lowest} to {highest}", lowest=lowest, highest=highest)
+        else:
+            with jax.ensure_compile_time_eval():
+                lowest, highest = int(x.min()), int(x.max())
+            if not INT32.min <= lowest <= highest <= INT32.max:
+                raise ValueError(f"{rule}, not {lowest} to {highest}")
+    return jnp.asarray(x, jnp.int32)

@@ -20,8 +20,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from gqe_jax.kernels.choose import target_platform
-from gqe_jax.kernels.kv_bounds import kv_bounds, seen_keys
-from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels.kv_bounds import kv_bounds
+from gqe_jax.kernels.mask import Mask, sees
 from gqe_jax.kernels.mesh_axes import vary, varying_axes
 from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.queries import prepare_queries
@@ -318,7 +318,7 @@ def _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry):
         return jnp.minimum(j * plan.block_k, kv_len - plan.block_k), j * plan.block_k
 
     def masked_step(carry, first_query, start, num_keys, fresh_start):
-        seen = seen_keys(mask, q_start + first_query, plan.block_q - first_query, start, num_keys)
+        seen = sees(mask, q_start + first_query, plan.block_q - first_query, start, num_keys)
         seen &= start + jnp.arange(num_keys) >= fresh_start
         seen = jnp.repeat(seen, num_slots, axis=1)
         return step(carry, first_query * num_slots, start, num_keys, seen[:, None] if heads.leading else seen[0])
