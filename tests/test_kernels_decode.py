@@ -18,7 +18,7 @@ from tpu_targets import TOPOLOGIES, compile_for_tpus
 
 from gqe_jax.config import GQEConfig, ModelConfig
 from gqe_jax.kernels import EMPTY_LSE, attend
-from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels.mask import Mask, make_mask
 from gqe_jax.kernels.tpu.decode import decode
 from gqe_jax.models.transformer import Transformer
 
@@ -144,7 +144,7 @@ def test_it_reads_nothing_outside_of_the_cache(q_offset, window):
     """A window that lies behind the cache, or before it, holds no block; reads outside of an array raise here."""
     q, k = jnp.ones((1, 1, 1, 1, 128)), jnp.ones((1, 128, 1, 128))
     offset, zero = jnp.array([q_offset], jnp.int32), jnp.zeros(1, jnp.int32)
-    mask = Mask(q_offset=offset, kv_offset=zero, kv_length=jnp.array([128]), window=window)
+    mask = make_mask(1, 128, q_offset=offset, kv_offset=zero, kv_length=jnp.array([128]), window=window)
     with interpreting():
         o, lse = decode(q, k, k, None, mask, q_rope=None, q_norm=None, softcap=None, scale=1.0)
     sees = q_offset == 127

@@ -58,7 +58,8 @@ def test_given_sizes_are_taken_and_cut_to_the_lengths():
     assert (short.block_q, short.block_kv, short.tile) == (384, 384, 384)
 
 
-CALL = Call(batch=1, q_len=256, kv_len=256, num_groups=2, num_experts=2, num_slots=1, head_dim=128, dtype="bfloat16",
+CALL = Call(batch=1, q_len=256, kv_len=256, num_groups=2, num_experts=2, num_slots=1, head_dim=128, value_dim=128,
+            num_kv_heads=2, dtype="bfloat16",
             block_sizes=True)  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels import mask as masks_of_attend
 from gqe_jax.kernels.reference import reference
 from gqe_jax.kernels.tpu.blocks import BlockSizes
 from gqe_jax.kernels.tpu.pallas_tpu import pallas_tpu
@@ -25,12 +25,26 @@ BLOCKS = BlockSizes(
 )  # fmt: skip
 
 
-def make_mask(batch, *, q_offset=0, kv_offset=0, kv_length=None, segments=None, causal=True, window=None, aligned=None):
+def make_mask(
+    batch,
+    q_len,
+    kv_len,
+    *,
+    q_offset=0,
+    kv_offset=0,
+    kv_length=None,
+    segments=None,
+    causal=True,
+    window=None,
+    aligned=None,
+):
     def rows(x):
         return jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch,))
 
     ids = (None, None) if segments is None else [jnp.asarray(x, jnp.int32) for x in segments]
-    return Mask(
+    return masks_of_attend.make_mask(
+        q_len,
+        kv_len,
         q_offset=rows(q_offset),
         kv_offset=rows(kv_offset),
         kv_length=None if kv_length is None else rows(kv_length),
@@ -38,7 +52,7 @@ def make_mask(batch, *, q_offset=0, kv_offset=0, kv_length=None, segments=None, 
         kv_segment_ids=ids[1],
         causal=causal,
         window=window,
-        aligned=isinstance(q_offset, int) and q_offset == kv_offset if aligned is None else aligned,
+        aligned=isinstance(q_offset, int) and q_offset == kv_offset,
     )
 
 
@@ -58,7 +72,7 @@ def check(seed=0, *, batch=1, q_len, kv_len=None, slots=1, softcap=None, attenti
         np.where(at.reshape(*at.shape, *[1] * (x.ndim - 2)), np.nan, x)
         for x, at in ((q, blind), (do, blind), (k, hidden), (v, hidden))
     )
-    mask = make_mask(batch, **masks)
+    mask = make_mask(batch, q_len, kv_len, **masks)
 
     def function(q, k, v):
         return attention(
@@ -142,7 +156,7 @@ def test_positions_at_the_limits_of_int32(q_offset, kv_offset, window):
 def test_a_key_of_nan_with_the_largest_value_in_padding():
     """Sums of such values overflow: 0 times infinity would be NaN, and a weight that is not quite 0 would count."""
     q, k, v = (jnp.ones((1, 200, 1, 128), jnp.float32).at[:, 150:].set(x) for x in (1.0, jnp.nan, 3.4e38))
-    mask = make_mask(1, kv_length=150)
+    mask = make_mask(1, 200, 200, kv_length=150)
     o, lse = FAST(q[:, :, :, None], k, v, None, mask, q_rope=None, q_norm=None, softcap=None, scale=1.0)
     np.testing.assert_allclose(o, 1.0, rtol=1e-6)
     assert np.isfinite(lse).all()
@@ -157,7 +171,7 @@ def test_the_gradients_of_the_rotary_tables():
 
     q, k, v, do = normal(2, 130, 1, 2, 128), normal(2, 130, 1, 128), normal(2, 130, 1, 128), normal(2, 130, 1, 1, 128)
     index = jnp.asarray(rng.integers(0, 2, (2, 130, 1, 1)), jnp.int32)
-    mask = make_mask(2, kv_length=[123, 60])
+    mask = make_mask(2, 130, 130, kv_length=[123, 60])
     arguments = (normal(1, 130, 64), normal(1, 130, 64)), q, k, v, normal(128)  # no rotation: nothing is orthogonal
 
     def gradients(attention, which):
@@ -177,16 +191,19 @@ def test_the_gradients_of_the_rotary_tables():
 )
 def test_each_group_reads_the_kv_head_that_it_names(masks):
     """The same as with K and V gathered by group, traced or not; a KV head's gradient is the sum over its groups, and 0
-    where no group reads it."""
+    where no group reads it. Values are narrower than keys."""
     rng = np.random.default_rng(0)
     batch, q_len, groups, heads, dim = 2, 150, 4, 3, 64
 
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    q, do = normal(batch, q_len, groups, 2, dim), normal(batch, q_len, groups, 2, dim)
-    k, v = normal(batch, q_len, heads, dim), normal(batch, q_len, heads, dim)
-    mask, options = make_mask(batch, **masks), {"q_rope": None, "q_norm": None, "softcap": None, "scale": 0.125}
+    q, do = normal(batch, q_len, groups, 2, dim), normal(batch, q_len, groups, 2, 48)
+    k, v = normal(batch, q_len, heads, dim), normal(batch, q_len, heads, 48)
+    mask, options = (
+        make_mask(batch, q_len, q_len, **masks),
+        {"q_rope": None, "q_norm": None, "softcap": None, "scale": 0.125},
+    )
     kv_head = np.array([2, 0, 0, 2])
 
     def named(q, k, v, kv_head):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gqe_jax.attention.context_parallel import Queries, attend_over_context, chunk_offsets
-from gqe_jax.kernels import Mask, attend, mean_head, prepare_queries, visible
+from gqe_jax.kernels import attend, make_mask, mean_head, prepare_queries, visible
 from gqe_jax.parallel.manual import Shard
 
 
@@ -126,7 +126,9 @@ class Context:
         if self.options["softcap"] is not None:
             scores = self.options["softcap"] * jnp.tanh(scores / self.options["softcap"])
         batch, kv_len = k.shape[:2]
-        mask = Mask(
+        mask = make_mask(
+            q.shape[1],
+            kv_len,
             q_offset=jnp.broadcast_to(jnp.asarray(self.q_offset), (batch,)),
             kv_offset=jnp.zeros(batch, jnp.int32),
             kv_length=self.kv_length,

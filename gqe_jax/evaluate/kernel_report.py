@@ -33,6 +33,7 @@ def layer_calls(
         "q_len": q_len,
         "kv_len": model.context if cached else q_len,
         "head_dim": attention.head_dim,
+        "value_dim": attention.head_dim,
         "dtype": model.dtype,
         "window": attention.window,
         "softcap": attention.softcap is not None,
@@ -41,15 +42,12 @@ def layer_calls(
         "aligned": not cached,
         "partitioned": partitioned,
     }
+    groups = {"num_groups": attention.num_kv_heads, "num_kv_heads": attention.num_kv_heads, "num_experts": experts}
     if not isinstance(attention, GQEConfig):
-        return {"all heads": Call(num_groups=attention.num_kv_heads, num_experts=experts, num_slots=experts, **options)}
-    calls = {
-        "routed heads": Call(
-            num_groups=attention.num_kv_heads, num_experts=experts, num_slots=attention.top_k, **options
-        )
-    }
+        return {"all heads": Call(num_slots=experts, **groups, **options)}
+    calls = {"routed heads": Call(num_slots=attention.top_k, **groups, **options)}
     if attention.variant == "gqe":
-        calls["shared head"] = Call(num_groups=1, num_experts=1, num_slots=1, **options)
+        calls["shared head"] = Call(num_groups=1, num_kv_heads=1, num_experts=1, num_slots=1, **options)
     return calls
 
 

@@ -34,7 +34,7 @@ from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.mesh_axes import result
 from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.queries import prepare_queries
-from gqe_jax.kernels.tpu.plan import LOG2_E, bounded_positions
+from gqe_jax.kernels.tpu.plan import LOG2_E
 from gqe_jax.kernels.tpu.tiles import LANES, SUBLANES, dot, finite, mark_not_finite, round_up
 
 if typing.TYPE_CHECKING:
@@ -90,6 +90,10 @@ def obstacle(call: Call) -> str | None:
     rows = call.q_len * call.num_groups * call.num_slots
     if not call.kv_length:
         return "pallas_tpu_decode reads a cache: it needs kv_length"
+    if call.kv_head:
+        return "pallas_tpu_decode has no kv_head: it needs one query run for each KV head"
+    if call.value_dim != call.head_dim:
+        return f"pallas_tpu_decode needs values as wide as keys, not {call.value_dim} and {call.head_dim}"
     if rows > MAX_ROWS:
         return f"pallas_tpu_decode takes few new tokens: S · G · K = {rows} exceeds {MAX_ROWS}"
     if math.lcm(LANES, call.num_groups) > MAX_MEAN_WIDTH:
@@ -111,6 +115,7 @@ def decode(
     expert_index: jax.Array | None,
     mask: Mask,
     *,
+    kv_head: jax.Array | None = None,
     q_rope: tuple[jax.Array, jax.Array] | None,
     q_norm: tuple[jax.Array, float] | None,
     softcap: float | None,
@@ -128,7 +133,7 @@ def decode(
     Returns:
       o [B, S, G, K, D], lse float32 [B, S, G, K], and with `q_shared` the shared head's output [B, S, D].
     """
-    mask = bounded_positions(mask, k.shape[-3])
+    del kv_head  # an obstacle
     q = prepare_queries(q, expert_index, q_norm, q_rope)
     batch, q_len, num_groups, num_slots, head_dim = q.shape
     if q_shared is not None:

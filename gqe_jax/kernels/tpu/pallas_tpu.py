@@ -17,7 +17,7 @@ from gqe_jax.kernels.queries import prepare_queries
 from gqe_jax.kernels.tpu.backward import backward
 from gqe_jax.kernels.tpu.blocks import BlockSizes, tpu_generation
 from gqe_jax.kernels.tpu.forward import forward
-from gqe_jax.kernels.tpu.plan import MaskKind, Plan, bounded_positions
+from gqe_jax.kernels.tpu.plan import MaskKind, Plan
 from gqe_jax.kernels.tpu.schedule import row_bounds
 from gqe_jax.kernels.tpu.tiles import LANES, round_up
 
@@ -31,11 +31,13 @@ def obstacle(call) -> str | None:
         return f"pallas_tpu takes float32 and bfloat16, not {call.dtype}"
     if call.head_dim % 2 or call.head_dim > 256:
         return f"pallas_tpu needs an even head_dim of at most 256, not {call.head_dim}"
+    if call.value_dim > call.head_dim:
+        return f"pallas_tpu takes values at most as wide as keys, not {call.value_dim} and {call.head_dim}"
     if call.num_experts > 256:
         return f"pallas_tpu selects among at most 256 experts of a group, not {call.num_experts}"
     if call.partitioned:
         return "XLA cannot split a Pallas kernel over devices: call it inside jax.shard_map"
-    heads = call.num_slots * _lanes(call.num_groups, call.num_experts, call.head_dim)[1]
+    heads = call.num_slots * _lanes(call.num_groups, call.num_experts, call.head_dim, call.kv_head)[1]
     if heads > MAX_HEADS:
         return f"pallas_tpu computes at most {MAX_HEADS} heads of a KV group at one time, not {heads}"
     return None if call.block_sizes else _lack_of_memory(call)
@@ -47,7 +49,7 @@ def _lack_of_memory(call) -> str | None:
         generation = tpu_generation()
     except ValueError:  # a host without a TPU asks what a TPU would run
         return None
-    padded_dim, groups_per_block = _lanes(call.num_groups, call.num_experts, call.head_dim)
+    padded_dim, groups_per_block = _lanes(call.num_groups, call.num_experts, call.head_dim, call.kv_head)
     plan = Plan(
         batch=call.batch,
         num_groups=call.num_groups,
@@ -66,6 +68,7 @@ def _lack_of_memory(call) -> str | None:
         mask=MaskKind(call.causal, call.window, call.aligned, call.kv_length, call.segments),
         generation=generation,
         block_sizes=BlockSizes(),
+        has_kv_head=call.kv_head,
         interpret=False,
     )
     try:
@@ -75,9 +78,9 @@ def _lack_of_memory(call) -> str | None:
     return None
 
 
-def _lanes(num_groups: int, num_experts: int, head_dim: int) -> tuple[int, int]:
-    """Lanes of a head, padding included, and groups that share a block."""
-    if head_dim == 64 and num_groups % 2 == 0:
+def _lanes(num_groups: int, num_experts: int, head_dim: int, has_kv_head: bool) -> tuple[int, int]:
+    """Lanes of a head, padding included, and groups that share a block: none where neighbours read any KV heads."""
+    if head_dim == 64 and num_groups % 2 == 0 and not has_kv_head:
         return head_dim, 2
     if head_dim == 64 and num_groups == num_experts == 1:
         return head_dim, 1
@@ -91,11 +94,11 @@ def pallas_tpu(
     expert_index: jax.Array | None,
     mask: Mask,
     *,
+    kv_head: jax.Array | None = None,
     q_rope: tuple[jax.Array, jax.Array] | None,
     q_norm: tuple[jax.Array, float] | None,
     softcap: float | None,
     scale: float,
-    kv_head: jax.Array | None = None,
     block_sizes: BlockSizes | None = None,
     interpret: object = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -104,13 +107,11 @@ def pallas_tpu(
     kv_head: int32 [G], may be traced: the head of k and v, which have any number of them, that each group of q reads.
     `interpret` runs the kernels on a CPU, for tests: True or `pltpu.InterpretParams`.
     """
-    mask = bounded_positions(mask, k.shape[1])
     batch, q_len, num_groups, num_experts, head_dim = q.shape
     kv_len, num_slots = k.shape[1], num_experts if expert_index is None else expert_index.shape[-1]
-    if kv_head is None:
-        padded_dim, groups_per_block = _lanes(num_groups, num_experts, head_dim)
-    else:  # neighbours that read other KV heads cannot share a block's lanes
-        padded_dim, groups_per_block = round_up(head_dim, LANES), 1
+    value_dim = v.shape[3]
+    v = jnp.pad(v, [(0, 0)] * 3 + [(0, head_dim - value_dim)])  # narrower values are padded to the width of keys
+    padded_dim, groups_per_block = _lanes(num_groups, num_experts, head_dim, kv_head is not None)
     plan = Plan(
         batch=batch,
         num_groups=num_groups,
@@ -133,7 +134,8 @@ def pallas_tpu(
         interpret=interpret,
     )
     norm_scale = None if q_norm is None else q_norm[0]
-    return _attend(plan, mask, expert_index, kv_head, q_rope, q, k, v, norm_scale)
+    o, lse = _attend(plan, mask, expert_index, kv_head, q_rope, q, k, v, norm_scale)
+    return o[..., :value_dim], lse
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -7,7 +7,6 @@ import math
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.tpu import vmem
 from gqe_jax.kernels.tpu.backward_blocks import BackwardBlocks, backward_blocks
 from gqe_jax.kernels.tpu.blocks import Blocks, BlockSizes
@@ -20,29 +19,6 @@ MASKED = -1e30
 """A score that the mask hides: finite, so that no difference of two of them is NaN."""
 NO_MAX = 0.5 * MASKED
 """The maximum of a row that has seen nothing: its masked scores have probability 0 already."""
-
-
-FAR = 2**29
-"""Tokens between two positions from which on it does not matter how many: sums of a few of these fit int32."""
-
-
-def bounded_positions(mask: Mask, kv_len: int) -> Mask:
-    """The same mask for positions less than `FAR` apart, in numbers whose sums do not overflow int32.
-
-    Only the difference of the offsets counts, and a window of `FAR` or more is none.
-    """
-    low, high = -FAR, FAR
-    difference = mask.q_offset - mask.kv_offset
-    wraps = (mask.q_offset < 0) != (mask.kv_offset < 0)
-    wraps &= (difference < 0) != (mask.q_offset < 0)
-    difference = jnp.where(wraps, jnp.where(mask.q_offset < 0, low, high), jnp.clip(difference, low, high))
-    return dataclasses.replace(
-        mask,
-        q_offset=difference,
-        kv_offset=jnp.zeros_like(difference),
-        kv_length=None if mask.kv_length is None else jnp.clip(mask.kv_length, 0, kv_len),
-        window=None if mask.window is not None and mask.window >= FAR else mask.window,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
