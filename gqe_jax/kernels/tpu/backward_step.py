@@ -233,6 +233,9 @@ class Step:
             conditions.append(query - key < mask.window - origin)
             if not mask.causal:
                 conditions.append(query - key > -mask.window - origin)
+        if self.call.hidden_keys and plan.q_len % self.blocks.block_q:
+            # Past the last query the mask would show keys that no query sees.
+            conditions.append(query < plan.q_len - (self.first_q_block + i) * self.blocks.block_q - queries.start)
         if self.call.cuts_kv or mask.has_length:
             _, kv_end = plan.read_limits(self.limits_ref, self.b)
             conditions.append(key < kv_end - kv_start)
