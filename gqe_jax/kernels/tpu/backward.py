@@ -88,6 +88,7 @@ class Call:
         # Whether there may be queries that see no key, or lie past the end of their array.
         self.blind_queries = plan.padded_q_len % blocks.block_q != 0 or not plan.all_see(plan.q_len, plan.kv_len)
         self.hidden_keys = plan.has_hidden_keys(blocks.block_kv)
+        self.cuts_q = self.hidden_keys and plan.q_len % blocks.block_q != 0
         self.cuts_kv = plan.kv_len % blocks.block_kv != 0
         self.inputs = self._input_specs(operands)
         count = plan.batch * plan.num_groups // plan.groups_per_block

@@ -178,6 +178,7 @@ class Step:
         if not mask.causal:
             return whole, cut, []
         cut_elsewhere = mask.window is not None or mask.has_segments or mask.has_length or self.call.cuts_kv
+        cut_elsewhere |= self.call.cuts_q
         diagonal = [
             (key, query, cut_elsewhere or key.stop > query.start + 1) for key, query in pairs if key.start < query.stop
         ]
@@ -233,7 +234,7 @@ class Step:
             conditions.append(query - key < mask.window - origin)
             if not mask.causal:
                 conditions.append(query - key > -mask.window - origin)
-        if self.call.hidden_keys and plan.q_len % self.blocks.block_q:
+        if self.call.cuts_q:
             # Past the last query the mask would show keys that no query sees.
             conditions.append(query < plan.q_len - (self.first_q_block + i) * self.blocks.block_q - queries.start)
         if self.call.cuts_kv or mask.has_length:
