@@ -34,6 +34,67 @@ def finish_queries(q, q_norm, q_rope):
     return q
 
 
+def query_gradients(q, d_finished, q_norm, q_rope):
+    """From the gradient of what `finish_queries` returns to {"q", and where given "cos", "sin", "norm_scale"}."""
+    gradients = {}
+    q = np.asarray(q, np.float64)
+    if q_rope is not None:
+        cos, sin = (np.asarray(table, np.float64)[:, :, None, None, :] for table in q_rope)
+        a, b = np.split(finish_queries(q, q_norm, None), 2, axis=-1)
+        da, db = np.split(d_finished, 2, axis=-1)
+        for name, table, d_table in (("cos", cos, da * a + db * b), ("sin", sin, db * a - da * b)):
+            gradients[name] = d_table.sum(axis=(2, 3))
+            if table.shape[0] == 1:
+                gradients[name] = gradients[name].sum(axis=0, keepdims=True)
+        d_finished = np.concatenate([da * cos + db * sin, db * cos - da * sin], axis=-1)
+    if q_norm is not None:
+        scale, eps = q_norm
+        inverse_rms = 1 / np.sqrt((q**2).mean(-1, keepdims=True) + eps)
+        gradients["norm_scale"] = (d_finished * q * inverse_rms).sum(axis=(0, 1, 2, 3))
+        d_normed = d_finished * scale
+        along = (d_normed * q * inverse_rms).mean(-1, keepdims=True)
+        d_finished = inverse_rms * (d_normed - q * inverse_rms * along)
+    return gradients | {"q": d_finished}
+
+
+def whole_attention(
+    q, k, v, expert_index=None, *, kv_head=None, q_shared=None, do=None, dlse=None, d_shared=None, **options
+):
+    """`attention` with query runs that read any KV head, and with the shared head on the mean of all KV heads.
+
+    Returns {"o", "lse", "seen", and "shared" with `q_shared`}, and with cotangents {"gradients": one for each of q, k,
+    v and, where given, q_shared, cos, sin and norm_scale, "terms": the size of the terms that cancel in them}.
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    num_kv_heads = k.shape[2]
+    kv_head = np.arange(num_kv_heads) if kv_head is None else np.asarray(kv_head)
+    routed = attention(q, k[:, :, kv_head], v[:, :, kv_head], expert_index, do=do, dlse=dlse, **options)
+    result = {name: routed[name] for name in ("o", "lse", "seen")}
+    if q_shared is not None:
+        q_shared = np.asarray(q_shared, np.float64)[:, :, None, None, :]
+        mean_k, mean_v = (x.mean(axis=2, keepdims=True) for x in (k, v))
+        d_shared = None if do is None else np.asarray(d_shared, np.float64)[:, :, None, None, :]
+        shared = attention(q_shared, mean_k, mean_v, do=d_shared, **options)
+        result["shared"] = shared["o"][:, :, 0, 0]
+    if do is None:
+        return result
+    finishing = options.get("q_norm"), options.get("q_rope")
+    gradients = query_gradients(q, routed["dq"], *finishing)
+    for name, x in (("k", k), ("v", v)):
+        gradients[name] = np.zeros_like(x)
+        for run, head in enumerate(kv_head):
+            gradients[name][:, :, head] += routed[f"d{name}"][:, :, run]
+    terms = np.linalg.norm(routed["dq_terms"]) + np.linalg.norm(routed["dk_terms"])
+    if q_shared is not None:
+        of_shared = query_gradients(q_shared, shared["dq"], *finishing)
+        gradients["q_shared"] = of_shared.pop("q")[:, :, 0, 0]
+        gradients |= {name: gradients[name] + x for name, x in of_shared.items()}
+        for name in ("k", "v"):
+            gradients[name] = gradients[name] + shared[f"d{name}"] / num_kv_heads
+        terms += np.linalg.norm(shared["dq_terms"])
+    return result | {"gradients": gradients, "terms": terms}
+
+
 def attention(
     q, k, v, expert_index=None, *, causal=True, window=None, q_offset=0, kv_offset=0, kv_length=None, segments=None,
     q_rope=None, q_norm=None, softcap=None, scale=None, do=None, dlse=None,

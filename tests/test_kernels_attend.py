@@ -248,7 +248,7 @@ def test_merge_partials_of_two_halves_of_the_keys_is_the_whole(cut):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"q": (2, 5, 3, 4)}, r"q has shape \(2, 5, 3, 4\): attend needs \[B, S, G, M, D\]"),
+        ({"q": (2, 5, 3, 4)}, r"q has shape \(2, 5, 3, 4\): attend needs \[B, S, R, M, D\]"),
         ({"k": (2, 7, 4, 8)}, r"k has shape \(2, 7, 4, 8\): with q .* must be \[B, T, G, D\] = \[2, T, 3, 8\]"),
         ({"v": (2, 6, 3, 8)}, r"k has shape \(2, 7, 3, 8\) and v \(2, 6, 3, 8\): they must have the same length T"),
         ({"k": (2, 0, 3, 8), "v": (2, 0, 3, 8)}, "no axis may be empty"),

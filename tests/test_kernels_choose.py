@@ -17,11 +17,14 @@ from gqe_jax.kernels.choose import Call, announce, check, choose, is_partitioned
 
 attend_module = importlib.import_module("gqe_jax.kernels.attend")
 TRAIN = Call(
-    batch=2, q_len=256, kv_len=256, num_groups=2, num_experts=2, num_slots=1, head_dim=128, dtype="bfloat16"
+    batch=2, q_len=256, kv_len=256, num_groups=2, num_kv_heads=2, num_experts=2, num_slots=1, head_dim=128,
+    value_dim=128, dtype="bfloat16",
 )  # fmt: skip
 
 
 def call(**changes):
+    if "head_dim" in changes:
+        changes = {"value_dim": changes["head_dim"], **changes}
     return Call(**(vars(TRAIN) | changes))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from float64_attention import attention, relative_error
+from float64_attention import attention, relative_error, visible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
@@ -19,7 +19,7 @@ from tpu_targets import TOPOLOGIES, compile_for_tpus
 from gqe_jax.attention import GQEConfig
 from gqe_jax.config import ModelConfig
 from gqe_jax.kernels import EMPTY_LSE, attend
-from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels.mask import Mask, make_mask
 from gqe_jax.kernels.tpu.decode import decode
 from gqe_jax.models.transformer import Transformer
 
@@ -35,8 +35,8 @@ def check(
     seed=0, *, dtype="float32", batch=2, q_len=1, kv_len=300, num_groups=2, head_dim=16, heads=(2, 1), shared=True,
     causal=True, window=None, softcap=None, norm=False, rope=False, least_length=0, layers=None,
 ):  # fmt: skip
-    """o, lse and the shared head's output for N(0, 1) inputs, each row at its own offset and length; what lies beyond
-    the filled part of the cache is NaN."""
+    """o, lse and the shared head's output for N(0, 1) inputs, each row at its own offset and length; what no query
+    sees of the cache is NaN."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -65,8 +65,9 @@ def check(
         causal=causal,
         window=window,
     )
-    unfilled = (np.arange(kv_len) >= length[:, None])[:, :, None, None]
-    poisoned = [jnp.where(unfilled, jnp.nan, x) for x in (k, v)]
+    masks = {"causal": causal, "window": window, "q_offset": q_offset, "kv_offset": kv_offset, "kv_length": length}
+    hidden = ~visible(q_len, kv_len, batch, segments=None, **masks).any(axis=1)[:, :, None, None]
+    poisoned = [jnp.where(hidden, jnp.nan, x) for x in (k, v)]
     if layers is not None:
         poisoned = [jnp.full((layers, *x.shape), jnp.nan, x.dtype).at[1].set(x) for x in poisoned]
         options["layer"] = jnp.int32(1)
@@ -77,7 +78,6 @@ def check(
         )  # fmt: skip
 
     options.pop("layer", None)
-    masks = {"causal": causal, "window": window, "q_offset": q_offset, "kv_offset": kv_offset, "kv_length": length}
     pairs = [(o, attention(q, k, v, expert_index, **masks, **options))]
     if shared:
         mean_k, mean_v = (np.asarray(x, np.float64).mean(axis=2, keepdims=True) for x in (k, v))
@@ -136,6 +136,21 @@ def test_decode_equals_float64_attention_in_every_crossing(max_examples):
 def test_decode_equals_float64_attention(features):
     """The same for the shapes that count."""
     check(**features)
+
+
+@pytest.mark.parametrize(
+    ("q_offset", "window"), [(300, 1), (2**31 - 1, 5), (-(2**31), 5), (127, 2**31 - 1), (-5, None)]
+)
+def test_it_reads_nothing_outside_of_the_cache(q_offset, window):
+    """A window that lies behind the cache, or before it, holds no block; reads outside of an array raise here."""
+    q, k = jnp.ones((1, 1, 1, 1, 128)), jnp.ones((1, 128, 1, 128))
+    offset, zero = jnp.array([q_offset], jnp.int32), jnp.zeros(1, jnp.int32)
+    mask = make_mask(1, 128, q_offset=offset, kv_offset=zero, kv_length=jnp.array([128]), window=window)
+    with interpreting():
+        o, lse = decode(q, k, k, None, mask, q_rope=None, q_norm=None, softcap=None, scale=1.0)
+    sees = q_offset == 127
+    assert (np.asarray(o) == float(sees)).all()
+    np.testing.assert_allclose(lse, 128 + np.log(128) if sees else EMPTY_LSE, rtol=1e-6)
 
 
 def test_the_mean_is_not_rounded_to_the_cache_s_dtype():

@@ -1,5 +1,6 @@
 """Block sizes of the TPU kernels: given ones are taken as they are, or refused with a message that has the numbers."""
 
+import dataclasses
 import functools
 import re
 
@@ -12,6 +13,7 @@ from tpu_targets import compile_for_tpus
 from gqe_jax import BlockSizes, attend
 from gqe_jax.kernels.choose import Call, check, choose
 from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels.tpu import pallas_tpu as pallas_tpu_module
 from gqe_jax.kernels.tpu.blocks import forward_blocks
 from gqe_jax.kernels.tpu.pallas_tpu import pallas_tpu
 from gqe_jax.kernels.tpu.plan import MaskKind, Plan
@@ -58,7 +60,8 @@ def test_given_sizes_are_taken_and_cut_to_the_lengths():
     assert (short.block_q, short.block_kv, short.tile) == (384, 384, 384)
 
 
-CALL = Call(batch=1, q_len=256, kv_len=256, num_groups=2, num_experts=2, num_slots=1, head_dim=128, dtype="bfloat16",
+CALL = Call(batch=1, q_len=256, kv_len=256, num_groups=2, num_experts=2, num_slots=1, head_dim=128, value_dim=128,
+            num_kv_heads=2, dtype="bfloat16",
             block_sizes=True)  # fmt: skip
 
 
@@ -192,3 +195,14 @@ def test_estimates_agree_with_the_compiler():
         for (estimate, margin), taken in zip(sorted(estimates), sorted(used), strict=True):
             assert taken <= estimate <= margin * taken, (target, sizes, dtype, taken, estimate)
             assert estimate <= plan.vmem_limit_bytes
+
+
+def test_what_no_tpu_kernel_should_compute_is_left_to_xla(monkeypatch):
+    """71 heads in one group are straight code for minutes of compiling, and 8 of 64 experts exceed v4's memory only."""
+    call = dataclasses.replace(CALL, num_groups=1, num_kv_heads=1, block_sizes=False)
+    choice = choose("tpu", dataclasses.replace(call, num_experts=71, num_slots=71, head_dim=64, value_dim=64))
+    assert choice.name == "xla" and "at most 32 heads of a KV group at one time, not 71" in choice.why
+    for generation, name in (("v4", "xla"), ("v5e", "pallas_tpu")):
+        monkeypatch.setattr(pallas_tpu_module, "tpu_generation", lambda generation=generation: generation)
+        choice = choose("tpu", dataclasses.replace(call, num_experts=64, num_slots=8))
+        assert choice.name == name and (name != "xla" or "bytes of VMEM" in choice.why)

@@ -67,6 +67,7 @@ def call_options(
         "q_len": q_len,
         "kv_len": kv_len,
         "head_dim": config.head_dim,
+        "value_dim": config.head_dim,
         "dtype": dtype,
         "window": config.window,
         "softcap": config.softcap is not None,

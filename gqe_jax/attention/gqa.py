@@ -59,9 +59,10 @@ class GQAConfig(AttentionConfig):
         return dense_counts.cached_numbers(self, expert)
 
     def attend_calls(self, dtype, **shape):
-        heads = self.num_query_heads // self.num_kv_heads
+        groups, heads = self.num_kv_heads, self.num_query_heads // self.num_kv_heads
         options = dense_counts.call_options(self, dtype, **shape)
-        return {"all heads": Call(num_groups=self.num_kv_heads, num_experts=heads, num_slots=heads, **options)}
+        call = Call(num_groups=groups, num_kv_heads=groups, num_experts=heads, num_slots=heads, **options)
+        return {"all heads": call}
 
     @property
     def transformers_classes(self):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gqe_jax.attention.context_parallel import Queries
 from gqe_jax.attention.key_values import KeyValues
-from gqe_jax.kernels import Mask, mean_head, prepare_queries, visible
+from gqe_jax.kernels import make_mask, mean_head, prepare_queries, visible
 
 
 def attend_with_shared(
@@ -89,7 +89,9 @@ def _attend_few(heads: KeyValues, q: jax.Array) -> jax.Array:
     if heads.config.softcap is not None:
         scores = heads.config.softcap * jnp.tanh(scores / heads.config.softcap)
     batch, kv_len = k.shape[:2]
-    mask = Mask(
+    mask = make_mask(
+        q.shape[1],
+        kv_len,
         q_offset=jnp.broadcast_to(jnp.asarray(heads.q_offset), (batch,)),
         kv_offset=jnp.zeros(batch, jnp.int32),
         kv_length=heads.kv_length,

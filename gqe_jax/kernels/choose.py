@@ -27,7 +27,9 @@ class Call:
     """What of a call of `attend` decides who computes it: shapes, dtype and options, no data.
 
     Attributes:
-      batch, q_len, kv_len, num_groups, num_experts, num_slots, head_dim: B, S, T, G, M, K, D.
+      batch, q_len, kv_len, num_groups, num_experts, num_slots, head_dim: B, S, T, R (query runs), M, K, D.
+      value_dim, num_kv_heads: Dv and G.
+      kv_head: the caller says which KV head each query run reads; otherwise R = G and run r reads head r.
       dtype: of q, k and v.
       causal, window: as in `attend`.
       softcap: there is one.
@@ -46,7 +48,10 @@ class Call:
     num_experts: int
     num_slots: int
     head_dim: int
+    value_dim: int
+    num_kv_heads: int
     dtype: str
+    kv_head: bool = False
     causal: bool = True
     window: int | None = None
     softcap: bool = False
@@ -59,11 +64,13 @@ class Call:
 
     def __str__(self) -> str:
         flags = ("softcap", "segments", "kv_length", "return_lse", "partitioned", "block_sizes")
-        options = [f"window={self.window}"] if self.window else []
+        options = [f"kv_head of R={self.num_groups} query runs"] if self.kv_head else []
+        options += [f"window={self.window}"] if self.window else []
         options += [name for name in flags if getattr(self, name)]
         return (
-            f"q [B={self.batch}, S={self.q_len}, G={self.num_groups}, M={self.num_experts}, D={self.head_dim}], "
-            f"K={self.num_slots}, T={self.kv_len}, {self.dtype}, {'' if self.causal else 'not '}causal"
+            f"q [B={self.batch}, S={self.q_len}, G={self.num_kv_heads}, M={self.num_experts}, D={self.head_dim}], "
+            + (f"Dv={self.value_dim}, " if self.value_dim != self.head_dim else "")
+            + f"K={self.num_slots}, T={self.kv_len}, {self.dtype}, {'' if self.causal else 'not '}causal"
             + "".join(f", {option}" for option in options)
         )
 
@@ -119,7 +126,6 @@ def obstacle(name: str, platform: str, call: Call) -> str | None:
     return None if rules is None else rules(call)
 
 
-@functools.cache
 def choose(platform: str, call: Call) -> Choice:
     """The implementation that `attend` takes for a call on a platform where none is named.
 

@@ -18,6 +18,8 @@ def obstacle(call: Call) -> str | None:
     """Why cuDNN's attention cannot compute a call on an NVIDIA GPU; None where it can."""
     if call.dtype not in ("bfloat16", "float16"):
         return f"cudnn takes bfloat16 and float16, not {call.dtype}"
+    if call.value_dim != call.head_dim:
+        return f"JAX's call of cudnn needs values as wide as keys, not {call.value_dim} and {call.head_dim}"
     if call.head_dim % 8 or call.head_dim > 256:
         return f"cudnn needs a head_dim that is a multiple of 8 and at most 256, not {call.head_dim}"
     if call.head_dim > 128 and not _is_hopper_or_later():
@@ -40,13 +42,16 @@ def _is_hopper_or_later() -> bool:
     return device.platform == "gpu" and float(device.compute_capability) >= 9.0
 
 
-def cudnn(q, k, v, expert_index, mask: Mask, *, q_rope, q_norm, softcap, scale) -> tuple[jax.Array, None]:
+def cudnn(q, k, v, expert_index, mask: Mask, *, kv_head=None, q_rope, q_norm, softcap, scale) -> tuple[jax.Array, None]:
     """softmax(scale · q kᵀ) v by cuDNN, arguments as in `attend`, of a call to which there is no `obstacle`.
 
-    The k selected queries of a group are heads of grouped-query attention: cuDNN sees G · K of them on G KV heads. No
+    The K selected queries of a run are heads of grouped-query attention: cuDNN sees R · K of them on R KV heads, which
+    `kv_head` has selected from K and V. No
     log-sum-exp is returned, and a soft cap, segment ids, offsets and lengths in `mask` are not looked at.
     """
     del softcap
+    if kv_head is not None:
+        k, v = (x[:, :, kv_head] for x in (k, v))
     q = prepare_queries(q, expert_index, q_norm, q_rope)
     batch, q_len, num_groups, num_slots, head_dim = q.shape
     o = jax.nn.dot_product_attention(

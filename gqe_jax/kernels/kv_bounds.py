@@ -1,8 +1,7 @@
-"""Which blocks of keys a block of queries has to visit, and which keys of a block it sees."""
+"""Which blocks of keys a block of queries has to visit, by the rules of `mask.py`."""
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from gqe_jax.kernels.mask import Mask
 
@@ -81,22 +80,3 @@ def segment_bounds(mask, q_starts, block_q, num_kv_blocks, block_k):
     whole_first, whole_end = span(whole)
     one_run = jnp.sum(whole, axis=-1) == whole_end - whole_first
     return first, whole_first, jnp.where(one_run, whole_end, whole_first), end
-
-
-def seen_keys(mask: Mask, q_start: jax.Array, num_queries: int, kv_start: jax.Array, num_keys: int) -> jax.Array:
-    """Which of num_keys keys from kv_start each of num_queries queries from q_start sees: bool [B, queries, keys]."""
-    q_index = q_start + jnp.arange(num_queries)[:, None]
-    kv_index = kv_start + jnp.arange(num_keys)
-    distance = (mask.q_offset - mask.kv_offset)[:, None, None] + (q_index - kv_index)
-    seen = jnp.ones(distance.shape, bool)
-    if mask.causal:
-        seen &= distance >= 0
-    if mask.window is not None:
-        seen &= (distance < mask.window) & (distance > -mask.window)
-    if mask.kv_length is not None:
-        seen &= kv_index < mask.kv_length[:, None, None]
-    if mask.q_segment_ids is not None:
-        q_segment = lax.dynamic_slice_in_dim(mask.q_segment_ids, q_start, num_queries, axis=1)[:, :, None]
-        kv_segment = lax.dynamic_slice_in_dim(mask.kv_segment_ids, kv_start, num_keys, axis=1)[:, None, :]
-        seen &= (q_segment == kv_segment) & (q_segment != 0)
-    return seen

@@ -3,42 +3,41 @@
 import jax
 import jax.numpy as jnp
 
-from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels.mask import Mask, visible
 from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.queries import prepare_queries
 
 
-def visible(mask: Mask, q_len: int, kv_len: int) -> jax.Array:
-    """The mask as a bool array [B, S, T]."""
-    q_position = mask.q_offset[:, None, None] + jnp.arange(q_len)[None, :, None]
-    kv_position = mask.kv_offset[:, None, None] + jnp.arange(kv_len)[None, None, :]
-    seen = jnp.ones((mask.q_offset.shape[0], q_len, kv_len), bool)
-    if mask.causal:
-        seen &= kv_position <= q_position
-    if mask.window is not None:
-        seen &= kv_position > q_position - mask.window
-        seen &= kv_position < q_position + mask.window
-    if mask.kv_length is not None:
-        seen &= jnp.arange(kv_len) < mask.kv_length[:, None, None]
-    if mask.q_segment_ids is not None:
-        q_segment, kv_segment = mask.q_segment_ids[:, :, None], mask.kv_segment_ids[:, None, :]
-        seen &= (q_segment == kv_segment) & (q_segment != 0)
-    return seen
-
-
-def reference(q, k, v, expert_index, mask: Mask, *, q_rope, q_norm, softcap, scale) -> tuple[jax.Array, jax.Array]:
+def reference(
+    q, k, v, expert_index, mask: Mask, *, kv_head=None, q_rope, q_norm, softcap, scale
+) -> tuple[jax.Array, jax.Array]:
     """softmax(scale · q kᵀ) v over the visible keys; holds [S, T] arrays. Arguments as in `attend`."""
     dtype = q.dtype
-    q = prepare_queries(q, expert_index, q_norm, q_rope)
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    scores = scale * jnp.einsum("bsgkd,btgd->bsgkt", q, k, precision="highest")
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
     seen = visible(mask, q.shape[1], k.shape[1])[:, :, None, None, :]
     any_seen = jnp.any(seen, axis=-1)
+    q = prepare_queries(jnp.where(any_seen[..., None], q, 0), expert_index, q_norm, q_rope)
+    # A key that no query sees is 0: products with float32's maximum overflow, and 0 · infinity is NaN.
+    k, v = (jnp.where(jnp.any(seen, axis=1)[:, 0, 0, :, None, None], x, 0) for x in (k, v))
+    if kv_head is not None:
+        k, v = (x[:, :, kv_head] for x in (k, v))
+    (q, q_nan), (k, k_nan), (v, v_nan) = (_nan_apart(x.astype(jnp.float32)) for x in (q, k, v))
+    # Hidden scores are 0 before anything is computed from them: their derivatives are then 0, and not 0 · infinity.
+    scores = jnp.where(seen, scale * jnp.einsum("bsgkd,btgd->bsgkt", q, k, precision="highest"), 0.0)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores += q_nan[..., None] + jnp.moveaxis(k_nan + v_nan, 1, 2)[:, None, :, None, :]
     # Rows that see nothing are softmaxed unmasked and discarded, so that their gradient is 0 and not 0/0.
-    scores = jnp.where(seen | ~any_seen[..., None], scores, -jnp.inf)
+    scores = jnp.where(seen, scores, jnp.where(any_seen[..., None], -jnp.inf, 0.0))
     o = jnp.einsum("bsgkt,btgd->bsgkd", jax.nn.softmax(scores), v, precision="highest")
     o = jnp.where(any_seen[..., None], o, 0.0)
     lse = jnp.where(any_seen, jax.nn.logsumexp(scores, axis=-1), EMPTY_LSE)
     return o.astype(dtype), lse
+
+
+def _nan_apart(x):
+    """x with zeros in place of what is not finite, and [...] NaN for a vector that had such an element, else 0.
+
+    0 · NaN is NaN: in a matmul a key that is hidden would reach every query, while a NaN in a score can be hidden.
+    """
+    finite = jnp.isfinite(x)
+    return jnp.where(finite, x, 0.0), jnp.where(jnp.all(finite, axis=-1), 0.0, jnp.nan)

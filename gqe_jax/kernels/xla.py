@@ -20,8 +20,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from gqe_jax.kernels.choose import target_platform
-from gqe_jax.kernels.kv_bounds import kv_bounds, seen_keys
-from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels.derivatives import ONCE, refuse_derivatives
+from gqe_jax.kernels.kv_bounds import kv_bounds
+from gqe_jax.kernels.mask import Mask, sees
 from gqe_jax.kernels.mesh_axes import vary, varying_axes
 from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.queries import prepare_queries
@@ -42,6 +43,7 @@ class _Plan:
     long: bool  # worth a second form of the forward loop
     on_cpu: bool
     varying: tuple[str, ...]  # axes of a mesh, inside `jax.shard_map`
+    norm_eps: float | None  # of the queries' norm
 
     @property
     def head_by_head(self) -> bool:
@@ -67,6 +69,7 @@ def xla(
     expert_index: jax.Array | None,
     mask: Mask,
     *,
+    kv_head: jax.Array | None = None,
     q_rope: tuple[jax.Array, jax.Array] | None,
     q_norm: tuple[jax.Array, float] | None,
     softcap: float | None,
@@ -76,13 +79,15 @@ def xla(
 ) -> tuple[jax.Array, jax.Array]:
     """Blockwise attention; arguments as in `attend`. Block sizes are upper bounds: rows of q (slots included), keys."""
     on_cpu = target_platform(q) == "cpu"
-    return _xla(q, k, v, expert_index, mask, q_rope, q_norm, softcap, scale, block_q, block_k, on_cpu)
+    norm_scale, norm_eps = (None, None) if q_norm is None else q_norm
+    return _xla(
+        q, k, v, expert_index, mask, kv_head, q_rope, norm_scale, norm_eps, softcap, scale, block_q, block_k, on_cpu
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("softcap", "scale", "block_q", "block_k", "on_cpu"))
-def _xla(q, k, v, expert_index, mask, q_rope, q_norm, softcap, scale, block_q, block_k, on_cpu):
-    q = prepare_queries(q, expert_index, q_norm, q_rope)
-    _, q_len, _, num_slots, _ = q.shape
+@functools.partial(jax.jit, static_argnames=("norm_eps", "softcap", "scale", "block_q", "block_k", "on_cpu"))
+def _xla(q, k, v, expert_index, mask, kv_head, q_rope, norm_scale, norm_eps, softcap, scale, block_q, block_k, on_cpu):
+    q_len, num_slots = q.shape[1], q.shape[3] if expert_index is None else expert_index.shape[3]
     num_q_blocks = -(-q_len // max(1, block_q // num_slots))
     plan = _Plan(
         scale=scale,
@@ -95,16 +100,49 @@ def _xla(q, k, v, expert_index, mask, q_rope, q_norm, softcap, scale, block_q, b
         long=k.shape[1] >= 1024,
         on_cpu=on_cpu,
         varying=varying_axes(q),
+        norm_eps=norm_eps,
     )
-    o, lse2 = _attend(plan, mask, q, k, v)
+    o, lse2 = _attend(plan, mask, expert_index, kv_head, q, k, v, q_rope, norm_scale)
     return o, jnp.maximum(lse2 / LOG2_E, EMPTY_LSE)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: _Plan, mask: Mask, q, k, v):
-    """o [B, S, G, K, D] in q's dtype and lse2 float32 [B, S, G, K]: base 2, as the backward wants it unrounded, and
+def _attend(plan: _Plan, mask: Mask, expert_index, kv_head, q, k, v, q_rope, norm_scale):
+    """o [B, S, R, K, Dv] in q's dtype and lse2 float32 [B, S, R, K]: base 2, as the backward wants it unrounded, and
     2 · EMPTY_LSE where nothing is seen."""
+    return _forward(plan, mask, kv_head, _prepare(plan, expert_index, q, q_rope, norm_scale), k, v)
 
+
+def _prepare(plan, expert_index, q, q_rope, norm_scale):
+    return prepare_queries(q, expert_index, None if norm_scale is None else (norm_scale, plan.norm_eps), q_rope)
+
+
+def _attend_fwd(plan, mask, expert_index, kv_head, q, k, v, q_rope, norm_scale):
+    o, lse2 = _attend(plan, mask, expert_index, kv_head, q, k, v, q_rope, norm_scale)
+    o, lse2 = checkpoint_name(o, "attention_out"), checkpoint_name(lse2, "attention_lse")  # for remat policies
+    return (o, lse2), (mask, expert_index, kv_head, q, k, v, q_rope, norm_scale, o, lse2)
+
+
+def _attend_bwd(plan, residuals, cotangents):
+    mask, expert_index, kv_head, *arrays = residuals
+    (q, k, v, q_rope, norm_scale, o, lse2), cotangents = refuse_derivatives((arrays, cotangents), ONCE)
+    # A query that sees nothing has no gradient and no part in one, not even as 0 · NaN.
+    live = _sees_something(lse2)
+    prepare = functools.partial(_prepare, plan, expert_index)
+    q_finished, unprepare = jax.vjp(prepare, jnp.where(live[:, :, :1, :1, None], q, 0), q_rope, norm_scale)
+    dq, dk, dv = _backward(plan, mask, kv_head, q_finished, k, v, o, lse2, live, cotangents)
+    dq, dq_rope, dnorm_scale = unprepare(dq)
+    return None, None, None, dq, dk, dv, dq_rope, dnorm_scale
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _sees_something(lse2):
+    return ~(lse2 <= EMPTY_LSE)  # true of a NaN, which goes on
+
+
+def _forward(plan: _Plan, mask: Mask, kv_head, q, k, v):
     def some_heads(bounded, heads, outputs):
         k_block = _block_reader(plan, heads, k, transposed=True)
         v_block = _block_reader(plan, heads, v)
@@ -117,23 +155,28 @@ def _attend(plan: _Plan, mask: Mask, q, k, v):
             def step(carry, first_row, start, num_keys, seen):
                 q_r, row_max, row_sum, acc = (_from(x, first_row, axis=-2) for x in (q_i, *carry))
                 s, _ = _cap(plan, _dot(plan, "...rd,...dt->...rt", q_r, k_block(start, num_keys)), factor)
-                if seen is not None:
-                    s = jnp.where(seen, s, LEAST_EXPONENT if bounded else -jnp.inf)
+                v_r = v_block(start, num_keys)
                 if not bounded:
+                    s = s if seen is None else jnp.where(seen, s, -jnp.inf)
                     new_max = jnp.maximum(row_max, jnp.max(s, axis=-1, keepdims=True))
                     decay = jnp.exp2(row_max - new_max)
                     s, row_max, row_sum, acc = s - new_max, new_max, row_sum * decay, acc * decay
                 p = _exp2(plan, s, bounded=bounded)
-                pv = _dot(plan, "...rt,...td->...rd", p, v_block(start, num_keys))
+                if seen is not None:
+                    # 0 · NaN is NaN: what is not finite leaves the values, and is NaN in the weights of who sees it.
+                    p = jnp.where(seen, p + _nan_of(v_r, axis=-1)[..., None, :], 0.0)
+                    v_r = _finite(v_r)
+                pv = _dot(plan, "...rt,...td->...rd", p, v_r)
                 new = row_max, row_sum + jnp.sum(p, axis=-1, keepdims=True), acc + pv
                 put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=first_row, axis=-2)
                 return tuple(put(x, x_r) for x, x_r in zip(carry, new, strict=True))
 
             per_row = (*q_i.shape[:-1], 1)
             zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-            carry = jnp.full(per_row, 0.0 if bounded else EMPTY_LSE, jnp.float32), zeros(per_row), zeros(q_i.shape)
+            carry = jnp.full(per_row, 0.0 if bounded else EMPTY_LSE, jnp.float32), zeros(per_row)
+            carry = *carry, zeros((*q_i.shape[:-1], v.shape[-1]))
             row_max, row_sum, acc = _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry)
-            none_seen = row_sum <= LEAST_ROW_SUM  # of a NaN it is false: NaN goes on
+            none_seen = row_sum == 0.0
             o_i = jnp.where(none_seen, 0.0, acc / row_sum)
             lse2_i = jnp.where(none_seen, 2 * EMPTY_LSE, row_max + jnp.log2(row_sum))[..., 0]
             return heads.put_rows(o, q_start, o_i), heads.put_rows(lse2, q_start, lse2_i)
@@ -141,24 +184,17 @@ def _attend(plan: _Plan, mask: Mask, q, k, v):
         return _over_q_blocks(plan, heads.mask(mask), q, k, one_q_block, outputs)
 
     def all_heads(bounded):
-        outputs = jnp.zeros_like(q), jnp.zeros(q.shape[:-1], jnp.float32)
-        return _over_heads(plan, q, functools.partial(some_heads, bounded), outputs)
+        outputs = jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype), jnp.zeros(q.shape[:-1], jnp.float32)
+        return _over_heads(plan, q, k, kv_head, functools.partial(some_heads, bounded), outputs)
 
     if not plan.try_bound:
         return all_heads(False)
     return lax.cond(_score_bound(plan, q, k) <= SAFE_SCORE, lambda: all_heads(True), lambda: all_heads(False))
 
 
-def _attend_fwd(plan, mask, q, k, v):
-    o, lse2 = _attend(plan, mask, q, k, v)
-    o, lse2 = checkpoint_name(o, "attention_out"), checkpoint_name(lse2, "attention_lse")  # for remat policies
-    return (o, lse2), (mask, q, k, v, o, lse2)
-
-
-def _attend_bwd(plan, residuals, cotangents):
+def _backward(plan, mask, kv_head, q, k, v, o, lse2, live, cotangents):
     """Scores are formed transposed, [T, R]: all five matmuls then contract the last axis of a block of scores or its
     first from the right, and none needs a transposed copy of one."""
-    mask, q, k, v, o, lse2 = residuals
     do, dlse2 = cotangents
 
     def some_heads(heads, outputs):
@@ -167,13 +203,17 @@ def _attend_bwd(plan, residuals, cotangents):
 
         def one_q_block(i, q_start, bounds, outputs):
             dq, dk, dv = outputs
-            q_i, do_i, o_i, lse2_i, dlse2_i = (heads.rows(x, q_start, plan.block_q) for x in (q, do, o, lse2, dlse2))
+            q_i, do_i, o_i, lse2_i, dlse2_i, live_i = (
+                heads.rows(x, q_start, plan.block_q) for x in (q, do, o, lse2, dlse2, live)
+            )
             # The last block ends at S. Rows that it shares with the one before have had their part.
             fresh = jnp.repeat(q_start + jnp.arange(plan.block_q) >= i * plan.block_q, q.shape[3])
-            do_i = jnp.where(fresh[:, None], do_i, 0).astype(jnp.float32)
+            fresh &= live_i
+            do_i = jnp.where(fresh[..., None], do_i, 0).astype(jnp.float32)
             delta_i = jnp.sum(o_i * do_i, axis=-1) - jnp.where(fresh, LOG2_E * dlse2_i, 0.0)
             q_i, factor = _scaled_queries(plan, q_i)
             q_i_transposed, do_i_transposed = jnp.swapaxes(q_i, -1, -2), jnp.swapaxes(do_i, -1, -2)
+            q_i = _finite(q_i)  # with what is not, p and ds are NaN for the keys that are seen
             lse2_i, delta_i = lse2_i[..., None, :], delta_i[..., None, :]
 
             def step(carry, first_row, start, num_keys, seen):
@@ -186,13 +226,17 @@ def _attend_bwd(plan, residuals, cotangents):
                 s, slope = _cap(plan, s, factor)
                 p = _exp2(plan, s - lse2_r)
                 if seen is not None:
-                    p = jnp.where(jnp.swapaxes(seen, -1, -2), p, 0.0)
+                    seen = jnp.swapaxes(seen, -1, -2)
+                    p = jnp.where(seen, p, 0.0)
                 ds = p * (_dot(plan, "...td,...dr->...tr", v_block(start, num_keys), do_r_transposed) - delta_r)
                 if slope is not None:
                     ds = ds * slope
-                dv = _add_at(dv, start, _dot(plan, "...tr,...rd->...td", p, do_r), axis=-2)
-                dk = _add_at(dk, start, _dot(plan, "...tr,...rd->...td", ds, q_r), axis=-2)
-                dq_r = _dot(plan, "...dt,...tr->...dr", k_block_transposed(start, num_keys), ds)
+                k_r = k_block_transposed(start, num_keys)
+                if seen is not None:
+                    ds, k_r = jnp.where(seen, ds, 0.0), _finite(k_r)
+                dv = _add_at(dv, start, heads.per_kv_head(_dot(plan, "...tr,...rd->...td", p, do_r)), axis=-2)
+                dk = _add_at(dk, start, heads.per_kv_head(_dot(plan, "...tr,...rd->...td", ds, q_r)), axis=-2)
+                dq_r = _dot(plan, "...dt,...tr->...dr", k_r, ds)
                 return _add_at(dq_i, first_row, dq_r, axis=-1), dk, dv
 
             carry = jnp.zeros(q_i_transposed.shape, jnp.float32), dk, dv
@@ -206,60 +250,80 @@ def _attend_bwd(plan, residuals, cotangents):
         dk *= plan.scale / _query_factor(plan, q.dtype)
         return dq, *(heads.put_keys(x, dx) for x, dx in zip(dkv_all, (dk, dv), strict=True))
 
-    return None, *_over_heads(plan, q, some_heads, tuple(jnp.zeros_like(x) for x in (q, k, v)))
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
+    # Several query runs add to one KV head: in float32.
+    dkv = [jnp.zeros(x.shape, x.dtype if kv_head is None else jnp.float32) for x in (k, v)]
+    dq, dk, dv = _over_heads(plan, q, k, kv_head, some_heads, (jnp.zeros_like(q), *dkv))
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Heads:
-    """All (batch row, group) pairs, or one of them, and where their data lie in the arguments' layout."""
+    """All (batch row, query run) pairs, or one of them, and where their data lie in the arguments' layout."""
 
     b: jax.Array | int
-    g: jax.Array | int
+    run: jax.Array | int
     batch: int
-    num_groups: int
-    leading: tuple[int, ...]  # (B, G), or () for one pair
+    num_runs: int
+    leading: tuple[int, ...]  # (B, R), or () for one pair
+    kv: jax.Array | int  # the first of their KV heads
+    num_kv_heads: int
+    kv_head: jax.Array | None  # the KV head of each run, where not run r reads head r
 
     def rows(self, x: jax.Array, start: jax.Array, length: int) -> jax.Array:
-        """[B, S, G, K, ...] → [..., R, ...], the block of `length` positions from `start`."""
+        """[B, S, R, K, ...] → [..., rows, ...], the block of `length` positions from `start`."""
         num_slots, *rest = x.shape[3:]
-        sizes = (self.batch, length, self.num_groups, num_slots, *rest)
-        block = lax.dynamic_slice(x, (self.b, start, self.g, 0, *(0 for _ in rest)), sizes)
+        sizes = (self.batch, length, self.num_runs, num_slots, *rest)
+        block = lax.dynamic_slice(x, (self.b, start, self.run, 0, *(0 for _ in rest)), sizes)
         return jnp.swapaxes(block, 1, 2).reshape(*self.leading, length * num_slots, *rest)
 
     def put_rows(self, x: jax.Array, start: jax.Array, rows: jax.Array) -> jax.Array:
         """Writes what `rows` reads."""
         num_slots, *rest = x.shape[3:]
-        block = jnp.swapaxes(rows.reshape(self.batch, self.num_groups, -1, num_slots, *rest), 1, 2)
-        return lax.dynamic_update_slice(x, block.astype(x.dtype), (self.b, start, self.g, 0, *(0 for _ in rest)))
+        block = jnp.swapaxes(rows.reshape(self.batch, self.num_runs, -1, num_slots, *rest), 1, 2)
+        return lax.dynamic_update_slice(x, block.astype(x.dtype), (self.b, start, self.run, 0, *(0 for _ in rest)))
 
     def keys(self, x: jax.Array) -> jax.Array:
-        """[B, T, G, D] → [..., T, D]."""
-        _, length, _, head_dim = x.shape
-        x = lax.dynamic_slice(x, (self.b, 0, self.g, 0), (self.batch, length, self.num_groups, head_dim))
-        return x.transpose(0, 2, 1, 3).reshape(*self.leading, length, head_dim)
+        """[B, T, G, D] → [..., T, D] of each KV head."""
+        _, length, _, width = x.shape
+        x = lax.dynamic_slice(x, (self.b, 0, self.kv, 0), (self.batch, length, self.num_kv_heads, width))
+        leading = self.leading and (self.batch, self.num_kv_heads)
+        return x.transpose(0, 2, 1, 3).reshape(*leading, length, width)
 
     def put_keys(self, x: jax.Array, keys: jax.Array) -> jax.Array:
-        """Writes what `keys` reads."""
-        keys = keys.reshape(self.batch, self.num_groups, *keys.shape[-2:]).transpose(0, 2, 1, 3)
-        return lax.dynamic_update_slice(x, keys.astype(x.dtype), (self.b, 0, self.g, 0))
+        """Adds where `keys` reads: several runs may read one KV head."""
+        keys = keys.reshape(self.batch, self.num_kv_heads, *keys.shape[-2:]).transpose(0, 2, 1, 3)
+        at = self.b, 0, self.kv, 0
+        keys = keys + lax.dynamic_slice(x, at, keys.shape)
+        return lax.dynamic_update_slice(x, keys.astype(x.dtype), at)
+
+    def per_run(self, keys: jax.Array) -> jax.Array:
+        """A block [..., T, D] of each KV head → of each query run."""
+        return keys if self.kv_head is None else keys[:, self.kv_head]
+
+    def per_kv_head(self, keys: jax.Array) -> jax.Array:
+        """The sum of what `per_run` spread."""
+        if self.kv_head is None:
+            return keys
+        zeros = jnp.zeros((self.batch, self.num_kv_heads, *keys.shape[2:]), keys.dtype)
+        return zeros.at[:, self.kv_head].add(keys)
 
     def mask(self, mask: Mask) -> Mask:
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, self.b, self.batch), mask)
 
 
-def _over_heads(plan, q, some_heads, outputs):
+def _over_heads(plan, q, k, kv_head, some_heads, outputs):
     """some_heads(heads, outputs) → outputs, for all heads together or for one after the other."""
-    batch, _, num_groups, _, _ = q.shape
+    batch, _, num_runs, _, _ = q.shape
+    num_kv_heads = k.shape[2]
     if not plan.head_by_head:
-        return some_heads(_Heads(0, 0, batch, num_groups, (batch, num_groups)), outputs)
+        return some_heads(_Heads(0, 0, batch, num_runs, (batch, num_runs), 0, num_kv_heads, kv_head), outputs)
 
     def one_head(n, outputs):
-        return some_heads(_Heads(n // num_groups, n % num_groups, 1, 1, ()), outputs)
+        run = n % num_runs
+        kv = run if kv_head is None else jnp.clip(kv_head[run], 0, num_kv_heads - 1)
+        return some_heads(_Heads(n // num_runs, run, 1, 1, (), kv, 1, None), outputs)
 
-    return _loop(plan, 0, batch * num_groups, one_head, outputs)
+    return _loop(plan, 0, batch * num_runs, one_head, outputs)
 
 
 def _over_q_blocks(plan, mask, q, k, one_q_block, outputs):
@@ -293,7 +357,7 @@ def _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry):
         return jnp.minimum(j * plan.block_k, kv_len - plan.block_k), j * plan.block_k
 
     def masked_step(carry, first_query, start, num_keys, fresh_start):
-        seen = seen_keys(mask, q_start + first_query, plan.block_q - first_query, start, num_keys)
+        seen = sees(mask, q_start + first_query, plan.block_q - first_query, start, num_keys)
         seen &= start + jnp.arange(num_keys) >= fresh_start
         seen = jnp.repeat(seen, num_slots, axis=1)
         return step(carry, first_query * num_slots, start, num_keys, seen[:, None] if heads.leading else seen[0])
@@ -322,16 +386,16 @@ def _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry):
 
 
 def _block_reader(plan, heads, x, *, transposed=False):
-    """A function (start, length) → that block of K or V, [..., T, D] or transposed."""
+    """A function (start, length) → that block of K or V for each query run, [..., T, D] or transposed."""
 
     def arrange(x):
         keys = heads.keys(x).astype(jnp.float32) if plan.on_cpu else heads.keys(x)
         return jnp.swapaxes(keys, -1, -2) if transposed else keys
 
     if plan.few_rows:
-        return lambda start, length: arrange(lax.dynamic_slice_in_dim(x, start, length, axis=1))
-    arranged = arrange(x)
-    return lambda start, length: lax.dynamic_slice_in_dim(arranged, start, length, axis=-1 if transposed else -2)
+        return lambda start, length: heads.per_run(arrange(lax.dynamic_slice_in_dim(x, start, length, axis=1)))
+    arranged, axis = arrange(x), -1 if transposed else -2
+    return lambda start, length: heads.per_run(lax.dynamic_slice_in_dim(arranged, start, length, axis=axis))
 
 
 def _query_factor(plan, dtype):
@@ -348,8 +412,7 @@ def _scaled_queries(plan, q_i):
 
 
 SAFE_SCORE = 40.0  # sums of 2^s with |s| <= 40 do not overflow in float32, and are far above those of masked scores
-LEAST_EXPONENT = -126.0  # a masked score counts as 2^-126: nothing beside the least that a row sees
-LEAST_ROW_SUM = 2.0**-80  # between the sum over masked scores alone and that over one seen score
+LEAST_EXPONENT = -126.0
 
 
 def _score_bound(plan, q, k):
@@ -376,6 +439,16 @@ def _dot(plan, spec, a, b):
     dtype = jnp.float32 if plan.on_cpu else min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     precision = "highest" if dtype == jnp.float32 else None
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _finite(x):
+    """x with zeros in place of NaN and infinity."""
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def _nan_of(x, *, axis):
+    """float32, NaN where an element along the axis is not finite, else 0."""
+    return jnp.where(jnp.all(jnp.isfinite(x), axis=axis), 0.0, jnp.nan).astype(jnp.float32)
 
 
 def _from(x, start, *, axis):

@@ -28,7 +28,7 @@ from gqe_jax.kernels.tpu.backward_blocks import BackwardBlocks
 from gqe_jax.kernels.tpu.backward_step import Step
 from gqe_jax.kernels.tpu.plan import Plan
 from gqe_jax.kernels.tpu.q_bounds import q_bounds
-from gqe_jax.kernels.tpu.selection import LANES
+from gqe_jax.kernels.tpu.tiles import LANES
 
 
 def backward(
@@ -47,6 +47,9 @@ def backward(
     inputs = dict(operands, o=o, do=do, lse=lse, dlse=dlse)
     arrays = [inputs[name] for name in call.inputs]
     dq, dk, dv = (result(operands[name].shape, plan.dtype, operands["q"]) for name in "qkv")
+    if plan.has_kv_head:  # to be summed over the groups that read a KV head
+        limits = [operands["kv_head"], *limits]
+        dk = dv = result((*dk.shape[:2], plan.num_groups * plan.head_dim), jnp.float32, operands["q"])
 
     if call.num_chunks == 1:
         chunk = jnp.zeros((1,), jnp.int32)
@@ -67,7 +70,7 @@ def backward(
 
         d_scale = vary([jnp.zeros(x.shape, x.dtype) for x in call.d_scale_shape], call.varying)
         gradients, d_scale = lax.fori_loop(0, call.num_chunks, one_chunk, (gradients, d_scale))
-        dq, dk, dv = (x[:, : like.shape[1]].astype(plan.dtype) for x, like in zip(gradients, (dq, dk, dv), strict=True))
+        dq, dk, dv = (x[:, : like.shape[1]].astype(like.dtype) for x, like in zip(gradients, (dq, dk, dv), strict=True))
     if not d_scale:
         return dq, dk, dv, None
     return dq, dk, dv, jnp.sum(d_scale[0].reshape(-1, plan.head_dim), axis=0)
@@ -82,8 +85,10 @@ class Call:
         self.num_kv_blocks = -(-plan.kv_len // blocks.block_kv)
         self.num_chunks = -(-self.num_q_blocks // blocks.chunk_q)
         self.has_norm = "norm_scale" in operands
-        self.ragged_q = plan.padded_q_len % blocks.block_q != 0
-        self.ragged_kv = operands["k"].shape[1] % blocks.block_kv != 0
+        # Whether there may be queries that see no key, or lie past the end of their array.
+        self.blind_queries = plan.padded_q_len % blocks.block_q != 0 or not plan.all_see(plan.q_len, plan.kv_len)
+        self.hidden_keys = plan.has_hidden_keys(blocks.block_kv)
+        self.cuts_q = self.hidden_keys and plan.q_len % blocks.block_q != 0
         self.cuts_kv = plan.kv_len % blocks.block_kv != 0
         self.inputs = self._input_specs(operands)
         count = plan.batch * plan.num_groups // plan.groups_per_block
@@ -108,7 +113,16 @@ class Call:
         )
 
     def _kv_spec(self):
+        """Of what each group has for itself."""
         return pl.BlockSpec((1, self.blocks.block_kv, self.plan.width), lambda b, g, t, *_: (b, self._kv_block(t), g))
+
+    def _kv_input_spec(self):
+        if not self.plan.has_kv_head:
+            return self._kv_spec()
+        return pl.BlockSpec(
+            (1, self.blocks.block_kv, self.plan.width),
+            lambda b, g, t, chunk, bounds, kv_head, *_: (b, self._kv_block(t), kv_head[g]),
+        )
 
     def _input_specs(self, operands):
         plan, blocks = self.plan, self.blocks
@@ -133,8 +147,8 @@ class Call:
                 (1, 1, blocks.block_q), lambda b, g, t, chunk, *_: (b, 0, self._q_block(t, chunk, again=False))
             ),
             "kv_segments": pl.BlockSpec((1, 1, blocks.block_kv), lambda b, g, t, *_: (b, 0, self._kv_block(t))),
-            "k": self._kv_spec(),
-            "v": self._kv_spec(),
+            "k": self._kv_input_spec(),
+            "v": self._kv_input_spec(),
         }
         specs = {name: spec for name, spec in specs.items() if name in operands}
         return specs | {"o": o_spec, "do": o_spec, "lse": row_spec, "dlse": row_spec}
@@ -152,8 +166,6 @@ class Call:
             "dk": pltpu.VMEM((plan.width, blocks.block_kv), jnp.float32),
             "dv": pltpu.VMEM((plan.width, blocks.block_kv), jnp.float32),
         }
-        if self.ragged_kv:
-            scratch |= {name: pltpu.VMEM((blocks.block_kv, plan.width), plan.dtype) for name in ("k", "v")}
         if plan.mask.has_segments:
             scratch["q_segments"] = pltpu.VMEM((blocks.chunk_q, 1, blocks.block_q), jnp.int32)
             scratch["kv_segments"] = pltpu.VMEM((blocks.block_kv, LANES), jnp.int32)
@@ -163,7 +175,7 @@ class Call:
         """The Pallas call, with results like `gradients`; if these are of several chunks they are arguments too."""
         plan, blocks = self.plan, self.blocks
         groups, names, scratch = plan.groups_per_block, list(self.inputs), self._scratch()
-        num_scalars = 3 if not plan.mask.aligned or plan.mask.has_length else 2
+        num_scalars = 2 + (not plan.mask.aligned or plan.mask.has_length) + plan.has_kv_head
         last_steps = blocks.chunk_q + self.num_kv_blocks
 
         def at_dq(b, g, t, chunk, *_):

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from gqe_jax.kernels.tpu.blocks import LANES, even_blocks
+from gqe_jax.kernels.tpu.blocks import even_blocks
+from gqe_jax.kernels.tpu.tiles import LANES
 from gqe_jax.kernels.tpu.vmem import backward_bytes, too_large
 
 

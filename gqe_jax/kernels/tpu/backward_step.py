@@ -9,8 +9,9 @@ from jax.experimental import pallas as pl
 
 from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.tpu.plan import LOG2_E, MASKED
-from gqe_jax.kernels.tpu.selection import LANES, column, finish_queries, selected_queries
+from gqe_jax.kernels.tpu.selection import column, finish_queries, selected_queries
 from gqe_jax.kernels.tpu.selection_gradient import scatter_heads, unfinish_queries
+from gqe_jax.kernels.tpu.tiles import LANES, dot, finite, lane_index
 
 NEVER = -MASKED
 """A log-sum-exp of rows whose probabilities are to be 0 whatever their scores."""
@@ -79,29 +80,33 @@ class Step:
             ]
             for p in range(plan.groups_per_block)
         ]
+        sees = self.sees(i, part)
+
+        def of_those(x):
+            return x if sees is None else jnp.where(sees, x, 0.0)
+
         for slot in range(plan.num_slots):
             q = functools.reduce(jnp.add, [of_group[slot] for of_group in finished])
-            scratch["q"][i, slot, :, part] = self.existing(i, part, q).T.astype(plan.dtype)
-        o, do = (self.existing(i, part, self.inputs[name][0, part].astype(jnp.float32)) for name in ("o", "do"))
-        o_transposed, do_transposed = o.T, do.T
+            scratch["q"][i, slot, :, part] = of_those(q.T).astype(plan.dtype)
+        o_transposed, do_transposed = (self.inputs[name][0, part].astype(jnp.float32).T for name in ("o", "do"))
         for n, (p, slot) in enumerate(self.heads):
             head = p * plan.num_slots + slot
             rows = slice(head * plan.head_dim, (head + 1) * plan.head_dim)
-            scratch["do"][i, slot, self.lanes[p], part] = do_transposed[rows].astype(plan.dtype)
-            lse, dlse = (
-                self.existing(i, part, self.inputs[name][0, head, :, part], axis=1) for name in ("lse", "dlse")
-            )
-            scratch["rows"][i, n : n + 1, part] = jnp.where(lse > 0.5 * EMPTY_LSE, lse * LOG2_E, NEVER)
-            delta = jnp.sum(o_transposed[rows] * do_transposed[rows], axis=0, keepdims=True) - dlse
+            do = of_those(do_transposed[rows])
+            scratch["do"][i, slot, self.lanes[p], part] = do.astype(plan.dtype)
+            lse, dlse = (of_those(self.inputs[name][0, head, :, part]) for name in ("lse", "dlse"))
+            scratch["rows"][i, n : n + 1, part] = lse * LOG2_E if sees is None else jnp.where(sees, lse * LOG2_E, NEVER)
+            delta = jnp.sum(of_those(o_transposed[rows]) * do, axis=0, keepdims=True) - dlse
             scratch["rows"][i, len(self.heads) + n : len(self.heads) + n + 1, part] = delta
 
-    def existing(self, i, part, x, axis=0):
-        """x of a part of q block i, zero where the block reaches past the array's end, where memory holds anything."""
-        if not self.call.ragged_q:
-            return x
-        start = (self.first_q_block + i) * self.blocks.block_q + part.start
-        query = start + lax.broadcasted_iota(jnp.int32, x.shape, axis)
-        return jnp.where(query < self.plan.q_len, x, jnp.zeros_like(x))
+    def sees(self, i, part):
+        """bool [1, queries]: which queries of a part of q block i exist and see a key; None where all do. Of the others
+        memory may hold anything."""
+        if not self.call.blind_queries:
+            return None
+        lse = self.inputs["lse"][0, 0, :, part]
+        query = (self.first_q_block + i) * self.blocks.block_q + part.start + lane_index(lse.shape)
+        return (query < self.plan.q_len) & jnp.logical_not(lse <= 0.5 * EMPTY_LSE)  # a NaN is not to be hidden
 
     def selection_inputs(self, part):
         plan, inputs = self.plan, self.inputs
@@ -117,13 +122,8 @@ class Step:
 
     def kv_block(self, j, in_chunk):
         plan, blocks, scratch = self.plan, self.blocks, self.scratch
-        if self.call.ragged_kv:
-            key = j * blocks.block_kv + lax.broadcasted_iota(jnp.int32, (blocks.block_kv, 1), 0)
-            for name in ("k", "v"):
-                x = self.inputs[name][0]
-                scratch[name][...] = jnp.where(key < plan.kv_len, x, jnp.zeros_like(x))
-        k = self.keys("k", slice(None))
-        scratch["k_transposed"][...] = k.T
+        k = self.inputs["k"][0]
+        scratch["k_transposed"][...] = (finite(k) if self.call.hidden_keys else k).T
         scratch["dk"][...] = jnp.zeros_like(scratch["dk"])
         scratch["dv"][...] = jnp.zeros_like(scratch["dv"])
         if plan.mask.has_segments:
@@ -169,9 +169,6 @@ class Step:
             out = self.outputs[1 + n]
             out[0] = total.astype(out.dtype)
 
-    def keys(self, name, rows):
-        return self.scratch[name][rows] if self.call.ragged_kv else self.inputs[name][0, rows]
-
     def pieces(self):
         """(keys, queries, masked) of each part of a block: of one without a mask, with it, and on the diagonal."""
         blocks, mask = self.blocks, self.plan.mask
@@ -181,6 +178,7 @@ class Step:
         if not mask.causal:
             return whole, cut, []
         cut_elsewhere = mask.window is not None or mask.has_segments or mask.has_length or self.call.cuts_kv
+        cut_elsewhere |= self.call.cuts_q
         diagonal = [
             (key, query, cut_elsewhere or key.stop > query.start + 1) for key, query in pairs if key.start < query.stop
         ]
@@ -188,14 +186,15 @@ class Step:
 
     def block(self, i, j, shift, pieces):
         plan, scratch = self.plan, self.scratch
+        product = functools.partial(dot, exact=plan.exact)
         for keys, queries, masked in pieces:
             seen = self.seen(i, j, shift, keys, queries) if masked else None
-            k, v = self.keys("k", keys), self.keys("v", keys)
+            k, v = self.inputs["k"][0, keys], self.inputs["v"][0, keys]
             for n, (p, slot) in enumerate(self.heads):
                 own = self.lanes[p]
                 q, do = scratch["q"][i, slot, own, queries], scratch["do"][i, slot, own, queries]
                 lse2, delta = (scratch["rows"][i, m : m + 1, queries] for m in (n, len(self.heads) + n))
-                s = self.dot(k, self.in_lanes(q, p), contract=(1, 0))
+                s = product(k, self.in_lanes(q, p), contract=(1, 0))
                 slope = None
                 if plan.softcap is not None:
                     tanh = jnp.tanh(s)
@@ -203,14 +202,15 @@ class Step:
                 if seen is not None:
                     s = jnp.where(seen, s, MASKED)
                 probs = jnp.exp2(s - lse2)
-                ds = probs * (self.dot(v, self.in_lanes(do, p), contract=(1, 0)) - delta)
-                ds = (ds if slope is None else ds * slope).astype(plan.dtype)
+                ds = probs * (product(v, self.in_lanes(do, p), contract=(1, 0)) - delta)
+                ds = ds if slope is None else ds * slope
+                if seen is not None and self.call.hidden_keys:  # v · do may be NaN
+                    ds = jnp.where(seen, ds, 0.0)
+                ds = ds.astype(plan.dtype)
                 probs = probs.astype(plan.dtype)
-                scratch["dv"][own, keys] += self.dot(do, probs, contract=(1, 1))
-                scratch["dk"][own, keys] += self.dot(q, ds, contract=(1, 1))
-                scratch["dq"][i, slot, own, queries] += self.dot(
-                    scratch["k_transposed"][own, keys], ds, contract=(1, 0)
-                )
+                scratch["dv"][own, keys] += product(do, probs, contract=(1, 1))
+                scratch["dk"][own, keys] += product(q, ds, contract=(1, 1))
+                scratch["dq"][i, slot, own, queries] += product(scratch["k_transposed"][own, keys], ds, contract=(1, 0))
 
     def in_lanes(self, x, p):
         """[D, R] → [W, R], zeros for the block's other group: its lanes of K and V then count for nothing."""
@@ -234,6 +234,9 @@ class Step:
             conditions.append(query - key < mask.window - origin)
             if not mask.causal:
                 conditions.append(query - key > -mask.window - origin)
+        if self.call.cuts_q:
+            # Past the last query the mask would show keys that no query sees.
+            conditions.append(query < plan.q_len - (self.first_q_block + i) * self.blocks.block_q - queries.start)
         if self.call.cuts_kv or mask.has_length:
             _, kv_end = plan.read_limits(self.limits_ref, self.b)
             conditions.append(key < kv_end - kv_start)
@@ -244,11 +247,6 @@ class Step:
             conditions.append((kv_ids == q_ids) & (kv_ids != 0))
         return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
-    def dot(self, a, b, *, contract):
-        precision = lax.Precision.HIGHEST if self.plan.exact else None
-        dimensions = (((contract[0],), (contract[1],)), ((), ()))
-        return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
     # --- q blocks: after ----------------------------------------------------------------------------------------------
 
     def epilogue(self, i):
@@ -257,14 +255,17 @@ class Step:
     def epilogue_part(self, i, part):
         plan = self.plan
         finished = [self.scratch["dq"][i, slot, :, part].T * plan.scale for slot in range(plan.num_slots)]
-        heads = []
+        inputs, heads = self.selection_inputs(part), []
+        if self.call.blind_queries and inputs["rope"] is not None:
+            inputs["rope"] = finite(inputs["rope"])
         for p in range(plan.groups_per_block):
             raw = [None] * plan.num_slots
             if self.call.has_norm:
-                raw = [self.existing(i, part, x) for x in selected_queries(plan, self.g, p, self.inputs, part)]
+                raw = selected_queries(plan, self.g, p, self.inputs, part)
+                raw = [finite(x) for x in raw] if self.call.blind_queries else raw
             selected = []
             for x, grad in zip(raw, finished, strict=True):
-                grad, d_scale = unfinish_queries(grad, x, **self.selection_inputs(part), group=p)
+                grad, d_scale = unfinish_queries(grad, x, **inputs, group=p)
                 if d_scale is not None:
                     self.outputs[3][0] += d_scale
                 selected.append(grad)

@@ -4,7 +4,7 @@ import dataclasses
 
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from gqe_jax.kernels.tpu.tiles import LANES, round_up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,10 +152,6 @@ def forward_blocks(
 def _largest_divisor(size: int, most: int) -> int:
     """The largest multiple of 128 up to `most` that divides `size`."""
     return max(x for x in range(LANES, max(most, LANES) + 1, LANES) if size % x == 0)
-
-
-def round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 def even_blocks(length: int, most: int) -> int:

@@ -27,7 +27,6 @@ import typing
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -35,14 +34,12 @@ from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.mesh_axes import result
 from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.queries import prepare_queries
-from gqe_jax.kernels.tpu.blocks import round_up
+from gqe_jax.kernels.tpu.plan import LOG2_E
+from gqe_jax.kernels.tpu.tiles import LANES, SUBLANES, dot, finite, mark_not_finite, round_up
 
 if typing.TYPE_CHECKING:
     from gqe_jax.kernels.choose import Call
 
-LANES = 128
-SUBLANES = 8
-LOG2_E = math.log2(math.e)
 MAX_ROWS = 64  # of all groups together: above it the columns of other groups, computed in vain, begin to cost
 MAX_MEAN_WIDTH = 1024  # of the matrix that takes the means over groups
 BLOCK_BYTES = 2**20  # of K and of V each
@@ -93,6 +90,10 @@ def obstacle(call: Call) -> str | None:
     rows = call.q_len * call.num_groups * call.num_slots
     if not call.kv_length:
         return "pallas_tpu_decode reads a cache: it needs kv_length"
+    if call.kv_head:
+        return "pallas_tpu_decode has no kv_head: it needs one query run for each KV head"
+    if call.value_dim != call.head_dim:
+        return f"pallas_tpu_decode needs values as wide as keys, not {call.value_dim} and {call.head_dim}"
     if rows > MAX_ROWS:
         return f"pallas_tpu_decode takes few new tokens: S · G · K = {rows} exceeds {MAX_ROWS}"
     if math.lcm(LANES, call.num_groups) > MAX_MEAN_WIDTH:
@@ -114,6 +115,7 @@ def decode(
     expert_index: jax.Array | None,
     mask: Mask,
     *,
+    kv_head: jax.Array | None = None,
     q_rope: tuple[jax.Array, jax.Array] | None,
     q_norm: tuple[jax.Array, float] | None,
     softcap: float | None,
@@ -131,6 +133,7 @@ def decode(
     Returns:
       o [B, S, G, K, D], lse float32 [B, S, G, K], and with `q_shared` the shared head's output [B, S, D].
     """
+    del kv_head  # an obstacle
     q = prepare_queries(q, expert_index, q_norm, q_rope)
     batch, q_len, num_groups, num_slots, head_dim = q.shape
     if q_shared is not None:
@@ -182,17 +185,17 @@ def _block_kv(q, k) -> int:
 def _attend(plan: _Plan, mask: Mask, rows, k, v, first_row):
     """o [B, R, D] in the dtype of rows, and lse float32 [B, R, 128]; batch row b reads row first_row + b of K and V."""
     batch, wide_groups, width = rows.shape[0], plan.wide_groups, plan.width
+    num_blocks = -(-plan.kv_len // plan.block_kv)
     shift = mask.q_offset - mask.kv_offset
     length = jnp.full((batch,), plan.kv_len, jnp.int32) if mask.kv_length is None else mask.kv_length
-    length = jnp.clip(length, 0, plan.kv_len)
     first_key, end_key = jnp.zeros_like(length), length
     if plan.causal:
         end_key = jnp.minimum(end_key, shift + plan.q_len)
     if plan.window is not None:
         first_key = jnp.maximum(first_key, shift - plan.window + 1)
         end_key = jnp.minimum(end_key, shift + plan.q_len - 1 + plan.window)
-    first = first_key // plan.block_kv
-    end = jnp.maximum(-(-end_key // plan.block_kv), first)
+    first = jnp.minimum(first_key // plan.block_kv, num_blocks)
+    end = jnp.clip(-(-end_key // plan.block_kv), first, num_blocks)
     steps = jnp.maximum(jnp.max(end - first), 1)
 
     row = np.arange(plan.rows)
@@ -208,7 +211,7 @@ def _attend(plan: _Plan, mask: Mask, rows, k, v, first_row):
     mean = np.equal.outer(token, token) / plan.num_groups
 
     def kv_block(b, j, shift, length, first, end, first_row):
-        return first_row[0] + b, jnp.maximum(jnp.minimum(first[b] + j, end[b] - 1), 0), 0
+        return first_row[0] + b, jnp.clip(first[b] + j, 0, jnp.maximum(end[b] - 1, 0)), 0
 
     def whole(*shape):
         return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
@@ -289,6 +292,7 @@ def _kernel(
 ):
     del first_row_ref
     b, j = pl.program_id(0), pl.program_id(1)
+    exact = q_ref.dtype == jnp.float32
 
     @pl.when(j == 0)
     def _():
@@ -303,14 +307,17 @@ def _kernel(
         first_token = block * plan.block_kv
         tokens_left = length_ref[b] - first_token  # below block_kv, what lies behind is not data
         token, column_group = column_ref[0], column_ref[1]
-        s = _dot(q_ref[0], k_ref[0], contract=(1, 1))
-        if plan.has_shared:
-            # A column without data must not enter its neighbours' mean.
-            shared = jnp.where(token < tokens_left, s[plan.routed_rows :], 0.0)
-            s = jnp.concatenate([s[: plan.routed_rows], _mean_over_groups(shared, mean_ref[...])], axis=0)
-        s = _capped(plan, s)
 
-        position = row_ref[0] + (shift_ref[b] - first_token)  # on the block's own count of tokens
+        # Where every row sees every token, nothing is to be hidden from anyone.
+        is_whole = tokens_left >= plan.block_kv
+        first_position = shift_ref[b] - first_token
+        if plan.causal:
+            is_whole &= first_position >= plan.block_kv - 1
+        if plan.window is not None:
+            is_whole &= first_position + plan.q_len - 1 < plan.window
+            is_whole &= first_position > plan.block_kv - 1 - plan.window
+
+        position = row_ref[0] + first_position  # on the block's own count of tokens
         limit = jnp.full_like(position, tokens_left)
         seen = (row_ref[1] == column_group) | (row_ref[1] < 0)
         if plan.causal:
@@ -318,25 +325,28 @@ def _kernel(
         if plan.window is not None:
             limit = jnp.minimum(limit, position + plan.window)
             seen &= token > position - plan.window
-        s = jnp.where(seen & (token < limit), s, -jnp.inf)
+        seen &= token < limit
 
-        new_max = jnp.maximum(max_ref[...], jnp.max(s, axis=1, keepdims=True))
-        decay = jnp.exp2(max_ref[...] - new_max)
-        p = jnp.exp2(s - new_max)
-        max_ref[...] = new_max
-        sum_ref[...] = sum_ref[...] * decay + jnp.sum(p, axis=1, keepdims=True)
-        p = p.astype(v_ref.dtype)
-        is_whole = tokens_left >= plan.block_kv
+        def add(k, v):
+            s = dot(q_ref[0], k, contract=(1, 1), exact=exact)
+            if plan.has_shared:
+                # A column that the row does not see must not enter its neighbours' mean.
+                shared = jnp.where(seen[plan.routed_rows :], s[plan.routed_rows :], 0.0)
+                s = jnp.concatenate([s[: plan.routed_rows], _mean_over_groups(shared, mean_ref[...])], axis=0)
+            s = jnp.where(seen, _capped(plan, s), -jnp.inf)
+            new_max = jnp.maximum(max_ref[...], jnp.max(s, axis=1, keepdims=True))
+            decay = jnp.exp2(max_ref[...] - new_max)
+            p = jnp.exp2(s - new_max)
+            max_ref[...] = new_max
+            sum_ref[...] = sum_ref[...] * decay + jnp.sum(p, axis=1, keepdims=True)
+            acc_ref[...] = acc_ref[...] * decay + dot(p.astype(v.dtype), v, contract=(1, 0), exact=exact)
 
-        @pl.when(is_whole)
-        def _():
-            acc_ref[...] = acc_ref[...] * decay + _dot(p, v_ref[0], contract=(1, 0))
+        pl.when(is_whole)(lambda: add(k_ref[0], v_ref[0]))
 
         @pl.when(~is_whole)
         def _():
-            row = lax.broadcasted_iota(jnp.int32, (plan.columns, 1), 0)
-            v = jnp.where(row < tokens_left * plan.wide_groups, v_ref[0], jnp.zeros((), v_ref.dtype))
-            acc_ref[...] = acc_ref[...] * decay + _dot(p, v, contract=(1, 0))
+            k, v = k_ref[0], v_ref[0]
+            add(mark_not_finite(k, v), finite(v))
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
@@ -360,12 +370,5 @@ def _mean_over_groups(s, mean):
     num_rows, width = s.shape[0], mean.shape[0]
     starts = range(0, s.shape[1], width)
     stacked = jnp.concatenate([s[:, start : start + width] for start in starts], axis=0)
-    means = _dot(stacked, mean, contract=(1, 0))
+    means = dot(stacked, mean, contract=(1, 0), exact=True)
     return jnp.concatenate([means[i * num_rows : (i + 1) * num_rows] for i in range(len(starts))], axis=1)
-
-
-def _dot(a, b, *, contract):
-    """Float32 results; float32 operands are multiplied in full."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

@@ -29,6 +29,9 @@ def forward(plan: Plan, operands) -> tuple[jax.Array, jax.Array]:
     def at_kv(b, g, r, c, *bounds):
         return schedule.fetched(r, c, plan.read_bounds(bounds, b, schedule.row(r, c)))
 
+    def kv_group(g, *scalars):
+        return scalars[int(schedule.bounded)][g] if plan.has_kv_head else g
+
     def whole(*_):
         return (0, 0)
 
@@ -36,8 +39,8 @@ def forward(plan: Plan, operands) -> tuple[jax.Array, jax.Array]:
     o_lanes = groups * plan.num_slots * plan.head_dim
     in_specs = {
         "q": pl.BlockSpec((1, blocks.block_q, q_lanes), lambda *at: (at[0], at_q(*at), at[1])),
-        "k": pl.BlockSpec((1, blocks.block_kv, width), lambda *at: (at[0], at_kv(*at), at[1])),
-        "v": pl.BlockSpec((1, blocks.block_kv, width), lambda *at: (at[0], at_kv(*at), at[1])),
+        "k": pl.BlockSpec((1, blocks.block_kv, width), lambda *at: (at[0], at_kv(*at), kv_group(at[1], *at[4:]))),
+        "v": pl.BlockSpec((1, blocks.block_kv, width), lambda *at: (at[0], at_kv(*at), kv_group(at[1], *at[4:]))),
         "expert_index": pl.BlockSpec((1, blocks.block_q, num_heads), lambda *at: (at[0], at_q(*at), 0)),
         "rope": pl.BlockSpec(
             (1, blocks.block_q, 2 * width), lambda *at: (at[0] if plan.rope_batch > 1 else 0, at_q(*at), 0)
@@ -58,7 +61,7 @@ def forward(plan: Plan, operands) -> tuple[jax.Array, jax.Array]:
     }
     if not blocks.ones_row:
         scratch["row_sum"] = pltpu.VMEM((8, rows), jnp.float32)
-    scalars = [operands[name] for name in ("bounds", "limits") if name in operands]
+    scalars = [operands[name] for name in ("bounds", "kv_head", "limits") if name in operands]
 
     def kernel(*refs):
         scalar_refs, refs = refs[: len(scalars)], refs[len(scalars) :]

@@ -17,15 +17,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from gqe_jax.kernels.partials import EMPTY_LSE
-from gqe_jax.kernels.tpu.plan import LN_2, MASKED
+from gqe_jax.kernels.tpu.plan import LN_2, MASKED, NO_MAX
 from gqe_jax.kernels.tpu.schedule import divide
-from gqe_jax.kernels.tpu.selection import LANES, finish_queries, lane_index, selected_queries
+from gqe_jax.kernels.tpu.selection import finish_queries, selected_queries
+from gqe_jax.kernels.tpu.tiles import LANES, SUBLANES, dot, finite, lane_index, mark_not_finite
 
 PROLOGUE_ROWS = 512
 """Queries that are selected, normed and rotated at one time: the compiler spreads longer code thinly."""
 ONES_ROWS = 16
 """Rows of ones below the transposed values, for sums of probabilities in the matrix unit: one tile of bfloat16."""
-SUBLANES = 8
 CHUNK = 256
 """Keys of a tile whose scores are computed, or probabilities multiplied, at one time."""
 PARTS_AHEAD = 3
@@ -108,7 +108,7 @@ class Step:
                     self.scratch["q"][pl.ds((p * plan.num_slots + slot) * block_q + start, size)] = q.astype(plan.dtype)
 
     def start_empty(self):
-        for name, value in (("row_max", MASKED), ("row_sum", 0.0), ("acc", 0.0)):
+        for name, value in (("row_max", NO_MAX), ("row_sum", 0.0), ("acc", 0.0)):
             if name in self.scratch:
                 self.scratch[name][...] = jnp.full_like(self.scratch[name], value)
 
@@ -119,9 +119,9 @@ class Step:
         else:
             row_sum = jnp.sum(scratch["row_sum"][...], axis=0, keepdims=True)
         row_max = scratch["row_max"][...]
-        seen = row_max > 0.5 * MASKED
-        inverse = jnp.where(seen, 1.0 / row_sum, 0.0)
-        lse = jnp.where(seen, (row_max + jnp.log2(row_sum)) * LN_2, EMPTY_LSE)
+        saw_none = row_max <= NO_MAX  # false for NaN, which is not to be hidden
+        inverse = jnp.where(saw_none, 0.0, 1.0 / row_sum)
+        lse = jnp.where(saw_none, EMPTY_LSE, (row_max + jnp.log2(row_sum)) * LN_2)
         heads = []
         for n in range(plan.groups_per_block * plan.num_slots):
             rows = slice(n * block_q, (n + 1) * block_q)
@@ -239,7 +239,8 @@ class Step:
         if masked:
             seen = self.seen(kv_start, pl.ds(start, unit))
             seen = jnp.concatenate([seen] * (plan.groups_per_block * plan.num_slots), axis=1)
-            v = self.zero_past_end(v, kv_start) if plan.ragged_kv else v
+            if plan.has_hidden_keys(unit):
+                k, v = mark_not_finite(k, v), finite(v)
         self.scratch["v_transposed"][:, :unit] = v.T
 
         def scores(rows):
@@ -259,6 +260,7 @@ class Step:
         """
         plan, block_q, size = self.plan, self.blocks.block_q, self.blocks.diagonal_part
         start = self.i * block_q - self.j * self.blocks.block_kv
+        hidden_keys = plan.has_hidden_keys(block_q)
         keys = [pl.ds(pl.multiple_of(start + at, size), size) for at in range(0, block_q, size)]
         triangle = lax.broadcasted_iota(jnp.int32, (size, size), 0) <= lane_index((size, size))
         parts = [
@@ -269,18 +271,22 @@ class Step:
         scores, values = [[] for _ in parts], []
 
         def transpose_values(n):
-            v = self.inputs["v"][0, keys[n]]
-            v = self.zero_past_end(v, self.i * block_q + n * size) if plan.kv_len % block_q else v
             at = slice(self.blocks.tile + n * size, self.blocks.tile + (n + 1) * size)
-            self.scratch["v_transposed"][:, at] = v.T
+            v = self.inputs["v"][0, keys[n]]
+            self.scratch["v_transposed"][:, at] = (finite(v) if hidden_keys else v).T
             values.append(at)
 
         def form_scores(place, n):
             h, (_, rows) = parts[place]
-            s = self.scores(self.inputs["k"][0, keys[n]], rows)
             conditions = [triangle] if n == h else []
+            if plan.mask.has_length:
+                _, kv_end = plan.read_limits(self.scalars, self.b)
+                key = lax.broadcasted_iota(jnp.int32, (size, size), 0)
+                conditions.append(key < kv_end - (self.i * block_q + n * size))
             if plan.mask.has_segments:
                 conditions.append(self.same_segment(slice(h * size, (h + 1) * size), keys[n]))
+            k = self.inputs["k"][0, keys[n]]
+            s = self.scores(mark_not_finite(k, self.inputs["v"][0, keys[n]]) if hidden_keys else k, rows)
             scores[place].append(
                 jnp.where(functools.reduce(jnp.logical_and, conditions), s, MASKED) if conditions else s
             )
@@ -324,23 +330,18 @@ class Step:
 
     def scores(self, k, rows):
         """[keys, rows], capped, in base 2."""
-        s = self.dot(k, self.scratch["q"][rows], contract=(1, 1))
+        s = dot(k, self.scratch["q"][rows], contract=(1, 1), exact=self.plan.exact)
         return s if self.plan.softcap is None else jnp.tanh(s) * self.plan.cap_factor
 
     def times_values(self, p, values, probs):
         """[D, keys] times [keys, rows], and the sums of probabilities below."""
         if self.blocks.ones_row:
             values = jnp.concatenate([values, jnp.ones((ONES_ROWS, values.shape[1]), values.dtype)], axis=0)
-        return self.dot(values, probs.astype(self.plan.dtype), contract=(1, 0))
+        return dot(values, probs.astype(self.plan.dtype), contract=(1, 0), exact=self.plan.exact)
 
     def own(self, p):
         """The rows of transposed values that are group p's."""
         return slice(p * self.plan.head_dim, (p + 1) * self.plan.head_dim)
-
-    def dot(self, a, b, *, contract):
-        precision = lax.Precision.HIGHEST if self.plan.exact else None
-        dimensions = (((contract[0],), (contract[1],)), ((), ()))
-        return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
     def seen(self, kv_start, keys):
         """bool [unit, block_q]: which queries of the block see each of the unit's keys."""
@@ -369,12 +370,6 @@ class Step:
         q_ids, kv_ids = self.inputs["q_segments"][0, :, queries], self.inputs["kv_segments"][0, :, keys]
         kv_ids = jnp.broadcast_to(kv_ids, (q_ids.shape[1], kv_ids.shape[1])).T
         return (kv_ids == q_ids) & (kv_ids != 0)
-
-    def zero_past_end(self, v, kv_start):
-        """A ragged block's rows past the array's end hold anything, NaN included, and 0 · NaN is NaN."""
-        return jnp.where(
-            lax.broadcasted_iota(jnp.int32, v.shape, 0) < self.plan.kv_len - kv_start, v, jnp.zeros_like(v)
-        )
 
 
 def _run(pieces):

@@ -9,13 +9,16 @@ from jax.experimental import pallas as pl
 
 from gqe_jax.kernels.tpu import vmem
 from gqe_jax.kernels.tpu.backward_blocks import BackwardBlocks, backward_blocks
-from gqe_jax.kernels.tpu.blocks import LANES, Blocks, BlockSizes
+from gqe_jax.kernels.tpu.blocks import Blocks, BlockSizes
 from gqe_jax.kernels.tpu.schedule import Schedule, make_schedule
+from gqe_jax.kernels.tpu.tiles import LANES, round_up
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 MASKED = -1e30
 """A score that the mask hides: finite, so that no difference of two of them is NaN."""
+NO_MAX = 0.5 * MASKED
+"""The maximum of a row that has seen nothing: its masked scores have probability 0 already."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Plan:
       scale, softcap: as in `attend`.
       generation: of the TPU.
       block_sizes: in place of the tuned ones.
+      has_kv_head: each group says which KV head it reads.
       interpret: what `pallas_call` takes.
     """
 
@@ -64,6 +68,7 @@ class Plan:
     generation: str
     block_sizes: BlockSizes
     interpret: object
+    has_kv_head: bool = False
 
     @functools.cached_property
     def blocks(self) -> Blocks:
@@ -94,7 +99,7 @@ class Plan:
     @property
     def padded_q_len(self) -> int:
         """S, rounded up to whole rows of lanes: the length of q, o and lse in the kernels."""
-        return -(-self.q_len // LANES) * LANES
+        return round_up(self.q_len, LANES)
 
     @property
     def exact(self) -> bool:
@@ -116,10 +121,16 @@ class Plan:
         """Whether the last unit holds keys past T."""
         return self.kv_len % self.blocks.unit != 0
 
-    @property
-    def ragged_kv(self) -> bool:
-        """Whether the last unit reaches past the (padded) array, where memory holds anything."""
-        return -(-self.kv_len // LANES) * LANES % self.blocks.unit != 0
+    def all_see(self, count: int, others: int) -> bool:
+        """Whether each of `count` queries is known to see one of `others` keys, or each key to be seen by a query."""
+        mask = self.mask
+        meets_itself = (mask.aligned and count <= others) or not (mask.causal or mask.window)
+        return meets_itself and not mask.has_length and not mask.has_segments
+
+    def has_hidden_keys(self, block: int) -> bool:
+        """Whether there may be keys that no query sees, or that lie past the array's end in blocks of that size: memory
+        may hold anything there."""
+        return round_up(self.kv_len, LANES) % block != 0 or not self.all_see(self.kv_len, self.q_len)
 
     def read_bounds(self, scalar_refs, b, i):
         """(first, whole_first, whole_end, end) of q block i, in kv blocks; None where they are in closed form."""

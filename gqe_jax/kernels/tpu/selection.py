@@ -12,12 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
-
-
-def lane_index(shape: tuple[int, ...]) -> jax.Array:
-    """int32 of `shape`: each element's place on the last axis."""
-    return lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+from gqe_jax.kernels.tpu.tiles import LANES, lane_index
 
 
 def column(x: jax.Array, lane: jax.Array, *, exact: bool) -> jax.Array:
@@ -100,4 +95,3 @@ def finish_queries(
     if rope is not None:
         raw = raw * rope[:, :width] + rotate_halves(raw, head_dim) * rope[:, width:]
     return raw * factor if factor != 1.0 else raw
-

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from gqe_jax.kernels.tpu.selection import LANES, lane_index, rotate_halves
+from gqe_jax.kernels.tpu.selection import rotate_halves
+from gqe_jax.kernels.tpu.tiles import LANES, lane_index
 
 
 def unfinish_queries(

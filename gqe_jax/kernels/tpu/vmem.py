@@ -7,8 +7,9 @@ the registers. The forward's is within a tenth of what the compiler takes, the b
 import dataclasses
 from collections.abc import Callable
 
-from gqe_jax.kernels.tpu.blocks import LANES, Blocks, forward_blocks, round_up
+from gqe_jax.kernels.tpu.blocks import Blocks, forward_blocks
 from gqe_jax.kernels.tpu.schedule import is_bounded
+from gqe_jax.kernels.tpu.tiles import LANES, round_up
 
 LIMIT_BYTES = {"v4": 14 << 20, "v5e": 100 << 20, "v5p": 60 << 20, "v6e": 100 << 20, "7x": 60 << 20}
 """Generation → what a kernel may take of a core's 16, 64 or 128 MiB."""
@@ -71,17 +72,27 @@ def backward_bytes(plan, block_q: int, block_kv: int, piece_q: int, piece_kv: in
     windows = block_q * (_q_side_bytes(plan) + size * (2 * q_lanes + o_lanes) + 4 * 8 * heads)
     windows += block_kv * width * (2 * size + 4 * 4)
     scratch = block_kv * (width * (8 + 3 * size) + 4 * LANES * segments)
+    # Scores of the pieces that the compiler overlaps; what masks them; the slope of the cap.
     in_flight = 8 * piece_q * piece_kv * min((heads + 1) // 2, 4)
+    in_flight += 4 * piece_q * piece_kv * (2 * segments + (plan.softcap is not None) + (not plan.mask.aligned))
     if plan.exact:
         in_flight = 2 * in_flight + 4 * width * (piece_q + piece_kv)
-    in_flight = max(in_flight, _selection_bytes(block_q, q_lanes))
+    in_flight = max(in_flight, _epilogue_bytes(plan, block_q))
     per_block = block_q * (slots * width * (2 * size + 4) + 4 * (round_up(2 * heads, 8) + 8 * segments))
     return 2 * windows + scratch + in_flight + SMALL_BYTES, per_block
 
 
 def _selection_bytes(block_q: int, q_lanes: int) -> int:
-    """All experts' queries, or their gradients, of the 512 tokens that are in flight at one time."""
+    """All experts' queries of the 512 tokens that are in flight at one time."""
     return 8 * min(block_q, 512) * q_lanes
+
+
+def _epilogue_bytes(plan, block_q: int) -> int:
+    """Gradients of the queries of 512 tokens: of all groups' slots together, of each group's slots and experts, and
+    for the norm one group's queries. A head has all lanes of its block."""
+    groups, experts, slots = plan.groups_per_block, plan.num_experts, plan.num_slots
+    heads = slots + groups * (slots + experts) + (plan.norm_eps > 0) * (slots + experts)
+    return 4 * min(block_q, 512) * max(plan.width, LANES) * heads
 
 
 def _q_side_bytes(plan) -> int:

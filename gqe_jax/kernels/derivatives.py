@@ -1,0 +1,23 @@
+"""What to use instead, said where a derivative is asked for that an implementation does not have."""
+
+import functools
+from typing import Any
+
+import jax
+
+ONCE = (
+    "attend differentiates once and in reverse mode: implementation='reference' has second derivatives and forward "
+    "mode (jax.jvp, jax.jacfwd, jax.hessian), at the cost of [S, T] arrays"
+)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def refuse_derivatives(tree: Any, message: str) -> Any:
+    """The same arrays; raises NotImplementedError with the message when, and only when, they are differentiated."""
+    del message
+    return tree
+
+
+@refuse_derivatives.defjvp
+def _refuse(message, primals, tangents):
+    raise NotImplementedError(message)
