@@ -269,6 +269,12 @@ def test_merge_partials_of_two_halves_of_the_keys_is_the_whole(cut):
         ),
         ({"q_rope": (np.zeros((1, 5, 8)),) * 2}, r"q_rope's cos has shape \(1, 5, 8\): .* = \[2 or 1, 5, 4\]"),
         ({"q_norm": (np.ones(4), 1e-6)}, r"q_norm's scale has shape \(4,\): it must be \[D\] = \[8\]"),
+        ({"window": 2.5}, "window=2.5 must be an int of at least 1"),
+        ({"scale": np.inf}, "scale=inf must be positive"),
+        ({"kv_head": (0, 1)}, r"kv_head=\(0, 1\) has shape \(2,\) .* must be integers \[R\]"),
+        ({"kv_head": [0, 1, 3]}, "kv_head must have values in 0..G-1 = 0..2, not 0 to 3"),
+        ({"q_offset": 2**31}, "q_offset must have values within int32, not 2147483648 to 2147483648"),
+        ({"q_offset": 2**31 - 1, "kv_offset": -9, "window": 5}, "differ by 2.31 or more: with a window"),
         ({"implementation": "fast"}, r"implementation='fast' is unknown: choose one of cudnn,"),
     ],
     ids=str,
@@ -340,3 +346,49 @@ def test_explicit_axes_of_a_mesh():
         q, k = jnp.ones((1, 2, 1, 3, 8)), jax.device_put(jnp.ones((1, 2, 1, 8)), jax.P("rows"))
         with pytest.raises(ValueError, match="k is split over the explicit mesh axes rows: attention takes automatic"):
             attend(q, k, k)
+
+
+def test_options_in_any_number_type():
+    """NumPy's and JAX's scalars, lists, an infinite soft cap and a window beyond int32 mean what Python's numbers do;
+    traced ones, for which kernels would have to be compiled anew, are refused in one sentence."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(2, 5, 1, 2, 4)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(2, 5, 1, 4)), jnp.float32) for _ in range(2))
+    plain = attend(q, k, v, scale=0.5, kv_length=jnp.array([3, 5]))
+    same = attend(q, k, v, scale=jnp.float32(0.5), softcap=np.inf, window=np.int64(2**40), kv_length=[3, 5])
+    np.testing.assert_array_equal(same, plain)
+    for name in ("scale", "softcap", "window"):
+        with pytest.raises(ValueError, match=f"{name} is traced, and kernels are compiled for it: it must be"):
+            jax.jit(lambda x, name=name: attend(q, k, v, **{name: x}))(2)
+
+
+def test_a_second_derivative_says_what_to_use():
+    """And only a second one: "reference" has it."""
+    q, k = jnp.ones((1, 3, 1, 1, 4)), jnp.ones((1, 3, 1, 4))
+
+    def slope(q, implementation):
+        return jnp.sum(jax.grad(lambda q: jnp.sum(attend(q, k, k, implementation=implementation) ** 2))(q))
+
+    with pytest.raises(NotImplementedError, match="once and in reverse mode: implementation='reference' has second"):
+        jax.grad(slope)(q, "xla")
+    assert np.isfinite(jax.grad(slope)(q, "reference")).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla in tiny blocks"])
+def test_a_later_key_of_nan_does_not_reach_earlier_queries(implementation):
+    """A key that some queries see and others do not: 0 · NaN in a matmul would reach all of them, forward in o and
+    backward in the gradients of everything that they see."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(1, 8, 1, 1, 4)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(1, 8, 1, 4)), jnp.float32) for _ in range(2))
+
+    def call(q, k, v):
+        return attend(q, k, v, implementation=implementation)
+
+    at = 5
+    clean, vjp = jax.vjp(call, q, k, v)
+    o, vjp_nan = jax.vjp(call, q, k.at[:, at].set(jnp.nan), v.at[:, at].set(jnp.inf))
+    do = jnp.where(jnp.arange(8)[:, None, None, None] < at, 1.0, 0.0) * jnp.ones_like(o)
+    np.testing.assert_allclose(o[:, :at], clean[:, :at], atol=1e-6)
+    assert np.isnan(o[:, at:]).all()
+    np.testing.assert_allclose(vjp_nan(do)[0][:, :at], vjp(do)[0][:, :at], atol=1e-6)

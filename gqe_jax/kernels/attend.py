@@ -62,7 +62,13 @@ def attend(
     query run is M query heads that read the same KV head; by default there is one run for each KV head, R = G.
     Unselected experts cost no attention, and the gradient of their queries is exactly zero. Without an index every
     query head attends (dense: MHA, MQA, GQA by the sizes of G and M). `spec`: layer, step 4. Gradients are custom, in
-    reverse mode and once; "reference" alone has forward mode (`jax.jvp`) and second derivatives too.
+    reverse mode and once, of q, k, v, q_shared, and what q_rope and q_norm hold; "reference" alone has forward mode
+    (`jax.jvp`) and second derivatives too.
+
+    What is invisible has no influence on results and gradients, whatever its bits (NaN, infinity): keys and values that
+    no query of their batch row sees (padding, an unfilled cache, outside of every window), and queries that see no key.
+    "reference" and "xla" keep this for each pair: a key of NaN does not reach the queries that do not see it. What is
+    not finite and seen makes the output NaN.
 
     Args:
       q: [B, S, R, M, D], all experts' queries; float32, bfloat16 or float16.
@@ -75,8 +81,10 @@ def attend(
         which may be traced and is checked as expert_index is. None: run r reads head r.
       q_shared: [B, S, D], queries of one head more (GQE's shared head): it attends to the means of k and v over groups.
       causal: a query sees no key at a later position.
-      window: a query at position i sees keys at positions j with i − window < j (and j < i + window if not causal).
-      q_offset, kv_offset: position of query 0 and of key 0; integers or int arrays, scalar or [B]; may be traced.
+      window: a query at position i sees keys at positions j with i − window < j (and j < i + window if not causal); any
+        int, also beyond int32.
+      q_offset, kv_offset: position of query 0 and of key 0; integers or int arrays, scalar or [B], within
+        int32; may be traced. With a window they must differ by less than 2³¹.
       kv_length: int [B]; keys at buffer index t >= kv_length[b] are invisible (an unfilled cache costs nothing).
       layer: int scalar, may be traced: k and v are stacked over layers, [L, B, T, G, D or Dv], and this layer's are
         meant. A decode kernel then reads them where they lie.
@@ -84,8 +92,8 @@ def attend(
         sees nothing and is seen by nothing.
       q_rope: (cos, sin), float32 [B or 1, S, D/2] each; rotate-half convention.
       q_norm: (scale [D], eps), differentiable in its scale.
-      softcap: scores become softcap · tanh(scores / softcap), before the mask.
-      scale: factor on the scores; 1/√D by default.
+      softcap: scores become softcap · tanh(scores / softcap), before the mask; not traced, infinity is none.
+      scale: factor on the scores, not traced; 1/√D by default.
       return_lse: return the log-sum-exp of the scores too.
       implementation: a name in `IMPLEMENTATIONS`; None takes the fastest that can compute the call on the platform that
         it is lowered for (`kernels/choose.py`), and says in the log "gqe_jax" which and why.

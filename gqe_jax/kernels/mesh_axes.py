@@ -12,7 +12,8 @@ from jax.experimental import checkify
 
 def varying_axes(tree: Any) -> tuple[str, ...]:
     """The axes of the mesh along which some array of `tree` varies."""
-    return tuple(sorted({axis for leaf in jax.tree.leaves(tree) for axis in jax.typeof(leaf).manual_axis_type.varying}))
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    return tuple(sorted({axis for array in arrays for axis in jax.typeof(array).manual_axis_type.varying}))
 
 
 def vary(tree: Any, axes: tuple[str, ...]) -> Any:
