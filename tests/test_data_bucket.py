@@ -9,6 +9,7 @@ from etils.epath import backend
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 
+from gqe_jax.attention import GQAConfig
 from gqe_jax.config import ConfigError, DataConfig, ModelConfig
 from gqe_jax.data.manifest import Manifest, verify
 from gqe_jax.data.preparing.prepare import prepare
@@ -17,8 +18,10 @@ from gqe_jax.data.reading.prepared import open_data
 from gqe_jax.data.sources.corpus import files_corpus
 from gqe_jax.data.tokenizer import ByteTokenizer
 
+ATTENTION = GQAConfig(num_query_heads=1, num_kv_heads=1)  # of a model that is never built
+
 SETTINGS = {"tokenizer": ByteTokenizer(), "seq_len": 16, "heldout_fraction": 0.2}
-MODEL = ModelConfig(context=16)
+MODEL = ModelConfig(attention=ATTENTION, context=16)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from gqe_jax.attention import GQAConfig
 from gqe_jax.config import ConfigError, DataConfig, ModelConfig
 from gqe_jax.data.manifest import Manifest
 from gqe_jax.data.preparing.prepare import prepare
@@ -17,8 +18,10 @@ from gqe_jax.data.reading.prepared import open_data
 from gqe_jax.data.sources.corpus import files_corpus
 from gqe_jax.data.tokenizer import ByteTokenizer
 
+ATTENTION = GQAConfig(num_query_heads=1, num_kv_heads=1)  # of a model that is never built
+
 SEQ_LEN = 16
-MODEL = ModelConfig(context=SEQ_LEN)
+MODEL = ModelConfig(attention=ATTENTION, context=SEQ_LEN)
 
 
 class UpperTokenizer(ByteTokenizer):
@@ -189,14 +192,14 @@ def test_sets_that_do_not_fit(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"data.path='x' and data.mixture='a:1' exclude each other"):
         DataConfig(path="x", mixture="a:1")
     with pytest.raises(ConfigError, match=r"model.context=8 is shorter than the rows"):
-        open_data(DataConfig(path=str(folder / "a")), ModelConfig(context=8))
+        open_data(DataConfig(path=str(folder / "a")), ModelConfig(attention=ATTENTION, context=8))
     with pytest.raises(ConfigError, match=r"model.vocab_size=100 is smaller than the data's vocab_size=259"):
-        open_data(DataConfig(path=str(folder / "a")), ModelConfig(context=SEQ_LEN, vocab_size=100))
+        open_data(DataConfig(path=str(folder / "a")), ModelConfig(attention=ATTENTION, context=SEQ_LEN, vocab_size=100))
 
 
 def test_a_trained_models_tokenizer_comes_first(folder):
     """The vocabulary of a trained model cannot be raised: what helps is other data."""
-    small = ModelConfig(context=SEQ_LEN, vocab_size=100)
+    small = ModelConfig(attention=ATTENTION, context=SEQ_LEN, vocab_size=100)
     with pytest.raises(ConfigError, match=r"was prepared with the tokenizer bytes .*choose data made with it"):
         open_data(DataConfig(path=str(folder / "a")), small, UpperTokenizer())
     assert open_data(DataConfig(path=str(folder / "a")), MODEL, ByteTokenizer()).seq_len == SEQ_LEN

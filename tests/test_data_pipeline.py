@@ -10,12 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gqe_jax.attention import GQAConfig
 from gqe_jax.config import ConfigError, DataConfig, ModelConfig
 from gqe_jax.data.preparing.prepare import prepare
 from gqe_jax.data.reading.pipeline import EpochOrder, PreparedRows, heldout_batches, train_batches
 from gqe_jax.data.reading.prepared import PreparedData, open_data
 from gqe_jax.data.sources.corpus import files_corpus
 from gqe_jax.data.tokenizer import ByteTokenizer
+
+ATTENTION = GQAConfig(num_query_heads=1, num_kv_heads=1)  # of a model that is never built
 
 SEQ_LEN = 16
 
@@ -32,7 +35,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(directory) -> PreparedData:
-    return open_data(DataConfig(path=str(directory)), ModelConfig(context=SEQ_LEN))
+    return open_data(DataConfig(path=str(directory)), ModelConfig(attention=ATTENTION, context=SEQ_LEN))
 
 
 def take(batches, count: int) -> list[dict[str, np.ndarray]]:

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from gqe_jax.attention import GQAConfig
 from gqe_jax.cli import main as cli
-from gqe_jax.config import ConfigError, GQAConfig
+from gqe_jax.config import ConfigError
 from gqe_jax.config_files import load_config
 from gqe_jax.pytorch.exporting import export_hf
 from gqe_jax.pytorch.hf_config import from_hf

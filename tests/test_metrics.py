@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 from test_data_bucket import bucket  # noqa: F401
 
+from gqe_jax.attention.balance import balance, router_warnings
 from gqe_jax.config import ConfigError
 from gqe_jax.runs.metrics import (
     MetricWriter,
     Stopwatch,
-    balance,
     format_duration,
     progress_line,
     read_metrics,
-    router_warnings,
 )
 
 
@@ -141,9 +140,9 @@ def test_wandb_goes_on_in_the_same_chart(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- the terminal
 
 
-def line(step, loss=3.25, bits_per_byte=1.5, balance=1.25, mfu=None, **changes):
+def line(step, loss=3.25, bits_per_byte=1.5, note="router max/mean  1.25", mfu=None, **changes):
     numbers = {"learning_rate": 5e-4, "gradient_norm": 0.75, "tokens_per_second": 12345.6, "seconds_left": 3723}
-    fixed = {"loss": loss, "bits_per_byte": bits_per_byte, "balance": balance, "mfu": mfu}
+    fixed = {"loss": loss, "bits_per_byte": bits_per_byte, "note": note, "mfu": mfu}
     return progress_line(step, 1000, **fixed, **numbers | changes)
 
 
@@ -152,7 +151,7 @@ def test_progress_line():
         "step   20/1000  loss  3.2500  bits/byte 1.5000  lr 5.0e-04  grad     0.75     12,346 tok/s   1h02m left  "
         "router max/mean  1.25"
     )
-    assert "router" not in line(20, balance=None)
+    assert "router" not in line(20, note=None)
     assert line(20, mfu=0.4321).endswith("  mfu  43.2%")
     assert "bits/byte      -" in line(20, bits_per_byte=None)
 

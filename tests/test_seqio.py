@@ -17,6 +17,7 @@ seqio = pytest.importorskip("seqio")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gqe_jax.attention import GQAConfig
 from gqe_jax.cli import prepare as prepare_cli
 from gqe_jax.cli import preparing as preparing_cli
 from gqe_jax.config import ConfigError, DataConfig, ModelConfig
@@ -25,6 +26,8 @@ from gqe_jax.data.reading.pipeline import PreparedRows, train_batches
 from gqe_jax.data.reading.prepared import open_data
 from gqe_jax.data.sources import seqio_source, seqio_tasks
 from gqe_jax.data.tokenizer import ByteTokenizer, train_sentencepiece
+
+ATTENTION = GQAConfig(num_query_heads=1, num_kv_heads=1)  # of a model that is never built
 
 SEQ_LEN = 64
 MODULE = "tasks_of_the_tests"
@@ -132,7 +135,7 @@ def test_rates_match_seqios(tasks, tmp_path):
     """
     out = tmp_path / "both"
     gqe_prepare("--seqio-mixture", "both", "--out", out, "--seq-len", SEQ_LEN, "--workers", 1)
-    data = open_data(DataConfig(path=str(out)), ModelConfig(context=SEQ_LEN, vocab_size=1000))
+    data = open_data(DataConfig(path=str(out)), ModelConfig(attention=ATTENTION, context=SEQ_LEN, vocab_size=1000))
     with train_batches(data, batch_size=64, seed=0) as batches:
         targets = np.concatenate([next(batches)["targets"] for _ in range(30)])
     # A document of `long` is upper case: each row holds documents of one task.

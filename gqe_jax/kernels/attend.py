@@ -6,6 +6,7 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,21 @@ IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array | None]]] = 
 int32 array [R] or None; where the caller gives block sizes, "pallas_tpu" takes `block_sizes` too."""
 
 
+@overload
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, expert_index: jax.Array | None = None, *, q_shared: None = None,
+    return_lse: Literal[False] = False, **options: Any,
+) -> jax.Array: ...
+@overload
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, expert_index: jax.Array | None = None, *, q_shared: None = None,
+    return_lse: Literal[True], **options: Any,
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, expert_index: jax.Array | None = None, *, q_shared: jax.Array,
+    return_lse: bool = False, **options: Any,
+) -> tuple[jax.Array, ...]: ...  # fmt: skip
 def attend(
     q: jax.Array,
     k: jax.Array,

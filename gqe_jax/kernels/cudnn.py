@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.queries import prepare_queries
+from gqe_jax.remat import ATTENTION_OUT
 
 if typing.TYPE_CHECKING:
     from gqe_jax.kernels.choose import Call
@@ -64,4 +65,4 @@ def cudnn(q, k, v, expert_index, mask: Mask, *, kv_head=None, q_rope, q_norm, so
         local_window_size=None if mask.window is None else (mask.window - 1, 0),
         implementation="cudnn",
     )
-    return checkpoint_name(o.reshape(q.shape), "attention_out"), None
+    return checkpoint_name(o.reshape(q.shape), ATTENTION_OUT), None

@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gqe_jax.kernels.mask import Mask, visible
 from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.queries import prepare_queries
+from gqe_jax.remat import ATTENTION_LSE, ATTENTION_OUT
 
 
 def reference(
@@ -31,7 +33,7 @@ def reference(
     o = jnp.einsum("bsgkt,btgd->bsgkd", jax.nn.softmax(scores), v, precision="highest")
     o = jnp.where(any_seen[..., None], o, 0.0)
     lse = jnp.where(any_seen, jax.nn.logsumexp(scores, axis=-1), EMPTY_LSE)
-    return o.astype(dtype), lse
+    return checkpoint_name(o.astype(dtype), ATTENTION_OUT), checkpoint_name(lse, ATTENTION_LSE)
 
 
 def _nan_apart(x):

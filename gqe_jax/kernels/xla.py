@@ -26,6 +26,7 @@ from gqe_jax.kernels.mask import Mask, sees
 from gqe_jax.kernels.mesh_axes import vary, varying_axes
 from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.queries import prepare_queries
+from gqe_jax.remat import ATTENTION_LSE, ATTENTION_OUT
 
 LOG2_E = math.log2(math.e)
 
@@ -119,7 +120,7 @@ def _prepare(plan, expert_index, q, q_rope, norm_scale):
 
 def _attend_fwd(plan, mask, expert_index, kv_head, q, k, v, q_rope, norm_scale):
     o, lse2 = _attend(plan, mask, expert_index, kv_head, q, k, v, q_rope, norm_scale)
-    o, lse2 = checkpoint_name(o, "attention_out"), checkpoint_name(lse2, "attention_lse")  # for remat policies
+    o, lse2 = checkpoint_name(o, ATTENTION_OUT), checkpoint_name(lse2, ATTENTION_LSE)  # for remat policies
     return (o, lse2), (mask, expert_index, kv_head, q, k, v, q_rope, norm_scale, o, lse2)
 
 

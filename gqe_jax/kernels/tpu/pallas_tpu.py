@@ -20,6 +20,7 @@ from gqe_jax.kernels.tpu.forward import forward
 from gqe_jax.kernels.tpu.plan import MaskKind, Plan
 from gqe_jax.kernels.tpu.schedule import row_bounds
 from gqe_jax.kernels.tpu.tiles import LANES, round_up
+from gqe_jax.remat import ATTENTION_LSE, ATTENTION_OUT
 
 MAX_HEADS = 32
 """Heads of a block (slots, of two groups where D = 64). Code is straight over them: beyond, compiling takes minutes."""
@@ -169,7 +170,7 @@ def _attend_fwd(plan, *args):
 
 
 def _named(o, lse):
-    return checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")  # for remat policies
+    return checkpoint_name(o, ATTENTION_OUT), checkpoint_name(lse, ATTENTION_LSE)  # for remat policies
 
 
 def _of_finished_queries(plan):
