@@ -8,8 +8,10 @@ from gqe_jax import (
     ConfigError,
     GQAttention,
     GQEAttention,
+    GQEConfig,
     KVCache,
     MeshConfig,
+    ModelConfig,
     RunConfig,
     attend,
     make_mesh,
@@ -20,8 +22,8 @@ from gqe_jax.data import load_tokenizer
 
 def layer_without_cache(x: jax.Array) -> jax.Array:
     layer = GQEAttention(1024, 16, 8, 1, rngs=nnx.Rngs(0))
-    y, _stats = layer(x)
-    return y
+    y, stats = layer(x)
+    return y + stats.load_balance_loss
 
 
 def layer_with_cache(layer: GQEAttention, x: jax.Array, cache: KVCache) -> jax.Array:
@@ -54,7 +56,8 @@ def weights(layer: GQEAttention) -> list[str]:
 
 def configuration() -> str:
     try:
-        return RunConfig(name="mine").name
+        attention = GQEConfig(num_query_experts=16, num_kv_heads=8)
+        return RunConfig(name="mine", model=ModelConfig(attention=attention)).name
     except ConfigError as error:
         return str(error)
 

@@ -26,6 +26,7 @@ default_kernel_init = nnx.initializers.normal(0.02)
 
 Config = TypeVar("Config", bound=AttentionConfig)
 Report = TypeVar("Report", bound=LayerReport)
+AnyCache = TypeVar("AnyCache", bound=Cache)
 
 
 @jax.tree_util.register_dataclass
@@ -149,10 +150,10 @@ class Attention(nnx.Module, Generic[Config, Report]):
         *,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
-        cache: Cache,
+        cache: AnyCache,
         rngs: nnx.Rngs | None = None,
         layer_index: jax.Array | int = 0,
-    ) -> tuple[jax.Array, Report, Cache]: ...
+    ) -> tuple[jax.Array, Report, AnyCache]: ...
     def __call__(self, x, *, segment_ids=None, positions=None, cache=None, rngs=None, layer_index=0):
         """Computes causal self-attention.
 

@@ -36,7 +36,7 @@ def flops(config: AttentionConfig, d_model: int, tokens: int, pairs: int, shared
 
 
 def saved_bytes(
-    config: AttentionConfig, policy: str, *, d_model: int, itemsize: int, expert: int, shared: int = 0
+    config: AttentionConfig, policy: str, *, d_model: int, itemsize: int, expert: int = 1, shared: int = 0
 ) -> int:
     """Bytes kept of one token; see `AttentionConfig.saved_bytes`. Over `expert` each device has its part of the shared
     head's rows, and room for all."""

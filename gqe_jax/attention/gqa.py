@@ -43,20 +43,13 @@ class GQAConfig(AttentionConfig):
             f"dense: num_query_heads {self.num_query_heads}, num_kv_heads {self.num_kv_heads}, head_dim {self.head_dim}"
         )
 
-    def parameters(self, d_model):
-        return dense_counts.parameters(self, d_model)
-
-    def flops(self, d_model, tokens, pairs):
-        return dense_counts.flops(self, d_model, tokens, pairs)
+    parameters = dense_counts.parameters
+    flops = dense_counts.flops
+    saved_bytes = dense_counts.saved_bytes
+    cached_numbers = dense_counts.cached_numbers
 
     def dense_twin(self):
         return None
-
-    def saved_bytes(self, policy, *, d_model, itemsize, expert=1):
-        return dense_counts.saved_bytes(self, policy, d_model=d_model, itemsize=itemsize, expert=expert)
-
-    def cached_numbers(self, expert=1):
-        return dense_counts.cached_numbers(self, expert)
 
     def attend_calls(self, dtype, **shape):
         groups, heads = self.num_kv_heads, self.num_query_heads // self.num_kv_heads

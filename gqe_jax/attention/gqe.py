@@ -87,8 +87,7 @@ class GQEConfig(AttentionConfig):
         logits = 4 * self.num_query_experts // expert if policy in ("dots", "none") else 0  # in float32
         return dense_counts.saved_bytes(self, policy, shared=self.shared_heads, **options) + logits
 
-    def cached_numbers(self, expert=1):
-        return dense_counts.cached_numbers(self, expert)
+    cached_numbers = dense_counts.cached_numbers
 
     def attend_calls(self, dtype, **shape):
         options, groups = dense_counts.call_options(self, dtype, **shape), self.num_kv_heads

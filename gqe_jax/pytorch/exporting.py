@@ -13,7 +13,7 @@ import numpy as np
 
 from gqe_jax.config_dict import to_dict
 from gqe_jax.pytorch.folder import new_folder
-from gqe_jax.pytorch.hf_config import CODE_FILES, choose_class, to_hf, token_ids
+from gqe_jax.pytorch.hf_config import CODE_FILES, check_exportable, choose_class, to_hf, token_ids
 from gqe_jax.pytorch.hf_tokenizer import tokenizer_files
 from gqe_jax.pytorch.model import to_write
 from gqe_jax.pytorch.model_card import model_card
@@ -72,6 +72,7 @@ def export_layers(saved: SavedModel, out: str | Path, *, dtype: str | None = Non
     Arguments and what is raised as in `export_hf`.
     """
     model = saved.config.model
+    check_exportable(model.attention)
     begins = {ATTENTION_PREFIX.format(layer=i): LAYER_PREFIX.format(layer=i) for i in range(model.num_layers)}
     tensors = []
     for tensor in to_write(model, _reader(saved), None if dtype is None else jnp.dtype(dtype)):

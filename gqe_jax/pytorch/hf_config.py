@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gqe_jax.attention.kinds import kind_named
-from gqe_jax.config import ConfigError, ModelConfig, RopeScaling, nearest
+from gqe_jax.config import AttentionConfig, ConfigError, ModelConfig, RopeScaling, nearest
 from gqe_jax.data.tokenizer import Tokenizer
 from gqe_jax.pytorch.outside import checked_config
 
@@ -88,12 +88,8 @@ def choose_class(model: ModelConfig, tokenizer: Tokenizer) -> tuple[Family | Non
     Raises:
       ConfigError: no class computes its kind of attention, and neither does our modelling file.
     """
+    check_exportable(model.attention)
     families = [family for family in FAMILIES if family.model_type in model.attention.transformers_classes]
-    if not families and model.attention.modelling_settings() is None:
-        raise ConfigError(
-            f"attention.kind={model.attention.kind!r} cannot be exported: neither a class of transformers nor the "
-            f"modelling file that travels with exports computes it; use the model through gqe_jax"
-        )
     if not families:
         kind = model.attention.kind
         return None, f"GQEForCausalLM, in the folder's modeling_gqe.py: transformers has no class for {kind} attention"
@@ -108,6 +104,15 @@ def choose_class(model: ModelConfig, tokenizer: Tokenizer) -> tuple[Family | Non
     else:
         reasons = "; ".join(f"{name} {' and '.join(found)}" for name, found in objections.items())
     return None, f"GQEForCausalLM, in the folder's modeling_gqe.py, since {reasons}"
+
+
+def check_exportable(attention: AttentionConfig) -> None:
+    """Raises ConfigError unless a class of transformers or our modelling file computes this kind of attention."""
+    if not attention.transformers_classes and attention.modelling_settings() is None:
+        raise ConfigError(
+            f"attention.kind={attention.kind!r} cannot be exported: neither a class of transformers nor the modelling "
+            f"file that travels with exports computes it; use the model through gqe_jax"
+        )
 
 
 def _objections(family: Family, model: ModelConfig, tokenizer: Tokenizer) -> list[str]:
