@@ -122,6 +122,8 @@ def read_arrays(directory: Path, step: int) -> dict[str, np.ndarray]:
     arrays = {}
     for item in ("params", "opt_state", "train"):
         path = (directory / "checkpoints" / str(step) / item).absolute()
+        if not path.is_dir():  # a checkpoint of parameters alone
+            continue
         handler = ocp.StandardCheckpointHandler()
         tree = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), handler.metadata(path).tree

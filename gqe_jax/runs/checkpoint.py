@@ -186,7 +186,11 @@ class Checkpoints:
         return self._has(step, "opt_state")
 
     def _has(self, step: int, item: str) -> bool:
-        return bool(int(first_says(str(int((self.directory / str(step) / item).is_dir())))))
+        """Whether the item was written; of a local checkpoint by its record: what is lost since is damage."""
+        root = self.directory / str(step)
+        self.verify(step, items=())
+        found = (root / item).is_dir() if self._remote else item in integrity.recorded_items(Path(root))
+        return bool(first_says(item if found else ""))
 
     def read_data(self, step: int) -> dict[str, int]:
         """The position in the data, saved with `step`."""

@@ -24,6 +24,11 @@ def write_record(root: Path) -> None:
     (root / RECORD).write_text(json.dumps(record, indent=0))
 
 
+def recorded_items(root: Path) -> set[str]:
+    """Names of the items (folders in `root`) that were written, whether or not they are still there."""
+    return {name.split("/")[0] for name in json.loads((root / RECORD).read_bytes()) if "/" in name}
+
+
 def problems(root: Path, items: Sequence[str] | None, *, part: int, parts: int) -> list[str]:
     """What is wrong with recorded files of `items` (folders in `root`; None: all); reads `part` of `parts` of them."""
     try:
