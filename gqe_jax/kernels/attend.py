@@ -56,7 +56,7 @@ def attend(
 
     q̂ is the query of expert `expert_index[b,s,g,j]` of group g, then RMS-normed (`q_norm`), then rotated (`q_rope`).
     Unselected experts cost no attention, and the gradient of their queries is exactly zero. Without an index every
-    query head attends (dense: MHA, MQA, GQA by the sizes of G and M). `spec`: layer, step 4. Gradients are custom, in
+    query head attends (dense: MHA, MQA, GQA by the sizes of G and M; docs/algorithm.md). Gradients are custom, in
     reverse mode and once; "reference" alone has forward mode (`jax.jvp`) and second derivatives too.
 
     Args:
