@@ -11,7 +11,7 @@ TOLERANCE = 0.2
 
 def test_files_of_the_reading_path_are_as_long_as_it_says():
     """A newcomer goes by this table: each file is there, and its length is within a fifth of the stated one."""
-    assert len(ROWS) == SECTION.count("\n| `") > 10, "each row of the table has the form | `file` | lines | what it is |"
+    assert len(ROWS) == SECTION.count("\n| `") > 10, "a row of the table has the form | `file` | lines | what it is |"
     wrong = []
     for name, stated in ROWS:
         file = ROOT / name
