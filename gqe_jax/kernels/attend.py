@@ -77,7 +77,7 @@ def attend(
     q̂ is the query of expert `expert_index[b,s,r,j]` of query run r, RMS-normed (`q_norm`), then rotated (`q_rope`). A
     query run is M query heads that read the same KV head; by default there is one run for each KV head, R = G.
     Unselected experts cost no attention, and the gradient of their queries is exactly zero. Without an index every
-    query head attends (dense: MHA, MQA, GQA by the sizes of G and M). `spec`: layer, step 4. Gradients are custom, in
+    query head attends (dense: MHA, MQA, GQA by the sizes of G and M; docs/algorithm.md). Gradients are custom, in
     reverse mode and once, of q, k, v, q_shared, and what q_rope and q_norm hold; "reference" alone has forward mode
     (`jax.jvp`) and second derivatives too.
 

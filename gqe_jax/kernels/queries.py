@@ -1,7 +1,7 @@
 """What happens to queries between their projection and the scores: selection, then norm, then rotary embedding.
 
 The order matters for cost, not for the result: norm and rotation act per head, so applying them to the k selected
-of M experts is k/M of the work (`spec`: layer, steps 2 and 4).
+of M experts is k/M of the work (docs/algorithm.md, "The layer", steps 2 and 4).
 """
 
 import jax

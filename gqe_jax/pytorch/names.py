@@ -2,7 +2,7 @@
 
 A kernel here keeps its axes apart, inputs first: the query projection is [d, G, M, D]. A PyTorch linear layer computes
 x Wᵀ with W [outputs, inputs], each side folded into one axis: [(G M D), d]. A row of the table names both sides and the
-kernel's axes, so that the same row serves export and import (`spec`: PyTorch parameter layout). Outside the attention
+kernel's axes, so that the same row serves export and import (docs/algorithm.md, PyTorch layout). Outside the attention
 the names are Llama's, which Mistral, Qwen2 and Qwen3 share.
 """
 
