@@ -3,7 +3,8 @@
 import pytest
 
 from gqe_jax.config import ConfigError
-from gqe_jax.config_files import load_config, parse_argument, shipped_configs
+from gqe_jax.config_files import load_config, shipped_configs
+from gqe_jax.config_overrides import parse_argument
 
 FILE = '''
 from gqe_jax.config_dict import defaults

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gqe_jax import config_dict, config_files
+from gqe_jax import config_dict
 from gqe_jax.config import ConfigError
 
 
@@ -32,7 +32,7 @@ def build(mapping):
 def overridden(*assignments):
     config = as_config_dict(Groups())
     for assignment in assignments:
-        config_files._override(config, assignment)
+        config_overrides.override(config, assignment)
     return build(config)
 
 

@@ -11,7 +11,8 @@ from gqe_jax.attention import GQAConfig, GQEConfig
 from gqe_jax.cli import inspect as inspect_cli
 from gqe_jax.config import ConfigError, ModelConfig, RunConfig
 from gqe_jax.config_dict import to_dict
-from gqe_jax.evaluate.run_report import plot_text, read_run, report
+from gqe_jax.evaluate.run_report import plot_text, report
+from gqe_jax.runs.record import read_run
 
 
 def make_run(directory, attention=None, steps=(1, 10, 20), extra=b""):

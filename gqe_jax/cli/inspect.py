@@ -33,7 +33,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from gqe_jax.evaluate.run_report import read_run, report, write_png
+    from gqe_jax.evaluate.run_report import report, write_png
+    from gqe_jax.runs.record import read_run
 
     record = read_run(args.run)
     if args.png is not None:

@@ -5,7 +5,7 @@ Rows of `context` tokens, as many as make 4M tokens a step (1b: 2M); warm-up, st
 """
 
 from gqe_jax.config_dict import defaults
-from gqe_jax.config_files import parse_argument
+from gqe_jax.config_overrides import parse_argument
 
 
 def llama_config(name, argument, *, heads, top_k, context, tokens_per_step, tokens):

@@ -7,7 +7,7 @@
 
 from gqe_jax.config import ConfigError
 from gqe_jax.config_dict import defaults
-from gqe_jax.config_files import parse_argument
+from gqe_jax.config_overrides import parse_argument
 
 TOKENS_PER_STEP = 512 * 2048
 

@@ -7,7 +7,7 @@
 """
 
 from gqe_jax.config_dict import defaults
-from gqe_jax.config_files import parse_argument
+from gqe_jax.config_overrides import parse_argument
 
 
 def get_config(argument=None):

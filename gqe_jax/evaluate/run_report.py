@@ -2,88 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from gqe_jax.config import ConfigError, ModelConfig, RunConfig
-from gqe_jax.config_dict import build
 from gqe_jax.flops import parameter_count
+from gqe_jax.runs.record import RunRecord
 
 BAR = 40  # characters of all bars of a line
 HEIGHT, WIDTH = 12, 64  # of the loss curve, in characters
-
-
-@dataclasses.dataclass(frozen=True)
-class RunRecord:
-    """What a run's directory says.
-
-    Attributes:
-      directory: of the run.
-      config: from config.json.
-      metrics: lines of metrics.jsonl, by ascending step; each has "step".
-    """
-
-    directory: epath.Path
-    config: RunConfig
-    metrics: list[dict[str, Any]]
-
-    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, finite values) of the lines that have the metric `name`."""
-        points = [(line["step"], line[name]) for line in self.metrics if isinstance(line.get(name), int | float)]
-        steps, values = zip(*points, strict=True) if points else ((), ())
-        return np.asarray(steps, np.int64), np.asarray(values, np.float64)
-
-    def last(self, prefix: str) -> dict[str, Any]:
-        """The last line of training (prefix "") or of evaluation ("eval/"), by the names of its metrics."""
-        key = prefix + "loss"
-        return next((line for line in reversed(self.metrics) if key in line), {})
-
-    def load(self) -> np.ndarray | None:
-        """[L, G, M], share of tokens that selected each expert at the last logged step; None for dense attention."""
-        loads = (line["load"] for line in reversed(self.metrics) if line.get("load") is not None)
-        return next((np.asarray(load, np.float64) for load in loads), None)
-
-
-def read_run(directory: str | Path) -> RunRecord:
-    """Reads config.json and metrics.jsonl; a last line that a kill cut short is left out.
-
-    Raises:
-      ConfigError: no such directory, none of a run, or files that cannot be understood.
-    """
-    directory = epath.Path(directory)
-    if not directory.is_dir():
-        raise ConfigError(f"--run={str(directory)!r} is not a directory: give the one that `gqe train --run` wrote")
-    try:
-        config = build(json.loads((directory / "config.json").read_bytes()))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"--run={str(directory)!r} has no config.json, so no run was started there: give the directory that "
-            "`gqe train --run` wrote"
-        ) from None
-    except (ValueError, TypeError, AttributeError) as error:  # not JSON, not an object, or not our keys
-        raise ConfigError(
-            f"--run={str(directory)!r} has a config.json that is not one of a run ({error}): give the directory that "
-            "`gqe train --run` wrote, or use the version of gqe_jax that wrote it"
-        ) from error
-    path = directory / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    metrics = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            metrics.append({"step": None} | json.loads(line))
-            metrics[-1]["step"] = int(metrics[-1]["step"])
-        except (ValueError, TypeError) as error:
-            raise ConfigError(
-                f"{path}, line {number}, is not a JSON object with a step ({error}): repair or remove that line"
-            ) from error
-    return RunRecord(directory, config, sorted(metrics, key=lambda line: line["step"]))
 
 
 def report(run: RunRecord) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from gqe_jax import flops
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.data.manifest import Manifest
-from gqe_jax.evaluate.run_report import read_run
+from gqe_jax.runs.record import read_run
 from gqe_jax.runs.saved_model import SavedModel
 
 CARD = """---
