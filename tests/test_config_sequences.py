@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gqe_jax import config_dict
+from gqe_jax import config_dict, config_overrides
 from gqe_jax.config import ConfigError
 
 

@@ -49,13 +49,10 @@ def jax_loss_and_grads(config):
 
     def loss(params):
         model = nnx.merge(graphdef, params, rest)
-        x, stats = model(TOKENS, segment_ids=REAL.astype(np.int32))
+        x, report = model(TOKENS, segment_ids=REAL.astype(np.int32))
         lm = jnp.sum(model.losses(x, targets, 64) * mask) / mask.sum()
-        if stats is None:
-            return lm, (lm, 0.0)
-        router = config.attention.router
-        aux = router.load_balance_weight * stats.load_balance_loss + router.z_loss_weight * stats.z_loss
-        return lm + aux.sum(), (lm, aux.sum())
+        aux = report.auxiliary_loss.sum()
+        return lm + aux, (lm, aux)
 
     (_, losses), grads = tiny.jit(jax.value_and_grad(loss, has_aux=True))(params)
     nnx.update(model, grads)

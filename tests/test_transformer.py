@@ -11,7 +11,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from gqe_jax.attention import GQAConfig, GQEConfig
+from gqe_jax.attention import GQAConfig, GQEConfig, LayerReport
 from gqe_jax.config import ModelConfig
 from gqe_jax.models.transformer import Transformer
 from gqe_jax.plan.memory import activation_width
@@ -89,8 +89,8 @@ def test_remat_changes_no_gradient():
 
         def loss(state):
             model = nnx.merge(graphdef, state)
-            x, stats = model(TOKENS)
-            return model.losses(x, TARGETS, 4).mean() + stats.load_balance_loss.sum()
+            x, report = model(TOKENS)
+            return model.losses(x, TARGETS, 4).mean() + report.metrics["load_balance_loss"].sum()
 
         return tiny.jit(jax.grad(loss))(state)
 
@@ -200,6 +200,7 @@ def test_prefill_and_decode_equal_one_full_pass():
 def test_router_statistics_come_per_layer_and_reduced():
     """Per-token arrays of every layer would be gigabytes at scale; the reduced ones carry a layer axis."""
     graphdef, state = make()
-    stats = tiny.jit(lambda state: nnx.merge(graphdef, state)(TOKENS)[1])(state)
-    assert stats.expert_index is None and stats.router_probs is None
-    assert stats.load.shape == (2, 2, 2) and stats.load_balance_loss.shape == (2,)
+    report = tiny.jit(lambda state: nnx.merge(graphdef, state)(TOKENS)[1])(state)
+    assert type(report) is LayerReport
+    assert report.metrics["load"].shape == (2, 2, 2) and report.metrics["load_balance_loss"].shape == (2,)
+    assert report.auxiliary_loss.shape == (2,)
