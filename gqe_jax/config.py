@@ -133,6 +133,11 @@ class AttentionConfig(abc.ABC):
     def summary(self) -> str:
         """The settings that tell one model's attention from another's, in one line."""
 
+    @property
+    @abc.abstractmethod
+    def description(self) -> str:
+        """What the attention does, for a reader of a model card who knows none of the names: Markdown, no full stop."""
+
     @abc.abstractmethod
     def parameters(self, d_model: int) -> dict[str, int]:
         """Parameters of one layer by part: "attention", "norm" and, where there is one, "router"."""

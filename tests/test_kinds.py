@@ -21,6 +21,7 @@ from gqe_jax.parallel.mesh import MeshConfig, make_mesh
 from gqe_jax.plan.memory import estimate
 from gqe_jax.runs.metrics import read_metrics
 
+TOY = Kind(toy_kind.GainConfig, toy_kind.GainAttention)
 PACKAGE = Path(tiny_run.__file__).parents[1] / "gqe_jax"
 
 
@@ -37,14 +38,14 @@ def place(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    monkeypatch.setitem(KINDS, "gain", toy_kind.KIND)
+    monkeypatch.setitem(KINDS, "gain", TOY)
 
 
 @pytest.fixture(scope="module")
 def trained(place, tmp_path_factory):
     """A run of the toy kind, eight steps long, that was stopped and resumed half-way."""
     with pytest.MonkeyPatch.context() as patch, tiny_run.quick_compiles(tmp_path_factory.mktemp("cache")):
-        patch.setitem(KINDS, "gain", toy_kind.KIND)
+        patch.setitem(KINDS, "gain", TOY)
         train = ["train", "--config", str(place / "toy.py"), "--run"]
         assert cli.main([*train, str(place / "run")]) == 0
         shutil.copytree(place / "run", place / "resumed")
@@ -70,8 +71,8 @@ def test_a_kind_of_ones_own_trains_logs_its_metrics_and_keeps_its_buffers(traine
     [
         ("eval --run RUN", "bits/byte"),
         ("generate --run RUN --prompt the --max-new-tokens 4 --temperature 0", "the"),
-        ("inspect run --run RUN", "gain, 2 heads, each with a gain"),
-        ("inspect kernels --config CONFIG", "attention gain, 2 heads, each with a gain"),
+        ("inspect run --run RUN", "gain: 2 heads, each with a gain"),
+        ("inspect kernels --config CONFIG", "attention gain: 2 heads, each with a gain"),
     ],
 )
 def test_a_kind_of_ones_own_is_answered(trained, capsys, line, said):
@@ -113,7 +114,7 @@ def test_the_registry_refuses_a_kind_that_leaves_a_question_open():
     with pytest.raises(TypeError, match="kind 'silent': Silent does not answer cached_numbers, flops"):
         checked({"silent": Kind(Silent, toy_kind.GainAttention)})
     with pytest.raises(TypeError, match="both have to be those of the kind"):
-        checked({"other": toy_kind.KIND})
+        checked({"other": TOY})
 
 
 def test_nobody_else_asks_which_kind_it_is():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gqe_jax.attention import Attention, Buffer, Kind, LayerReport, dense_counts
+from gqe_jax.attention import Attention, Buffer, LayerReport, dense_counts
 from gqe_jax.config import AttentionConfig
 from gqe_jax.kernels import Call
 from gqe_jax.parallel.on_mesh import on_mesh, summed
@@ -19,7 +19,7 @@ class GainConfig(AttentionConfig):
     kind: str = "gain"
     query_heads = property(lambda self: ("num_kv_heads", self.num_kv_heads))
     attending_heads = output_slots = property(lambda self: self.num_kv_heads)
-    summary = property(lambda self: f"{self.num_kv_heads} heads, each with a gain")
+    summary = description = property(lambda self: f"{self.num_kv_heads} heads, each with a gain")
     transformers_classes = ()
 
     def parameters(self, d_model):
@@ -76,6 +76,3 @@ class GainAttention(Attention[GainConfig, LayerReport]):
         heads, cache = self._key_values(shard, tokens)
         o = heads.attend(self.q_proj(tokens.x)) * self.gain[...][:, None, None]
         return self.o_proj.product(o.astype(heads.v.dtype)), cache
-
-
-KIND = Kind(GainConfig, GainAttention)

@@ -39,9 +39,11 @@ class GQAConfig(AttentionConfig):
 
     @property
     def summary(self):
-        return (
-            f"dense: num_query_heads {self.num_query_heads}, num_kv_heads {self.num_kv_heads}, head_dim {self.head_dim}"
-        )
+        return f"num_query_heads {self.num_query_heads}, num_kv_heads {self.num_kv_heads}, head_dim {self.head_dim}"
+
+    @property
+    def description(self):
+        return f"dense attention, {self.num_query_heads} query heads on {self.num_kv_heads} KV heads"
 
     parameters = dense_counts.parameters
     flops = dense_counts.flops

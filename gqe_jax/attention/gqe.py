@@ -64,9 +64,16 @@ class GQEConfig(AttentionConfig):
     @property
     def summary(self):
         return (
-            f"Grouped Query Experts (arXiv 2606.20945): num_query_experts {self.num_query_experts}, num_kv_heads "
-            f"{self.num_kv_heads}, head_dim {self.head_dim}, top_k {self.top_k} of {self.experts_per_group}, variant "
-            f"{self.variant}, router {self.router.kind}"
+            f"num_query_experts {self.num_query_experts}, num_kv_heads {self.num_kv_heads}, head_dim {self.head_dim}, "
+            f"top_k {self.top_k} of {self.experts_per_group}, {self.variant}, router {self.router.kind}"
+        )
+
+    @property
+    def description(self):
+        return (
+            f"[Grouped Query Experts](https://arxiv.org/abs/2606.20945): in each of {self.num_kv_heads} KV groups a "
+            f"router picks {self.top_k} of {self.experts_per_group} query heads per token; {self.attending_heads} "
+            f"heads attend, and {self.num_query_experts} would in a dense layer"
         )
 
     def parameters(self, d_model):

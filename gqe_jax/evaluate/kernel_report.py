@@ -69,7 +69,7 @@ def report(config: RunConfig) -> str:
         f"prefill, {model.context} tokens": {"batch": 1, "q_len": model.context, "cached": True},
         f"decode, 1 token against {model.context}": {"batch": 1, "q_len": 1, "cached": True},
     }
-    lines = [f"{config.name}: attention {model.attention.kind}, {model.attention.summary}, {model.dtype}"]
+    lines = [f"{config.name}: attention {model.attention.kind}: {model.attention.summary}, {model.dtype}"]
     for phase, shape in phases.items():
         lines += ["", phase]
         for platform in PLATFORMS:

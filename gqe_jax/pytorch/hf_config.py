@@ -91,7 +91,7 @@ def choose_class(model: ModelConfig, tokenizer: Tokenizer) -> tuple[Family | Non
     check_exportable(model.attention)
     families = [family for family in FAMILIES if family.model_type in model.attention.transformers_classes]
     if not families:
-        kind = model.attention.kind
+        kind = model.attention.kind.upper()
         return None, f"GQEForCausalLM, in the folder's modeling_gqe.py: transformers has no class for {kind} attention"
     objections = {family.architecture: _objections(family, model, tokenizer) for family in families}
     for family in families:

@@ -68,7 +68,7 @@ def model_card(saved: SavedModel, title: str, *, dtype: str, why: str, needs_cod
         tag=attention.kind,
         title=title,
         folder=title,
-        summary=f"A language model of {parameters:,} parameters. Attention: {attention.summary}.",
+        summary=f"A language model of {parameters:,} parameters. Attention: {attention.description}.",
         remote=", trust_remote_code=True" if needs_code else "",
         loading=f"Class: {why}.",
         training=_training(saved),
@@ -135,7 +135,7 @@ def _configuration(config: RunConfig) -> dict[str, Any]:
         "rotary base": attention.rope_theta,
         "rotary scaling": attention.rope_scaling.kind,
         "tied embeddings": model.tie_embeddings,
-        "attention": f"{attention.kind}, {attention.summary}",
+        "attention": f"{attention.kind}: {attention.summary}",
     }
 
 
