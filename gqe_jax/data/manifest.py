@@ -22,6 +22,7 @@ from gqe_jax.data.choices import SPLITS
 from gqe_jax.data.sources.corpus import Corpus
 from gqe_jax.data.sources.files import Document
 from gqe_jax.data.tokenizer import Tokenizer, tokenizer_from_files
+from gqe_jax.safe_names import checked_name
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
@@ -48,6 +49,22 @@ class FileRecord:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return cls(name, file.tell(), digest, rows)
 
+    @classmethod
+    def read(cls, content: dict[str, Any], source: Path) -> FileRecord:
+        """From `dataclasses.asdict` of one, as the file `source` has it.
+
+        Raises:
+          ConfigError: a name that leads out of the data set's folder, or a count that is none.
+          TypeError: it is no such dictionary.
+        """
+        record = cls(**content)
+        checked_name(record.name, source)
+        for field in ("bytes", "rows"):
+            value = getattr(record, field)
+            if type(value) is not int or value < 0:
+                raise ConfigError(f"{source}: {field}={value!r} of {record.name} is no number of {field}: {_AGAIN}")
+        return record
+
 
 @dataclasses.dataclass(frozen=True)
 class SplitInfo:
@@ -69,9 +86,19 @@ class SplitInfo:
     shards: tuple[FileRecord, ...]
 
     @classmethod
-    def of(cls, content: dict[str, Any]) -> SplitInfo:
-        """From `dataclasses.asdict` of one. Raises KeyError or TypeError if it is not."""
-        return cls(**content | {"shards": tuple(FileRecord(**shard) for shard in content["shards"])})
+    def read(cls, content: dict[str, Any], source: Path) -> SplitInfo:
+        """From `dataclasses.asdict` of one, as the file `source` has it.
+
+        Raises:
+          ConfigError: a shard's name or a count that cannot be.
+          KeyError, TypeError: it is no such dictionary.
+        """
+        split = cls(**content | {"shards": tuple(FileRecord.read(shard, source) for shard in content["shards"])})
+        for field in ("documents", "bytes", "words", "tokens", "rows"):
+            value = getattr(split, field)
+            if type(value) is not int or value < 0:
+                raise ConfigError(f"{source}: {field}={value!r} is no number of {field}: {_AGAIN}")
+        return split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +154,7 @@ class Manifest:
             )
         try:
             content = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is cut off or damaged ({error}): {_AGAIN}") from error
         version = content.get("format_version") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
@@ -136,8 +163,8 @@ class Manifest:
                 "or use the version of gqe_jax that wrote it"
             )
         try:
-            splits = {split: SplitInfo.of(content[split]) for split in SPLITS}
-            return cls(**content | splits | {"files": tuple(FileRecord(**file) for file in content["files"])})
+            splits = {split: SplitInfo.read(content[split], path) for split in SPLITS}
+            return cls(**content | splits | {"files": tuple(FileRecord.read(file, path) for file in content["files"])})
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is incomplete or altered ({error}): {_AGAIN}") from error
 

@@ -60,8 +60,10 @@ class UnitResult:
 
     @classmethod
     def load(cls, folder: Path) -> UnitResult:
-        content = json.loads((folder / RESULT_FILE).read_text())
-        return cls(**content | {"splits": {name: SplitInfo.of(split) for name, split in content["splits"].items()}})
+        file = folder / RESULT_FILE
+        content = json.loads(file.read_text())
+        splits = {name: SplitInfo.read(split, file) for name, split in content["splits"].items()}
+        return cls(**content | {"splits": splits})
 
 
 def plan_units(corpus: Corpus) -> list[tuple[SourceFile, ...]]:
