@@ -1,4 +1,4 @@
-"""From a ConfigDict or a plain dictionary to a run's dataclasses and back.
+"""Conversion of a ConfigDict or a plain dictionary to a run's dataclasses, and back.
 
 A config file (`configs/*.py`) defines `get_config(arg=None)` and returns an `ml_collections.ConfigDict` that starts
 from `defaults()`. `build` turns it into a `RunConfig`.

@@ -100,7 +100,7 @@ class _Ring:
     options: tuple[tuple[str, Any], ...]
 
     def pass_on(self, tree: Any) -> Any:
-        """To the next device; what comes is from the one before."""
+        """Sends a tree of arrays to the next device and returns what came from the one before."""
         n = self.shard.size("context")
         return jax.lax.ppermute(tree, "context", [(r, (r + 1) % n) for r in range(n)])
 

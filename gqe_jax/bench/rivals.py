@@ -166,7 +166,7 @@ def _gradients(function: Callable, num_differentiated: int) -> Callable:
 
 
 def flops(rival: Rival, s: Setting, backward: bool) -> int:
-    """Of attention alone: 2·D for each pair that the mask lets through, head and matrix product."""
+    """The FLOPs of attention alone: 2·D for each pair that the mask lets through, head and matrix product."""
     return _matmuls(backward) * 2 * s.head_dim * scored_pairs(s.seq_len) * s.attending_heads(rival.kind)
 
 

@@ -73,7 +73,7 @@ def _run_mixture(args: argparse.Namespace) -> int:
 
 
 def _rows_per_example(manifest: Manifest) -> float:
-    """Of all examples that the task gave, those without text included."""
+    """Rows that one example of the task became on average, examples without text included."""
     documents = manifest.train.documents + manifest.heldout.documents
     return (manifest.train.rows + manifest.heldout.rows) / (documents + manifest.empty_documents + manifest.duplicates)
 

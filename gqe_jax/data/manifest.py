@@ -51,7 +51,7 @@ class FileRecord:
 
     @classmethod
     def read(cls, content: dict[str, Any], source: Path) -> FileRecord:
-        """From `dataclasses.asdict` of one, as the file `source` has it.
+        """Makes one of its `dataclasses.asdict`, as the file `source` has it.
 
         Raises:
           ConfigError: a name that leads out of the data set's folder, or a count that is none.
@@ -87,7 +87,7 @@ class SplitInfo:
 
     @classmethod
     def read(cls, content: dict[str, Any], source: Path) -> SplitInfo:
-        """From `dataclasses.asdict` of one, as the file `source` has it.
+        """Makes one of its `dataclasses.asdict`, as the file `source` has it.
 
         Raises:
           ConfigError: a shard's name or a count that cannot be.

@@ -220,7 +220,7 @@ def mean_head(x: jax.Array) -> jax.Array:
 
 
 def _check_kv_head(kv_head, q, k) -> jax.Array | None:
-    """As an int32 array [R]; None where run r reads head r."""
+    """Returns `kv_head` as an int32 array [R], or None where run r reads head r."""
     if kv_head is None:
         return None
     given, kv_head = kv_head, kv_head if isinstance(kv_head, jax.Array) else np.asarray(kv_head)

@@ -27,7 +27,7 @@ def vary(tree: Any, axes: tuple[str, ...]) -> Any:
 
 
 def result(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: Any) -> jax.ShapeDtypeStruct:
-    """Of a Pallas call: what varies along the axes that `like` (an array, or another result) does."""
+    """A Pallas call's result: it varies along the axes that `like` (an array, or another result) varies along."""
     kind = like.manual_axis_type if isinstance(like, jax.ShapeDtypeStruct) else jax.typeof(like).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 

@@ -48,7 +48,7 @@ class _Plan:
 
     @property
     def head_by_head(self) -> bool:
-        """On CPUs, so that a head's blocks stay in the cores' caches and its loops are as long as its own mask asks."""
+        """Whether heads are computed one by one: on CPUs, so that a head's blocks stay in the cores' caches and its loops are as long as its own mask asks."""
         return self.on_cpu and not self.few_rows
 
     @property
@@ -59,7 +59,7 @@ class _Plan:
 
     @property
     def score_factor(self) -> float:
-        """From q·k to what `_cap` takes."""
+        """The factor from q·k to what `_cap` takes."""
         return self.scale * LOG2_E if self.softcap is None else self.scale / self.softcap
 
 

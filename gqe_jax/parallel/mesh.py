@@ -120,7 +120,7 @@ def check_batch(mesh: Mesh, batch_size: int, length: int) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays [B, S] of a batch."""
+    """The sharding of a batch's arrays [B, S]."""
     return NamedSharding(mesh, spec_of(("batch", "sequence")))
 
 

@@ -169,7 +169,7 @@ def _trips(computations: dict[str, list[_Instruction]], loop: _Instruction, cond
 
 
 def _bytes(shape: str) -> int:
-    """Of an array or a tuple of arrays, without the padding of its layout."""
+    """The bytes of an array or of a tuple of arrays, without the padding of its layout."""
     return sum(
         math.prod(int(size) for size in sizes.split(",") if size) * _BITS[dtype] // 8
         for dtype, sizes in _ARRAY.findall(shape)

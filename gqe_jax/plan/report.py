@@ -40,7 +40,7 @@ class Plan:
         return self.request.batch_size * (1 if self.request.mode == "decode" else self.request.seq_len)
 
     def flops(self, kind: Literal["active", "dense_equivalent"]) -> int:
-        """Of a step on all devices, without what remat computes again."""
+        """The FLOPs of a step on all devices, without what remat computes again."""
         request = self.request
         forward = step_flops(request.config.model, request.mode, request.batch_size, request.seq_len, kind).total
         return forward * (3 if request.mode == "train" else 1)

@@ -94,7 +94,7 @@ class Peers:
         raise error
 
     def watch(self) -> None:
-        """From now on this process ends when another one does."""
+        """Makes this process end, from now on, when another one does."""
         threading.Thread(target=self._watch, name="gqe-peers", daemon=True).start()
 
     def _watch(self) -> None:

@@ -71,7 +71,7 @@ ATTENTION_ROWS: Rows = {
     "o_proj.weight": (Part("o_proj.kernel", "gkD -> d"), Part("o_extra.kernel", "eD -> d")),
     "o_proj.bias": (Part("o_proj.bias", "d"),),
 }
-"""Of one attention layer of either kind. The names are the public `gqe` module's, a dense layer's are Llama's."""
+"""Rows of one attention layer, dense or GQE. The names are the public `gqe` module's, a dense layer's are Llama's."""
 
 BLOCK_ROWS: Rows = {
     "input_layernorm.weight": (Part("attention_norm.scale", "d"),),
@@ -84,14 +84,14 @@ BLOCK_ROWS: Rows = {
     "mlp.up_proj.weight": (Part("mlp.up_proj.kernel", "d -> f"),),
     "mlp.down_proj.weight": (Part("mlp.down_proj.kernel", "f -> d"),),
 }
-"""Of one block of the decoder."""
+"""The rows of one block of the decoder."""
 
 MODEL_ROWS: Rows = {
     "model.embed_tokens.weight": (Part("vocabulary.embedding", "v d"),),
     "model.norm.weight": (Part("final_norm.scale", "d"),),
     "lm_head.weight": (Part("vocabulary.lm_head", "v d"),),
 }
-"""Of the model outside its blocks; the head is absent where it is tied to the embedding."""
+"""The rows of the model outside its blocks; the head is absent where it is tied to the embedding."""
 
 BLOCK_PREFIX = "model.layers.{layer}."
 ATTENTION_PREFIX = BLOCK_PREFIX + "self_attn."

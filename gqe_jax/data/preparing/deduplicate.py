@@ -21,7 +21,7 @@ _BUFFERED = 2**16  # documents between writes
 
 
 class KeptDocuments(Iterator[bool]):
-    """For each document with text of a unit, in order, whether it is kept."""
+    """Whether each document with text of a unit is kept, in order."""
 
     def __init__(self, folder: Path, unit: int):
         path = _marks(folder, unit)
@@ -61,7 +61,7 @@ def is_hashed(folder: Path, unit: int) -> bool:
 
 
 def mark_duplicates(folder: Path, units: int) -> None:
-    """From the hashes of all units, which of each unit's documents are not kept."""
+    """The documents of each unit that are not kept, from the hashes of all units."""
     parts = [folder / f"part-{part:03d}" for part in range(_PARTS)]
     for part in parts:
         part.write_bytes(b"")

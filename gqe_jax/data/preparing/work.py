@@ -26,7 +26,7 @@ _PLAN_FILE = "plan.json"
 
 @contextlib.contextmanager
 def work_folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
-    """A folder beside `out`, gone at the end; what a killed process of this machine left there is gone on with.
+    """A temporary folder beside `out`, deleted at the end. Work that a killed process left there is resumed.
 
     plan: what the work depends on, as JSON, and its number of `units`; leftovers of another plan are deleted. After an
     error the folder stays if a unit of the work is finished in it, for the next call with the same plan.

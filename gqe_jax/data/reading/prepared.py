@@ -54,7 +54,7 @@ class PreparedData:
 
     @property
     def name(self) -> str:
-        """Of the set, or of all sets."""
+        """The name of the set, or the names of all sets."""
         return ", ".join(data.name for data in self.sets)
 
     @property
@@ -69,7 +69,7 @@ class PreparedData:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of what decides the batches: manifests, which hold the hashes of all files, quotas, shards left out."""
+        """A hash of what decides the batches: manifests, which hold the hashes of all files, quotas, shards left out."""
         parts = [[data.manifest.to_json(), sorted(data.damaged)] for data in self.sets]
         return hashlib.sha256(json.dumps([parts, self.quotas]).encode()).hexdigest()
 

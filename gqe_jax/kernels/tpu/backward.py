@@ -113,7 +113,7 @@ class Call:
         )
 
     def _kv_spec(self):
-        """Of what each group has for itself."""
+        """The BlockSpec of an array of which each group has its own part."""
         return pl.BlockSpec((1, self.blocks.block_kv, self.plan.width), lambda b, g, t, *_: (b, self._kv_block(t), g))
 
     def _kv_input_spec(self):

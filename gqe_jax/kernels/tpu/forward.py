@@ -17,7 +17,7 @@ from gqe_jax.kernels.tpu.plan import Plan
 def forward(plan: Plan, operands) -> tuple[jax.Array, jax.Array]:
     """o [B, S, G·K·D] in q's dtype, lse float32 [B, G·K, 1, S].
 
-    operands: of `plan.operands`, as they lie in HBM.
+    operands: arrays in HBM, by name (`pallas_tpu._operands`).
     """
     schedule, blocks = plan.schedule, plan.blocks
     batch, groups, width = plan.batch, plan.groups_per_block, plan.width

@@ -72,17 +72,17 @@ class Plan:
 
     @functools.cached_property
     def blocks(self) -> Blocks:
-        """Of the forward kernel."""
+        """The block sizes of the forward kernel."""
         return vmem.fitting_blocks(self)
 
     @functools.cached_property
     def backward_blocks(self) -> BackwardBlocks:
-        """Of the backward kernel."""
+        """The block sizes of the backward kernel."""
         return backward_blocks(self)
 
     @functools.cached_property
     def schedule(self) -> Schedule:
-        """Of the forward kernel."""
+        """The order in which the forward kernel visits blocks."""
         blocks = self.blocks
         return make_schedule(self.mask, self.q_len, self.kv_len, blocks.block_q, blocks.block_kv, blocks.unit)
 
@@ -113,7 +113,7 @@ class Plan:
 
     @property
     def cap_factor(self) -> float:
-        """From tanh to base-2 scores."""
+        """The factor from tanh to base-2 scores."""
         return self.softcap * LOG2_E
 
     @property
@@ -146,7 +146,7 @@ class Plan:
         return scalar_refs[-1][b], scalar_refs[-1][self.batch + b]
 
     def cost_estimate(self, num_matmuls: int) -> pl.CostEstimate:
-        """For XLA's scheduler: about half of the scores, if causal."""
+        """What XLA's scheduler is told of the cost: about half of the scores, if causal."""
         pairs = self.q_len * self.kv_len // (2 if self.mask.causal else 1)
         pairs *= self.batch * self.num_groups * self.num_slots
         tokens = self.batch * self.num_groups * self.head_dim * self.dtype.itemsize
