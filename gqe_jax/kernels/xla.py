@@ -48,7 +48,8 @@ class _Plan:
 
     @property
     def head_by_head(self) -> bool:
-        """Whether heads are computed one by one: on CPUs, so that a head's blocks stay in the cores' caches and its loops are as long as its own mask asks."""
+        """Whether heads are computed one by one: on CPUs a head's blocks then stay in the cores' caches, and its loops
+        are as long as its own mask asks."""
         return self.on_cpu and not self.few_rows
 
     @property

@@ -91,7 +91,7 @@ class Vocabulary(nnx.Module):
         return log_z - total(chosen)
 
     def _losses(self, shard: Shard, x: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Array, ...]:
-        """Over one device's part of the vocabulary: the largest logit, Σ exp(logit − largest), the target's logit or 0."""
+        """Over a device's part of the vocabulary: largest logit, Σ exp(logit − largest), the target's logit or 0."""
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def losses(x, targets):

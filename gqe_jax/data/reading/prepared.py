@@ -69,7 +69,7 @@ class PreparedData:
 
     @functools.cached_property
     def digest(self) -> str:
-        """A hash of what decides the batches: manifests, which hold the hashes of all files, quotas, shards left out."""
+        """Hash of what decides the batches: manifests, which hold the hashes of all files, quotas, shards left out."""
         parts = [[data.manifest.to_json(), sorted(data.damaged)] for data in self.sets]
         return hashlib.sha256(json.dumps([parts, self.quotas]).encode()).hexdigest()
 
