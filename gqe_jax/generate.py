@@ -23,7 +23,7 @@ from gqe_jax.attention import Cache
 from gqe_jax.config import ConfigError
 from gqe_jax.data.tokenizer import Tokenizer
 from gqe_jax.models.transformer import Transformer
-from gqe_jax.parallel.rules import is_exact
+from gqe_jax.parallel.rules import Placed, placed_variables
 
 Method = Literal["greedy", "plain", "filtered"]
 MIN_BUCKET = 32  # shorter prompts and caches are not worth a compilation of their own
@@ -289,15 +289,15 @@ def cast_weights(model: Transformer, dtype: np.dtype) -> dict[str, Any]:
     wide, they take half the time. Of an abstract model (`nnx.eval_shape`) the result is abstract.
     """
 
-    def cast(path: tuple[Any, ...], variable: nnx.Variable) -> Any:
-        value = variable.get_value()
-        if path[-1] not in ("kernel", "embedding", "lm_head") or is_exact(variable):
+    def cast(path: tuple[str, ...], placed: Placed) -> Any:
+        value = placed.variable.get_value()
+        if path[-1] not in ("kernel", "embedding", "lm_head") or placed.exact:
             return value
         abstract = isinstance(value, jax.ShapeDtypeStruct)
         return jax.ShapeDtypeStruct(value.shape, dtype) if abstract else value.astype(dtype)
 
-    state = nnx.to_flat_state(nnx.state(model))
-    return nnx.traversals.unflatten_mapping({path: cast(path, variable) for path, variable in state})
+    variables = {tuple(name.split("/")): placed for name, placed in placed_variables(model).items()}
+    return nnx.traversals.unflatten_mapping({path: cast(path, placed) for path, placed in variables.items()})
 
 
 def print_continuations(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +47,11 @@ class Linear(nnx.Module):
         self.dtype = dtype
         self.precision = precision
         kernel = kernel_init(rngs.params(), (math.prod(in_shape), math.prod(out_shape)), param_dtype)
-        self.kernel = nnx.Param(kernel.reshape(in_shape + out_shape), axes=tuple(axes), exact=exact)
+        self.kernel = nnx.Param(kernel.reshape(in_shape + out_shape))
+        self.bias = nnx.Param(jnp.zeros(out_shape, param_dtype)) if use_bias else None
         of_bias = tuple(None if axis == "embed" else axis for axis in axes[self.num_in_axes :])
-        self.bias = nnx.Param(jnp.zeros(out_shape, param_dtype), axes=of_bias) if use_bias else None
+        self.placement = (("kernel", tuple(axes)), ("bias", of_bias))
+        self.exact = exact
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., *in_features] → [..., *out_features]."""
@@ -69,3 +72,10 @@ class Linear(nnx.Module):
     def add_bias(self, y: jax.Array) -> jax.Array:
         """y + b, or y where there is no b."""
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def make_norm(num_features: int, **options: Any) -> nnx.RMSNorm:
+    """An RMS norm whose scale lies whole on every device of a mesh; `options` are `nnx.RMSNorm`'s."""
+    norm = nnx.RMSNorm(num_features, **options)
+    norm.placement = (("scale", (None,)),)
+    return norm

@@ -129,7 +129,7 @@ def test_routers_without_parameters(kind):
         layer_from_torch(learned, state)
         want = tiny.call(learned, tiny.inputs())[0]
         np.testing.assert_allclose(tiny.call(layer, tiny.inputs())[0], want, atol=1e-6)
-    message = f"router.weight is not zero, but the layer's router.kind='{kind}' learns nothing"
+    message = rf"router.weight is not zero, but this layer has no parameter for it \(.*router {kind}\)"
     with pytest.raises(ValueError, match=message):
         layer_from_torch(layer, state | {"router.weight": np.ones((4, 16))})
     with pytest.raises(ValueError, match=r"router.weight has shape \(4, 15\), expected \(4, 16\)"):

@@ -23,7 +23,7 @@ from gqe_jax.kernels.tpu.blocks import forward_blocks
 from gqe_jax.kernels.tpu.schedule import is_bounded, make_schedule, row_bounds
 from gqe_jax.models.transformer import abstract_model
 from gqe_jax.parallel.mesh import check_batch, check_model, make_mesh, parse_mesh
-from gqe_jax.parallel.rules import spec_of, variable_axes, variables_by_path
+from gqe_jax.parallel.rules import placed_variables, spec_of
 from gqe_jax.parallel.zigzag import natural, zigzag
 
 
@@ -123,9 +123,8 @@ def test_parameters_have_one_place():
     options = {"num_kv_heads": 2, "head_dim": 8, "bias": True, "qk_norm": True}
     for attention in (GQEConfig(num_query_experts=4, **options), GQAConfig(num_query_heads=4, **options)):
         model = ModelConfig(d_model=16, num_layers=2, d_ff=32, attention=attention, tie_embeddings=False)
-        for name, variable in variables_by_path(abstract_model(model)).items():
-            axes = variable_axes(name, variable)
-            ndim = variable.get_value().ndim
+        for name, placed in placed_variables(abstract_model(model)).items():
+            axes, ndim = placed.axes, placed.variable.get_value().ndim
             assert len(axes) == ndim
             matrix = ndim - name.startswith("layers") > 1 and not name.endswith("bias")
             assert ("embed" in axes) == matrix, name
@@ -138,13 +137,14 @@ def test_a_parameter_is_placed_by_what_its_own_module_says():
 
     class Gated(nnx.Module):
         def __init__(self):
-            self.gate_proj = nnx.Param(jnp.ones((2, 4)), axes=(None, "group"))
-            self.up_proj = nnx.Param(jnp.ones((2, 4)))
+            self.gate_proj = nnx.Param(jnp.ones((2, 4)))
+            self.placement = (("gate_proj", (None, "group")),)
 
-    variables = variables_by_path(Gated())
-    assert variable_axes("gate_proj", variables["gate_proj"]) == (None, "group")
-    with pytest.raises(ValueError, match=r"the Param up_proj states no logical axes.*make it with axes="):
-        variable_axes("up_proj", variables["up_proj"])
+    gated = Gated()
+    assert placed_variables(gated)["gate_proj"].axes == (None, "group")
+    gated.up_proj = nnx.Param(jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match=r"nobody says where the Param up_proj lies on a mesh: give its module an"):
+        placed_variables(gated)
 
 
 @pytest.mark.parametrize(

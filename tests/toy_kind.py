@@ -63,8 +63,8 @@ class GainAttention(Attention[GainConfig, LayerReport]):
         heads = (self.config.num_kv_heads, 1, self.config.head_dim)
         self.q_proj = linear(self.d_model, heads, axes=("embed", "group", None, None))
         self.o_proj = out_linear(heads, self.d_model, axes=("group", None, None, "embed"))
-        self.gain = nnx.Param(jnp.ones(heads[0]), axes=("group",))
-        self.largest = Buffer(jnp.zeros(heads[0]), axes=("group",))
+        self.gain, self.largest = nnx.Param(jnp.ones(heads[0])), Buffer(jnp.zeros(heads[0]))
+        self.placement = (("gain", ("group",)), ("largest", ("group",)))
 
     def _compute(self, tokens, rngs, layer_index):
         out = (summed("batch", "sequence", None), tokens.axes.cache)

@@ -17,7 +17,7 @@ from gqe_jax.attention.report import LayerReport
 from gqe_jax.attention.rotary import rotary_tables
 from gqe_jax.config import AttentionConfig, nearest
 from gqe_jax.kernels import rms_norm, rotate
-from gqe_jax.linear import Linear
+from gqe_jax.linear import Linear, make_norm
 from gqe_jax.parallel.on_mesh import Shard, axis_size
 from gqe_jax.parallel.zigzag import zigzag
 from gqe_jax.remat import PRODUCT
@@ -107,8 +107,8 @@ class Attention(nnx.Module, Generic[Config, Report]):
         self.v_proj = linear(d_model, kv_shape, axes=kv_axes)
         if config.qk_norm:
             norm = {"epsilon": config.qk_norm_eps, "param_dtype": param_dtype, "rngs": rngs}
-            self.q_norm = nnx.RMSNorm(config.head_dim, scale_metadata={"axes": (None,)}, **norm)
-            self.k_norm = nnx.RMSNorm(config.head_dim, scale_metadata={"axes": (None,)}, **norm)
+            self.q_norm = make_norm(config.head_dim, **norm)
+            self.k_norm = make_norm(config.head_dim, **norm)
         self._make(linear, functools.partial(linear, kernel_init=out_kernel_init or kernel_init), rngs)
 
     def _make(self, linear: Callable[..., Linear], out_linear: Callable[..., Linear], rngs: nnx.Rngs) -> None:

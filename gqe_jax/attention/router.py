@@ -162,7 +162,8 @@ class Router(nnx.Module):
             )
         # Added to the probabilities for the selection only: loss-free balancing.
         bias = jnp.zeros(self.shape, jnp.float32)
-        self.bias = Buffer(bias, axes=("group", None)) if config.bias_update_rate else None
+        self.bias = Buffer(bias) if config.bias_update_rate else None
+        self.placement = (("bias", ("group", None)),)
 
     def draws(
         self, x: jax.Array, positions: jax.Array, rngs: nnx.Rngs | None, layer_index: jax.Array | int

@@ -8,6 +8,7 @@ from flax import nnx
 
 from gqe_jax.attention import Cache, LayerReport, make_attention
 from gqe_jax.config import ModelConfig
+from gqe_jax.linear import make_norm
 from gqe_jax.models.layers import SwiGLU
 
 
@@ -23,10 +24,9 @@ class Block(nnx.Module):
             "rngs": rngs,
         }
         norm = {"epsilon": config.norm_eps, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm["scale_metadata"] = {"axes": (None,)}
-        self.attention_norm = nnx.RMSNorm(config.d_model, **norm)
+        self.attention_norm = make_norm(config.d_model, **norm)
         self.attention = make_attention(config.attention, config.d_model, dtype=dtype, param_dtype=param_dtype, **init)
-        self.mlp_norm = nnx.RMSNorm(config.d_model, **norm)
+        self.mlp_norm = make_norm(config.d_model, **norm)
         self.mlp = SwiGLU(config, **init)
 
     def __call__(

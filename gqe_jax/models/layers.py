@@ -43,9 +43,10 @@ class Vocabulary(nnx.Module):
         self.dtype = jnp.dtype(config.dtype)
         param_dtype = jnp.dtype(config.param_dtype)
         shape, axes = (config.vocab_size, config.d_model), ("vocabulary", "embed")
-        self.embedding = nnx.Param(kernel_init(rngs.params(), shape, param_dtype), axes=axes)
+        self.embedding = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
         if not config.tie_embeddings:
-            self.lm_head = nnx.Param(kernel_init(rngs.params(), shape, param_dtype), axes=axes)
+            self.lm_head = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        self.placement = (("embedding", axes), ("lm_head", axes))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, S] → [B, S, d]."""

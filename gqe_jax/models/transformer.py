@@ -7,6 +7,7 @@ from flax import nnx
 
 from gqe_jax.attention import Cache, LayerReport
 from gqe_jax.config import ModelConfig
+from gqe_jax.linear import make_norm
 from gqe_jax.models.block import Block
 from gqe_jax.models.layers import Vocabulary
 from gqe_jax.parallel.on_mesh import axis_size
@@ -35,12 +36,11 @@ class Transformer(nnx.Module):
             return Block(config, rngs=rngs)
 
         self.layers = stack(rngs)
-        self.final_norm = nnx.RMSNorm(
+        self.final_norm = make_norm(
             config.d_model,
             epsilon=config.norm_eps,
             dtype=jnp.dtype(config.dtype),
             param_dtype=jnp.dtype(config.param_dtype),
-            scale_metadata={"axes": (None,)},
             rngs=rngs,
         )
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
-from gqe_jax.parallel.rules import AXES, RULES, LogicalAxes, is_exact, spec_of, variable_axes
+from gqe_jax.parallel.rules import AXES, RULES, LogicalAxes, placed_variables, spec_of
 from gqe_jax.remat import GATHERED
 
 
@@ -82,7 +82,8 @@ def on_mesh(
     """`function(module, shard, *inputs)`, computed by each device on its part.
 
     Args:
-      module: whose parameters are split as their `axes` say. Those split along `embed` reach `function` whole.
+      module: whose parameters are split as `rules.placed_variables` says. Those split along `embed` reach `function`
+        whole.
       function: of the device's module, its `Shard`, and its parts of `inputs`.
       inputs: trees of arrays; None stays None.
       axes: for each input its logical axes, or a tree of them.
@@ -91,35 +92,38 @@ def on_mesh(
       dtype: parameters are gathered in it, exact ones apart; None: in their own.
 
     Raises:
-      ValueError: a parameter that does not divide over the devices which share it out, or states no axes.
+      ValueError: a parameter that does not divide over the devices which share it out, or that nobody places.
     """
     shard = current_shard()
     if shard is None:
         return function(module, Shard(), *inputs)
     graphdef, state = nnx.split(module)
     paths, treedef = jax.tree.flatten_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    variables = [variable for _, variable in paths]
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): variable for path, variable in paths}
-    lie = [variable_axes(name, variable) for name, variable in named.items()]
-    for (name, variable), kept in zip(named.items(), lie, strict=True):
-        _check_divides(name, variable.get_value().shape, kept, shard)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    variables = placed_variables(module)
+    named = {name: variables[name] for name in names}
+    for name, each in named.items():
+        _check_divides(name, each.variable.get_value().shape, each.axes, shard)
 
     def compute(values, *inputs):
         whole = [
-            variable.replace(_gather(value, kept, shard, None if is_exact(variable) else dtype))
-            for variable, value, kept in zip(variables, values, lie, strict=True)
+            each.variable.replace(_gather(value, each.axes, shard, None if each.exact else dtype))
+            for each, value in zip(named.values(), values, strict=True)
         ]
         results = function(nnx.merge(graphdef, jax.tree.unflatten(treedef, whole)), shard, *inputs)
         return _each_summed(lambda x: x[None], out_axes, results)
 
     results = jax.shard_map(
         compute,
-        in_specs=([spec_of(kept) for kept in lie], *(_specs(x, spec) for x, spec in zip(inputs, axes, strict=True))),
+        in_specs=(
+            [spec_of(each.axes) for each in named.values()],
+            *(_specs(x, spec) for x, spec in zip(inputs, axes, strict=True)),
+        ),
         out_specs=jax.tree.map(
             lambda x: spec_of(("partial", *x.axes) if isinstance(x, Summed) else x), out_axes, is_leaf=_is_axes
         ),
         check_vma=False,  # results are split or summands of "partial": none is claimed to be equal on several devices
-    )([variable.get_value() for variable in variables], *inputs)
+    )([each.variable.get_value() for each in named.values()], *inputs)
     return _each_summed(total, out_axes, results)
 
 

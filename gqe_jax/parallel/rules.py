@@ -1,9 +1,11 @@
 """Where things live on a mesh: the one table from logical axes of arrays to axes of the mesh.
 
-A module says the logical axes of each of its parameters where it makes it: `nnx.Param(value, axes=("embed", "group"))`.
-A parameter that does not say them is refused, for a guess could split it silently in the wrong place.
+A module says the logical axes of its parameters where it makes them, in its attribute `placement`: pairs of a
+parameter's name and its axes. (Not as the parameters' metadata: flax's bridge would hand those to Linen in boxes.) A
+parameter that nobody places is refused, for a guess could split it silently in the wrong place.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,29 +36,42 @@ def spec_of(axes: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*(RULES[axis] for axis in axes))
 
 
-def variable_axes(name: str, variable: nnx.Variable) -> LogicalAxes:
-    """Logical axes of a module's variable called `name`; an axis of layers before those it states is not split.
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A variable of a module, and what its module says of it.
+
+    Attributes:
+      variable: a parameter or a buffer; abstract in an abstract module.
+      axes: its logical axes, one for each axis of the array; those of layers, before the others, are not split.
+      exact: it is used in its own dtype whatever the computation's is: the choice of experts hangs on it.
+    """
+
+    variable: nnx.Variable
+    axes: LogicalAxes
+    exact: bool
+
+
+def placed_variables(module: nnx.Module) -> dict[str, Placed]:
+    """Path ("layers/attention/q_proj/kernel") → variable of a module, abstract or not.
 
     Raises:
-      ValueError: it states none.
+      ValueError: a variable that neither its module nor one around it places.
     """
-    axes = variable.get_metadata().get("axes")
-    if axes is None:
-        raise ValueError(
-            f"the {type(variable).__name__} {name} states no logical axes, so it cannot be placed on a mesh: make it "
-            f"with axes=(...), names of gqe_jax.parallel.rules.RULES or None, one for each of its axes"
-        )
-    return (None,) * (variable.get_value().ndim - len(axes)) + tuple(axes)
+    state = nnx.to_flat_state(nnx.state(module))
+    return {"/".join(map(str, path)): _placed(module, path, variable) for path, variable in state}
 
 
-def is_exact(variable: nnx.Variable) -> bool:
-    """Whether a parameter is used in its own dtype whatever the computation's is: the choice of experts hangs on it."""
-    return bool(variable.get_metadata().get("exact"))
-
-
-def variables_by_path(module: nnx.Module) -> dict[str, nnx.Variable]:
-    """Path ("layers/attention/q_proj/kernel") → variable of a module, abstract ones included."""
-    return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(module))}
+def _placed(module: Any, path: tuple[Any, ...], variable: nnx.Variable) -> Placed:
+    for depth, name in enumerate(path):
+        stated = dict(getattr(module, "placement", ())).get("/".join(map(str, path[depth:])))
+        if stated is not None:
+            axes = (None,) * (variable.get_value().ndim - len(stated)) + tuple(stated)
+            return Placed(variable, axes, exact=getattr(module, "exact", False))
+        module = module[name] if isinstance(name, int) else getattr(module, name)
+    raise ValueError(
+        f"nobody says where the {type(variable).__name__} {'/'.join(map(str, path))} lies on a mesh: give its module "
+        f"an attribute placement = ((name, axes),), with names of gqe_jax.parallel.rules.RULES or None for the axes"
+    )
 
 
 def state_shardings(mesh: Mesh, tree: Any, model: nnx.Module) -> Any:
@@ -70,21 +85,19 @@ def state_shardings(mesh: Mesh, tree: Any, model: nnx.Module) -> Any:
       model: may be abstract (`nnx.eval_shape`).
 
     Raises:
-      ValueError: an array that is none of the model's, or a parameter that states no axes.
+      ValueError: an array that is none of the model's, or a variable that nobody places.
     """
-    variables = variables_by_path(model)
+    variables = placed_variables(model)
 
     def sharding(path, leaf):
         if not leaf.ndim or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return replicated(mesh)
-        name = _path_in(variables, path)
-        axes = variable_axes(name, variables[name])
-        return NamedSharding(mesh, spec_of((None,) * (leaf.ndim - len(axes)) + axes))
+        return NamedSharding(mesh, spec_of(variables[_path_in(variables, path)].axes))
 
     return jax.tree.map_with_path(sharding, tree)
 
 
-def _path_in(variables: Mapping[str, nnx.Variable], path: Sequence[Any]) -> str:
+def _path_in(variables: Mapping[str, Placed], path: Sequence[Any]) -> str:
     names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
     for start in range(len(names)):
         if (name := "/".join(names[start:])) in variables:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
-from flax import nnx
 
 from gqe_jax.attention import Buffer
 from gqe_jax.config import ModelConfig
 from gqe_jax.models.transformer import abstract_model
-from gqe_jax.parallel.rules import is_exact, variables_by_path
+from gqe_jax.parallel.rules import Placed, placed_variables
 from gqe_jax.pytorch.names import (
     ATTENTION_PREFIX,
     BLOCK_PREFIX,
@@ -101,18 +100,18 @@ def _tensors(rows: Rows, shapes: Mapping[str, tuple[int, ...]], prefix: str, lay
 
 def abstract_parameters(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path → shape and dtype of a model's parameters, the biases of loss-free balancing among them."""
-    return {path: variable.get_value() for path, variable in _variables(config).items()}
+    return {path: placed.variable.get_value() for path, placed in _variables(config).items()}
 
 
 def exact_parameters(config: ModelConfig) -> set[str]:
     """Paths of the parameters and buffers that keep their dtype in an export: the choice of experts hangs on them."""
     return {
-        path for path, variable in _variables(config).items() if is_exact(variable) or isinstance(variable, Buffer)
+        path for path, placed in _variables(config).items() if placed.exact or isinstance(placed.variable, Buffer)
     }
 
 
-def _variables(config: ModelConfig) -> dict[str, nnx.Variable]:
-    return {path.replace("/", "."): variable for path, variable in variables_by_path(abstract_model(config)).items()}
+def _variables(config: ModelConfig) -> dict[str, Placed]:
+    return {path.replace("/", "."): placed for path, placed in placed_variables(abstract_model(config)).items()}
 
 
 def to_write(

@@ -16,7 +16,7 @@ from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build
 from gqe_jax.data.tokenizer import Tokenizer, tokenizer_from_files
 from gqe_jax.models.transformer import abstract_model
-from gqe_jax.parallel.rules import variables_by_path
+from gqe_jax.parallel.rules import placed_variables
 from gqe_jax.runs.checkpoint import Checkpoints
 from gqe_jax.runs.directory import CHECKPOINTS
 from gqe_jax.runs.load import chosen_step
@@ -58,8 +58,8 @@ def open_model(directory: str | Path, step: int | None = None) -> SavedModel:
         root = checkpoints.directory / str(step)
     handler = ocp.PyTreeCheckpointHandler()
     places = {**_leaves(handler, root, "params"), **_leaves(handler, root, "train", buffers)}
-    wanted = variables_by_path(abstract_model(config.model))
-    wanted = {path.replace("/", "."): variable.get_value() for path, variable in wanted.items()}
+    wanted = placed_variables(abstract_model(config.model))
+    wanted = {path.replace("/", "."): placed.variable.get_value() for path, placed in wanted.items()}
     found = {path: tuple(leaf.shape) for path, (_, _, leaf) in places.items()}
     if found != {path: leaf.shape for path, leaf in wanted.items()}:
         raise ConfigError(
