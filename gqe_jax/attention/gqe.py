@@ -125,6 +125,9 @@ class GQEConfig(AttentionConfig):
 
     @classmethod
     def from_modelling_settings(cls, config):
+        missing = [key for key in ("router_top_k", "variant", "router_kind") if key not in config]
+        if missing:
+            raise KeyError(", ".join(missing))
         rate = config.get("router_bias_update_rate", 1e-3) if config.get("router_bias") else 0.0
         return {
             "num_query_experts": config["num_attention_heads"],

@@ -375,4 +375,4 @@ def _gqe_from_hf(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     try:
         return common | kind_named(kind).config.from_modelling_settings(config)
     except KeyError as error:
-        raise ConfigError(f"{path} lacks {error}: copy it again from where the folder came from") from error
+        raise ConfigError(f"{path} lacks {error.args[0]}: copy it again from where the folder came from") from error

@@ -274,7 +274,8 @@ def _check_fit(
             if shape is None and name.endswith(zero):
                 shape = zero_shape
                 if found.shape == shape and found.read().any():
-                    problems.append(f"{where}: not zero, but the configuration's layers have no parameter for it")
+                    settings = config.model.attention.summary
+                    problems.append(f"{where}: not zero, but a layer with {settings} has no parameter for it")
         if shape is None:
             problems.append(f"{where}: unexpected, of shape {list(found.shape)}")
         elif found.shape != shape:
