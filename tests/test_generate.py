@@ -371,7 +371,7 @@ class TestCommandLine:
         parser = argparse.ArgumentParser()
         generate_cli.add_arguments(parser)
         trained = types.SimpleNamespace(model=model, tokenizer=load_tokenizer("bytes"))
-        with mock.patch("gqe_jax.runs.directory.load_model", lambda *_: trained):
+        with mock.patch("gqe_jax.runs.load.load_model", lambda *_: trained):
             return generate_cli.run(parser.parse_args(["--run", "r", *options]))
 
     def expected(self, generator, *texts, count):
