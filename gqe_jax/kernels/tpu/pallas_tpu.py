@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from gqe_jax.kernels.mask import Mask
+from gqe_jax.kernels.mask import Mask, visible
 from gqe_jax.kernels.queries import prepare_queries
 from gqe_jax.kernels.tpu.backward import backward
 from gqe_jax.kernels.tpu.blocks import BlockSizes, tpu_generation
@@ -159,7 +159,11 @@ def _attend_fwd(plan, *args):
         return (o, lse), (args, None, o, lse)
     mask, expert_index, kv_head, q_rope, q, k, v, norm_scale = args
 
+    # A query that sees nothing may hold NaN, and 0 · NaN would reach the tables' gradient.
+    sees_any = visible(mask, plan.q_len, plan.kv_len).any(axis=-1)[:, :, None, None, None]
+
     def prepare(q_rope, q, norm_scale):
+        q = jnp.where(sees_any, q, 0)
         q_norm = None if norm_scale is None else (norm_scale, plan.norm_eps)
         return prepare_queries(q, expert_index, q_norm, q_rope)
 
