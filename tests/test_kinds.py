@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 import toy_kind
 
-from gqe_jax.attention import KINDS, Kind
+from gqe_jax.attention import KINDS, Attention, Kind
 from gqe_jax.attention.kinds import checked
 from gqe_jax.cli import main as cli
 from gqe_jax.config_files import load_config
@@ -113,6 +113,8 @@ def test_the_registry_refuses_a_kind_that_leaves_a_question_open():
     Silent.__abstractmethods__ = frozenset({"flops", "cached_numbers"})
     with pytest.raises(TypeError, match="kind 'silent': Silent does not answer cached_numbers, flops"):
         checked({"silent": Kind(Silent, toy_kind.GainAttention)})
+    with pytest.raises(TypeError, match="kind 'gain': Attention does not state _make, _compute"):
+        checked({"gain": Kind(toy_kind.GainConfig, Attention)})
     with pytest.raises(TypeError, match="both have to be those of the kind"):
         checked({"other": TOY})
 

@@ -29,6 +29,9 @@ def checked(kinds: dict[str, Kind]) -> dict[str, Kind]:
                 f"kind {name!r}: {config.__name__} does not answer {', '.join(sorted(config.__abstractmethods__))}: "
                 f"every kind states all of AttentionConfig's abstract members"
             )
+        unstated = [name for name in ("_make", "_compute") if getattr(layer, name) is getattr(Attention, name)]
+        if unstated:
+            raise TypeError(f"kind {name!r}: {layer.__name__} does not state {', '.join(unstated)}: every layer does")
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
         if defaults["kind"] != name or layer.Config is not config:
             raise TypeError(
