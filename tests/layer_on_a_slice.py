@@ -30,9 +30,10 @@ def collectives(kind, backward):
     """[kind, axes, bytes] of the collectives in one layer, forward or forward and backward."""
     devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
     mesh = make_mesh(MeshConfig(data=1, expert=8), devices)
-    graph, state = nnx.split(nnx.eval_shape(lambda: make_layer(kind)))
+    layer = nnx.eval_shape(lambda: make_layer(kind))
+    graph, state = nnx.split(layer)
     state = nnx.to_pure_dict(state)
-    shardings = state_shardings(mesh, state)
+    shardings = state_shardings(mesh, state, layer)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     tokens = NamedSharding(mesh, spec_of(("batch", "sequence", None)))
     x = jax.ShapeDtypeStruct((B, S, D_MODEL), jnp.bfloat16, sharding=tokens)
