@@ -170,7 +170,7 @@ def test_many_shards_stay_open(tmp_path):
     """Every shard is an open file: the limit grows with their number, and beyond what is allowed the error says so."""
     script = (
         "import pathlib, resource, sys\n"
-        "from gqe_jax.data import units\n"
+        "from gqe_jax.data.preparing import units\n"
         "from gqe_jax.data.sources.corpus import files_corpus\n"
         "from gqe_jax.data.reading.pipeline import PreparedRows\n"
         "from gqe_jax.data.preparing.prepare import prepare\n"
