@@ -1,25 +1,27 @@
 # make demo    trains a small GQE language model on the text of Python's own standard library, evaluates it, samples from it
 # make test    runs the whole test suite, but for what needs seqio: make test-seqio runs that, in .venv-seqio
 # All set up .venv first, with the versions that constraints.txt names. STEPS=3600 makes the demo longer (about an hour).
+# PYTHON=python3.12 does the same in .venv-3.12: from 3.12 on with the newer versions of constraints-newest.txt.
 
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
 RUN ?= runs/demo
 STEPS ?= 300
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
+CONSTRAINTS := $$($(BIN)/python -c 'import sys; print("constraints-newest.txt" if sys.version_info >= (3, 12) else "constraints.txt")')
+INSTALL := PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(BIN)/pip install --quiet --disable-pip-version-check
 # One process for each core, each with whole files: compiling, the most of it, takes one core.
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 # The exported model's own tests, and those of what an import reads, under the oldest and the newest transformers that the
 # extra `pytorch` allows, which stand in folders of their own before the environment's. Left out: gradients against JAX.
-TRANSFORMERS := .venv-transformers
+TRANSFORMERS := $(VENV)-transformers
 TRANSFORMERS_TESTS := tests/test_pytorch_model_generate.py tests/test_pytorch_model_train.py tests/test_pytorch_model_folder.py \
     tests/test_import_differential.py
 
-.PHONY: demo test test-fast test-seqio .test-seqio test-transformers lint clean
+.PHONY: demo test test-fast test-newest test-seqio .test-seqio test-transformers lint clean
 
 demo: $(VENV)/.core
 	$(BIN)/gqe train --config smoke:steps=$(STEPS) --run $(RUN)
@@ -36,9 +38,13 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(PYTEST) $(PYTEST_ARGS)
 
-# The quick part, for a second Python: needs no PyTorch.
+# The quick part, without PyTorch.
 test-fast: $(VENV)/.test
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+# The same and what depends on the versions of JAX and libtpu, for a second Python.
+test-newest: $(VENV)/.test
+	$(PYTEST) -m 'not slow or compiler' $(PYTEST_ARGS)
 
 # seqio brings TensorFlow, 2.4 GB.
 test-seqio:
@@ -67,19 +73,19 @@ $(TRANSFORMERS)/newest: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check --target $@ 'transformers>=5.24'
 
 # What each environment has beyond the core is an extra of pyproject.toml.
-$(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/pip
+$(VENV)/.core: pyproject.toml constraints.txt constraints-newest.txt | $(BIN)/pip
 	$(INSTALL) --editable .
 	@touch $@
 
-$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/pip
+$(VENV)/.test: pyproject.toml constraints.txt constraints-newest.txt | $(BIN)/pip
 	$(INSTALL) --editable '.[test]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/pip
+$(VENV)/.dev: pyproject.toml constraints.txt constraints-newest.txt | $(BIN)/pip
 	$(INSTALL) --editable '.[dev]'
 	@touch $@
 
-$(VENV)/.seqio: pyproject.toml constraints.txt | $(BIN)/pip
+$(VENV)/.seqio: pyproject.toml constraints.txt constraints-newest.txt | $(BIN)/pip
 	$(INSTALL) --editable '.[seqio]' pytest
 	@touch $@
 

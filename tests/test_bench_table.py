@@ -1,6 +1,7 @@
 """The tables of `gqe bench attention` on accelerators: what is counted, how it is shown, what is refused."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -66,6 +67,19 @@ def test_csv_and_plot(tmp_path):
     assert [rows[0][name] for name in ("device", "how", "rival", "cost")] == ["v6e", "static", DENSE.name, "1.0"]
     table.plot(tmp_path / "x.png", cells(), RIVALS["tpu"], 16 / 9, "v6e")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("unit, measure", [("cycles", "modelled cycles"), ("ms", "measured time")])
+def test_the_plot_says_what_was_measured(tmp_path, monkeypatch, unit, measure):
+    """A figure is shown without the text around it: a model's cycles may not pass for a clock's time. From 0 on, the
+    height of a point is the ratio."""
+    figures = pytest.importorskip("matplotlib.figure")
+    saved = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+    some = [dataclasses.replace(cell, unit=unit) for cell in cells()]
+    table.plot(tmp_path / "x.png", some, RIVALS["tpu"], 16 / 9, "v6e")
+    (axes,) = saved[0].axes
+    assert axes.get_ylabel() == f"speed-up over {DENSE.name}, {measure}" and axes.get_ylim()[0] == 0
 
 
 def test_a_comparison_is_put_together_from_its_compiles(monkeypatch, capsys):

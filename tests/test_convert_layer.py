@@ -1,5 +1,6 @@
 """A layer's parameters under PyTorch's names: golden names and shapes, both directions, and states that do not fit."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -84,6 +85,17 @@ def test_torch_tensors_are_read_without_importing_torch():
         np.testing.assert_array_equal(value, want[name].astype(jnp.bfloat16).astype(np.float32))
     layer_from_torch(layer, {name: value.astype(np.float64) + 1e-12 for name, value in want.items()})
     assert layer.q_proj.kernel.dtype == jnp.float32
+
+
+def test_parameters_are_bound_to_a_device_only_if_they_were():
+    """JAX moves an array that nobody has placed to the devices of a mesh; one that was placed it refuses to move."""
+    source = layer_to_torch(tiny.gqe())
+    layer = tiny.gqe(seed=1)
+    layer_from_torch(layer, source)
+    assert not any(value.committed for value in jax.tree.leaves(nnx.state(layer)))
+    nnx.update(layer, jax.device_put(nnx.state(layer), jax.devices()[0]))
+    layer_from_torch(layer, source)
+    assert all(value.committed for value in jax.tree.leaves(nnx.state(layer, nnx.Param)))
 
 
 def test_an_abstract_layer_can_be_filled():

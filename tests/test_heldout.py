@@ -16,7 +16,14 @@ from gqe_jax.data.reading.pipeline import PreparedRows
 from gqe_jax.data.reading.prepared import open_data
 from gqe_jax.data.sources.corpus import files_corpus
 from gqe_jax.data.tokenizer import ByteTokenizer
-from gqe_jax.evaluate.heldout import batch_loss, compare_with_compressors, evaluate, report
+from gqe_jax.evaluate.heldout import (
+    _exponential,
+    batch_loss,
+    compare_with_compressors,
+    evaluate,
+    format_perplexity,
+    report,
+)
 from gqe_jax.models.transformer import Transformer
 from gqe_jax.parallel.mesh import make_mesh
 
@@ -90,6 +97,15 @@ def test_every_token_counts_once(folder, evaluated, batch_size):
         np.testing.assert_allclose(np.log(result.word_perplexity), nats.sum() / words, rtol=1e-5)
         np.testing.assert_allclose(result.load.sum(-1), 1.0, atol=1e-6)
         assert result.by_set == {}
+
+
+@pytest.mark.parametrize(
+    "nats, shown",
+    [(0.0, "1.00"), (13.8, "984,609.11"), (28.028, "1.49e+12"), (709.7, "1.65e+308"), (710.0, "inf")],
+)
+def test_perplexity_can_be_read(nats, shown):
+    """An untrained byte model has e to the 28 per word and more: beyond a million a power of ten, never an error."""
+    assert format_perplexity(_exponential(nats)) == shown
 
 
 def test_by_position(folder, evaluated):

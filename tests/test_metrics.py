@@ -199,7 +199,8 @@ def test_router_warnings_name_layer_group_and_experts():
         "router of layer 1, group 0: dead: expert 1 (0.1%), expert 2 (0.0%), expert 3 (0.0%); overloaded: expert 0 "
         "(99.9%); uniform: 25.0%",
         "router of layer 2, group 1: overloaded: expert 0 (96.0%); uniform: 25.0%",
-        "if this lasts, raise model.attention.router.load_balance_weight or init_std",
+        "usual in the first steps, while the learning rate rises; if it lasts, raise "
+        "model.attention.router.load_balance_weight or init_std",
     ]
 
 
@@ -216,4 +217,4 @@ def test_collapsed_router_makes_few_lines():
     load[..., 0] = 1.0
     lines = router_warnings(load, 1)
     assert len(lines) == 5
-    assert lines[-1].startswith("and 188 more groups; if this lasts, raise model.attention.router.load_balance_weight")
+    assert lines[-1].startswith("and 188 more groups; usual in the first steps, ")

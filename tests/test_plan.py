@@ -303,6 +303,7 @@ def test_chips_agree_with_the_peaks_of_mfu():
 
 
 @pytest.mark.slow
+@pytest.mark.compiler
 def test_a_compiled_step():
     """Bytes of the arguments as counted from shapes, kernels for all attention, one reduction of y per half layer."""
     pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install 'jax[tpu]'")

@@ -11,8 +11,8 @@ from gqe_jax.attention import GQAConfig, GQEConfig
 from gqe_jax.cli import inspect as inspect_cli
 from gqe_jax.config import ConfigError, ModelConfig, RunConfig
 from gqe_jax.config_dict import to_dict
-from gqe_jax.evaluate.run_report import plot_text, report
-from gqe_jax.runs.record import read_run
+from gqe_jax.evaluate.run_report import plot_text, report, write_png
+from gqe_jax.runs.record import RunRecord, read_run
 
 
 def make_run(directory, attention=None, steps=(1, 10, 20), extra=b""):
@@ -107,6 +107,24 @@ def test_png(tmp_path, capsys):
     assert widths == [1440, 840]
     with pytest.raises(ConfigError, match=r"--png='.*' cannot be written \(No such file or directory\): choose"):
         run_command("--run", str(tmp_path), "--png", str(tmp_path / "absent" / "run.png"))
+
+
+@pytest.mark.parametrize(
+    "groups, experts, numbers", [(2, 4, ["0", "1", "2", "3"] * 2), (8, 8, []), (32, 2, [])]
+)
+def test_heat_map_names_experts_and_the_uniform_share(tmp_path, monkeypatch, groups, experts, numbers):
+    """Colours are read against the share that every expert would have if all had the same; columns by their numbers,
+    those of the groups alone where there are many."""
+    figures = pytest.importorskip("matplotlib.figure")
+    saved = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+    load = np.full((3, groups, experts), 1 / experts)
+    write_png(RunRecord(tmp_path, RunConfig(), [{"step": 1, "loss": 2.0, "load": load.tolist()}]), tmp_path / "x.png")
+    _, heat_map, bar = saved[0].axes
+    assert [label.get_text() for label in heat_map.get_xticklabels(minor=True)] == numbers
+    shown = [label.get_text().strip() for label in heat_map.get_xticklabels()]
+    assert shown[:2] == ["0", "2" if groups == 32 else "1"] and len(shown) <= 24
+    assert f"uniform: {1 / experts:.1%}" in [label.get_text() for label in bar.get_yticklabels()]
 
 
 def test_png_without_matplotlib(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from gqe_jax.aot.tpu_compile import Compiled, CompileError, Job, compile_all
 from gqe_jax.bench.rivals import RIVALS, Setting
 
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install 'jax[tpu]'")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.compiler]
 
 TARGETS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 SEQ_LEN = 8192

@@ -66,6 +66,7 @@ def test_v4_runs_with_the_flags_of_v5p():
 
 
 @pytest.mark.slow
+@pytest.mark.compiler
 def test_libtpu_knows_every_flag():
     """libtpu ends a process that starts with a flag it does not know, so a stale set would stop a whole pod."""
     load = "from jax.experimental import topologies as t; t.get_topology_desc('v5e:2x2', platform='tpu'); print('ok')"
@@ -78,6 +79,7 @@ def test_libtpu_knows_every_flag():
 
 
 @pytest.mark.slow
+@pytest.mark.compiler
 def test_every_set_changes_the_program():
     """A flag that changes nothing is either the default already or no longer heeded: then it explains nothing."""
     jobs = [(topology, options) for name, topology in TOPOLOGIES.items() for options in ({}, flags(name))]

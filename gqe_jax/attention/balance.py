@@ -46,5 +46,8 @@ def router_warnings(load: np.ndarray, top_k: int) -> list[str]:
             faults += [f"{name}: {experts}"] if experts else []
         lines.append(f"router of layer {layer}, group {group}: {'; '.join(faults)}; uniform: {uniform:.1%}")
     more = f"and {len(bad) - MAX_WARNINGS} more groups; " if len(bad) > MAX_WARNINGS else ""
-    advice = f"{more}if this lasts, raise model.attention.router.load_balance_weight or init_std"
+    advice = (
+        f"{more}usual in the first steps, while the learning rate rises; if it lasts, raise "
+        f"model.attention.router.load_balance_weight or init_std"
+    )
     return [*lines, advice] if lines else []

@@ -111,7 +111,9 @@ def plot(path: str, cells: Sequence[Cell], rivals: Sequence[Rival], bound: float
     axes.set_xscale("log", base=2)
     lengths = sorted({cell.seq_len for cell in cells})
     axes.set_xticks(lengths, [f"{s // 1024}k" if s % 1024 == 0 else str(s) for s in lengths])
-    axes.set(xlabel="context length (tokens)", ylabel=f"speed-up over {rivals[0].name}", title=title)
+    measure = "modelled cycles" if cells[0].unit == "cycles" else "measured time"
+    axes.set(xlabel="context length (tokens)", ylabel=f"speed-up over {rivals[0].name}, {measure}", title=title)
+    axes.set_ylim(bottom=0)  # the height of a point is the ratio itself
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     axes.figure.savefig(path, dpi=150)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ class HeldOut:
       loss: nats per token.
       bits_per_byte: of the text; the end of each document counts as a token to predict, and as no byte. Over a part of
         the text (`limit`) it is an estimate, with the whole split's tokens per byte.
-      perplexity: e to the loss.
+      perplexity: e to the loss; infinite where float64 has no such number, as is `word_perplexity`.
       word_perplexity: e to the loss per word (words are separated by white space); estimated as `bits_per_byte` is.
       tokens: how many were predicted.
       load: float64 [L, G, M], share of tokens that selected each expert; None for dense attention.
@@ -150,13 +151,17 @@ def _result(parts: Sequence[_Sums], infos: Sequence[SplitInfo]) -> HeldOut:
     return HeldOut(
         loss=nats / tokens,
         bits_per_byte=nats / math.log(2) / sum(info.bytes for info in infos),
-        perplexity=math.exp(min(nats / tokens, 700.0)),
-        word_perplexity=math.exp(min(nats / max(sum(info.words for info in infos), 1), 700.0)),
+        perplexity=_exponential(nats / tokens),
+        word_perplexity=_exponential(nats / max(sum(info.words for info in infos), 1)),
         tokens=sum(part.tokens for part in parts),
         load=load,
         by_position=_by_position(parts, weights),
         by_set={},
     )
+
+
+def _exponential(nats: float) -> float:
+    return math.exp(nats) if nats < math.log(sys.float_info.max) else math.inf
 
 
 def _by_position(parts: Sequence[_Sums], weights: Sequence[float]) -> tuple[PositionLoss, ...]:
@@ -195,9 +200,15 @@ def report(result: HeldOut) -> str:
 
 def _figures(result: HeldOut) -> str:
     return (
-        f"loss {result.loss:.4f} nats/token, perplexity {result.perplexity:.3f} per token and "
-        f"{result.word_perplexity:.3f} per word, {result.bits_per_byte:.4f} bits/byte ({result.tokens:,} tokens)"
+        f"loss {result.loss:.4f} nats/token, perplexity {format_perplexity(result.perplexity)} per token and "
+        f"{format_perplexity(result.word_perplexity)} per word, {result.bits_per_byte:.4f} bits/byte "
+        f"({result.tokens:,} tokens)"
     )
+
+
+def format_perplexity(value: float) -> str:
+    """Plain digits up to a million; beyond, where digits would not be read, a power of ten: 1.49e+12."""
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"
 
 
 def compare_with_compressors(result: HeldOut, data: PreparedData) -> str:

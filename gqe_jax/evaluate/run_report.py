@@ -15,6 +15,7 @@ from gqe_jax.runs.record import RunRecord
 
 BAR = 40  # characters of all bars of a line
 HEIGHT, WIDTH = 12, 64  # of the loss curve, in characters
+HEAT_MAP_LABELS = 24  # as many numbers have room below the picture
 
 
 def report(run: RunRecord) -> str:
@@ -147,11 +148,26 @@ def write_png(run: RunRecord, path: str | Path) -> None:
         image = axes[1].imshow(load.reshape(layers, -1), aspect="auto", vmin=0, vmax=1, interpolation="nearest")
         for group in range(1, groups):
             axes[1].axvline(group * experts - 0.5, color="white", linewidth=1)
-        axes[1].set(title="share of tokens per expert", ylabel="layer", xlabel="group")
+        axes[1].set(title="share of tokens per expert", ylabel="layer")
         axes[1].yaxis.get_major_locator().set_params(integer=True)
-        axes[1].set_xticks([(group + 0.5) * experts - 0.5 for group in range(groups)], [str(g) for g in range(groups)])
-        figure.colorbar(image, ax=axes[1])
+        _label_experts(axes[1].xaxis, groups, experts)
+        uniform = load.sum(-1).mean() / experts
+        bar = figure.colorbar(image, ax=axes[1])
+        bar.ax.axhline(uniform, color="white", linewidth=2)
+        bar.ax.set_yticks([0, uniform, 1], ["0%", f"uniform: {uniform:.1%}", "100%"])
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:
         raise ConfigError(f"--png={str(path)!r} cannot be written ({error.strerror}): choose another file") from error
+
+
+def _label_experts(axis: Any, groups: int, experts: int) -> None:
+    """Numbers of the groups below the heat map, and above them those of the experts where there is room."""
+    crowded = groups * experts > HEAT_MAP_LABELS
+    shown = range(0, groups, math.ceil(groups / HEAT_MAP_LABELS))
+    above = "" if crowded else "\n"
+    axis.set_ticks([(group + 0.5) * experts - 0.5 for group in shown], [f"{above}{group}" for group in shown])
+    axis.set_tick_params(length=0)
+    if not crowded:
+        axis.set_ticks(range(groups * experts), [str(m) for m in range(experts)] * groups, minor=True)
+    axis.set_label_text(f"group of {experts} experts" if crowded else "expert within its group, and the group")

@@ -51,7 +51,7 @@ def layer_to_torch(layer: Attention) -> dict[str, np.ndarray]:
 def layer_from_torch(layer: Attention, state: Mapping[str, Any]) -> None:
     """Sets the parameters of `layer`, in place, to a PyTorch state dict with the names of `layer_to_torch`.
 
-    Each parameter keeps its dtype and its placement on devices.
+    Each parameter keeps its dtype and its placement on devices; one that is not bound to a device stays unbound.
 
     Args:
       layer: of the shape that the state was made for.
@@ -93,7 +93,9 @@ def layer_from_torch(layer: Attention, state: Mapping[str, Any]) -> None:
         for part, column, shape in zip(parts, columns, shapes, strict=True):
             old = variables[part.path].get_value()
             value = part.from_torch(column, shape).astype(old.dtype)
-            values[tuple(part.path.split("."))] = jax.device_put(value, old.sharding)
+            # Where nobody has placed the parameter, JAX stays free to move it to the devices of a mesh.
+            placed = old.sharding if getattr(old, "committed", True) else None
+            values[tuple(part.path.split("."))] = jax.device_put(value, placed)
     nnx.update(layer, nnx.traversals.unflatten_mapping(values))
 
 

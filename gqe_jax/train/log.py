@@ -11,7 +11,7 @@ import jax
 from gqe_jax import flops
 from gqe_jax.config import RunConfig
 from gqe_jax.data.reading.prepared import PreparedData
-from gqe_jax.evaluate.heldout import HeldOut
+from gqe_jax.evaluate.heldout import HeldOut, format_perplexity
 from gqe_jax.runs.metrics import MetricWriter, Stopwatch, progress_line
 from gqe_jax.train.step import STEP_METRICS
 
@@ -90,7 +90,7 @@ class Log:
     def evaluated(self, step: int, result: HeldOut) -> None:
         say(
             f"step {step}: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits/byte, perplexity "
-            f"{result.perplexity:.2f} per token, over {result.tokens:,} tokens"
+            f"{format_perplexity(result.perplexity)} per token, over {result.tokens:,} tokens"
         )
         record: dict[str, Any] = {"eval/loss": result.loss, "eval/bits_per_byte": result.bits_per_byte}
         record |= {"eval/tokens": result.tokens, "eval/load": result.load}
