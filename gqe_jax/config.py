@@ -1,6 +1,7 @@
-"""What a run is made of: frozen dataclasses that validate themselves.
+"""Defines a run's configuration: frozen dataclasses that validate themselves.
 
-Every error names the field, its value, the rule and the remedy. `config_dict` makes them from what a config file gives.
+Every error names the field, its value, the rule and the remedy. `config_dict` makes the dataclasses from what a config
+file gives.
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ if TYPE_CHECKING:
 
     from gqe_jax.kernels import Call
 
-# The names in gqe_jax.kernels.attend, which this module is below.
+# The keys of gqe_jax.kernels.attend.IMPLEMENTATIONS, which this module may not import (a test compares them).
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "pallas_tpu", "pallas_tpu_decode")
 
 
 class ConfigError(ValueError):
-    """Input that cannot be used: the message names the field, the value, the rule and the remedy."""
+    """Raised for input that cannot be used: the message names the field, the value, the rule and the remedy."""
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """A ' (did you mean ...?)' for an error message, or the known names where none is near."""
+    """Returns "did you mean ...?" for an error message, or the known names where none is near."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 def require(rule: bool, message: str) -> None:
+    """Raises ConfigError with the message unless the rule holds."""
     if not rule:
         raise ConfigError(message)
 
@@ -49,7 +51,7 @@ def least(value: float | None) -> str:
 
 
 def require_known(config: Any) -> None:
-    """Every field with a closed list of values has one of them."""
+    """Raises ConfigError unless every field with a closed list of values (Literal) has one of them."""
     for name, hint in typing.get_type_hints(type(config)).items():
         if typing.get_origin(hint) is Literal:
             value, allowed = getattr(config, name), typing.get_args(hint)
@@ -92,10 +94,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig(abc.ABC):
-    """What every kind of attention has, and what each kind answers for itself (`gqe_jax.attention.KINDS`).
+    """Holds the settings that all kinds of attention share, and asks each kind (`gqe_jax.attention.KINDS`) for its own.
 
     The fields are also the layers' constructor arguments. Nothing outside `gqe_jax.attention` asks which kind it is:
-    counts, plans, reports and conversions ask for the answers below, which a kind has to state in full.
+    counts, plans, reports and conversions use the abstract members below, all of which a kind has to define.
     """
 
     POSITIONAL: ClassVar[tuple[str, ...]]  # fields that the layer's constructor takes by position, after d_model
@@ -107,49 +109,49 @@ class AttentionConfig(abc.ABC):
     rope_scaling: RopeScaling = RopeScaling()  # stretches it to longer contexts
     qk_norm: bool = False  # RMS norm of each query and key head before the rotary embedding; one scale [D] each
     qk_norm_eps: float = 1e-6  # added to the mean square under that norm's root
-    bias: bool = False  # on the projections of q, k, v, o and a shared query; never on a router
+    bias: bool = False  # of the projections of q, k, v, o and a shared query; a router never has one
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     window: int | None = None  # a token sees itself and the window - 1 tokens before it
-    implementation: str | None = None  # of attend(), one of IMPLEMENTATIONS; None: by platform
-    context_parallel: Literal["auto", "gather", "ring"] = "auto"  # K and V over the mesh's `context`; auto: by memory
+    implementation: str | None = None  # of `attend`, one of IMPLEMENTATIONS; None: the fastest on the platform
+    context_parallel: Literal["auto", "gather", "ring"] = "auto"  # how K and V cross `context`; auto: by their size
 
     @property
     @abc.abstractmethod
     def query_heads(self) -> tuple[str, int]:
-        """(name of the field, its value): query heads that are projected for each token, a shared one not counted."""
+        """The field that holds the number of projected query heads, without a shared one: (its name, its value)."""
 
     @property
     @abc.abstractmethod
     def attending_heads(self) -> int:
-        """Heads that attend for each token."""
+        """How many heads attend for each token, shared ones included."""
 
     @property
     @abc.abstractmethod
     def output_slots(self) -> int:
-        """Head-sized inputs of the output projection."""
+        """How many head-sized vectors the output projection takes: W_o has output_slots · head_dim rows."""
 
     @property
     @abc.abstractmethod
     def summary(self) -> str:
-        """The settings that tell one model's attention from another's, in one line."""
+        """One line with the settings that tell one model's attention from another's."""
 
     @property
     @abc.abstractmethod
     def description(self) -> str:
-        """What the attention does, for a reader of a model card who knows none of the names: Markdown, no full stop."""
+        """What the attention does, in Markdown without a full stop, for readers of a model card."""
 
     @abc.abstractmethod
     def parameters(self, d_model: int) -> dict[str, int]:
-        """Parameters of one layer by part: "attention", "norm" and, where there is one, "router"."""
+        """Counts the parameters of one layer by part: "attention", "norm" and, where there is one, "router"."""
 
     @abc.abstractmethod
     def flops(self, d_model: int, tokens: int, pairs: int) -> dict[str, int]:
-        """FLOPs of one layer's forward pass by part.
+        """Counts the FLOPs of one layer's forward pass by part.
 
         Args:
-          d_model: width of its input.
-          tokens: that pass through its projections.
-          pairs: (query, key) pairs that one attending head scores.
+          d_model: width of the layer's input.
+          tokens: number of tokens that pass through the projections.
+          pairs: number of (query, key) pairs that one attending head scores.
 
         Returns:
           FLOPs of "projections", "router", "attention" (scores and weighted sums) and "shared_head".
@@ -157,70 +159,76 @@ class AttentionConfig(abc.ABC):
 
     @abc.abstractmethod
     def dense_twin(self) -> AttentionConfig | None:
-        """The same layer with every query head attending, the measure of what is saved; None: it is dense itself."""
+        """Returns the config of the same layer with every query head attending; None where it is dense itself."""
 
     @abc.abstractmethod
     def saved_bytes(self, policy: str, *, d_model: int, itemsize: int, expert: int = 1) -> int:
-        """Bytes that one layer keeps of one token for its backward pass, beside its input.
+        """Counts the bytes that a device keeps of one token in a layer for the backward pass, beside the layer's input.
 
         Args:
           policy: a key of `gqe_jax.remat.POLICIES`.
           d_model: width of the layer.
           itemsize: bytes of a number in the computation's dtype.
-          expert: devices on that axis of the mesh, which share out the KV heads.
+          expert: number of devices on the mesh's axis `expert`, which share out the KV heads.
         """
 
     @abc.abstractmethod
     def cached_numbers(self, expert: int = 1) -> int:
-        """Numbers that generation keeps of one token in a layer, on one of `expert` devices that share the KV heads."""
+        """Counts the numbers that a device caches of a token in a layer, where `expert` devices share the KV heads."""
 
     @abc.abstractmethod
     def attend_calls(
         self, dtype: str, *, batch: int, q_len: int, kv_len: int, cached: bool, partitioned: bool
     ) -> dict[str, Call]:
-        """What one layer asks of `gqe_jax.attend`, by the heads' name.
+        """Describes the calls of `gqe_jax.attend` that one layer makes, by a name of the heads that each computes.
 
         Args:
-          dtype: of the computation.
+          dtype: name of the computation's dtype.
           batch, q_len, kv_len: B, S and T.
-          cached: the tokens continue a cache (prefill and decode); otherwise they are rows of training data.
-          partitioned: XLA splits the computation over several devices.
+          cached: whether the tokens continue a cache (prefill and decode); otherwise they are rows of training data.
+          partitioned: whether XLA splits the computation over several devices.
         """
 
     @property
     @abc.abstractmethod
     def transformers_classes(self) -> tuple[str, ...]:
-        """Model types of transformers whose own attention is this kind; a model's other settings may still differ."""
+        """The model types of transformers that compute this kind; a model's other settings may still exclude them."""
 
     @abc.abstractmethod
     def modelling_settings(self) -> dict[str, Any] | None:
-        """What config.json tells the modelling file of an export about this kind; None: that file cannot compute it."""
+        """Returns this kind's settings in the config.json of an exported model.
+
+        `pytorch/modelling/modeling_gqe.py` reads them; None means that it cannot compute this kind.
+        """
 
     @classmethod
     @abc.abstractmethod
     def from_modelling_settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The reverse: this kind's own fields from a config.json. Raises KeyError for a setting that is missing."""
+        """Returns this kind's own fields from an exported config.json; raises KeyError if one is missing."""
 
     @abc.abstractmethod
     def zero_tensors(self, d_model: int) -> dict[str, tuple[int, ...]]:
-        """PyTorch's name → shape of tensors that are zeros, for the layer has no parameter in their place."""
+        """Returns name → shape of tensors that an exported layer needs but this layer has not: they are zeros there.
+
+        A router without parameters, for example, is exported as a `router.weight` of zeros.
+        """
 
     @abc.abstractmethod
     def updated_buffers(self, buffers: dict[str, Any], metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
-        """The layers' buffers (state without gradient) after a training step.
+        """Returns the buffers (state without gradient) of the attention layers after a training step.
 
         Args:
-          buffers: those of the attention layers before the step, stacked over layers; empty where a kind has none.
-          metrics: the layers' own, of the whole step, stacked over layers.
+          buffers: the buffers before the step, stacked over layers; empty where a kind has none.
+          metrics: the metrics of the layers' reports over the whole step, stacked over layers.
         """
 
     @abc.abstractmethod
     def progress_note(self, metrics: Mapping[str, Any]) -> str | None:
-        """What the progress line says of the layers' metrics of a step, in a few words."""
+        """Says in a few words, for the progress line, what the layers' metrics of a step show; None: nothing."""
 
     @abc.abstractmethod
     def warnings(self, metrics: Mapping[str, Any]) -> list[str]:
-        """What is wrong with the layers' metrics of a step, in words; nothing where all is well."""
+        """Describes what is wrong with the layers' metrics of a step; an empty list where all is well."""
 
     @property
     def has_out_bias(self) -> bool:
@@ -267,7 +275,7 @@ class AttentionConfig(abc.ABC):
         )
 
     def resolve(self, d_model: int) -> typing.Self:
-        """The same config with `head_dim` filled in for a model of width `d_model`."""
+        """Returns the same config with `head_dim` filled in for a model of width `d_model`."""
         if self.head_dim is not None:
             return self
         name, heads = self.query_heads
@@ -280,7 +288,7 @@ class AttentionConfig(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A pre-norm decoder (RMSNorm, SwiGLU), Llama-compatible in every dense detail."""
+    """Configures a pre-norm decoder (RMSNorm, SwiGLU), compatible with Llama in every dense detail."""
 
     vocab_size: int = 259
     d_model: int = 1024
@@ -292,7 +300,7 @@ class ModelConfig:
     init_std: float = 0.02  # of every weight; the two projections into the residual stream: / sqrt(2 num_layers)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "attention", "dots", "full"] = "none"  # recomputed in the backward pass
+    remat: Literal["none", "attention", "dots", "full"] = "none"  # what is kept for the backward pass: `remat.POLICIES`
     attention: AttentionConfig
 
     def __post_init__(self):
@@ -303,7 +311,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Prepared rows to train on (`gqe prepare`)."""
+    """Names the prepared rows to train on (`gqe prepare`), and says how they are read."""
 
     path: str | None = None  # a prepared directory (gs:// too); None: the text of Python's own standard library
     mixture: str | None = None  # several instead: "DIR:WEIGHT,DIR:WEIGHT", weights as shares of the rows
@@ -326,11 +334,11 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a schedule and gradient clipping (`train/optimizer.py`)."""
+    """Configures AdamW with a learning-rate schedule and gradient clipping (`train/optimizer.py`)."""
 
     learning_rate: float = 5e-4  # peak
     min_learning_rate: float = 1e-5  # floor that the decay ends on
-    schedule: Literal["wsd", "cosine"] = "wsd"
+    schedule: Literal["wsd", "cosine"] = "wsd"  # warm-up, stable, decay; or warm-up and half a cosine
     warmup_steps: int = 100
     decay_steps: int = 100  # "wsd": length of the last, decaying part
     b1: float = 0.9
@@ -358,12 +366,12 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; -1, for one axis at most, means what the others leave."""
+    """Says how many devices each axis of the mesh has; -1, for one axis at most, means what the others leave."""
 
-    data: int = -1  # copies of the model, each with its rows of the batch
-    fsdp: int = 1  # rows of the batch too; over it and `context` parameters and optimizer state are spread
-    expert: int = 1  # KV groups with their query experts; hidden width of the MLP; vocabulary
-    context: int = 1  # the sequence
+    data: int = -1  # splits the rows of a batch: each device has a copy of the model
+    fsdp: int = 1  # splits the rows of a batch too, and with `context` also parameters and optimizer state
+    expert: int = 1  # splits KV groups with their query experts, hidden width of the MLP, vocabulary
+    context: int = 1  # splits the sequence (not to be confused with model.context, its length)
 
     def __post_init__(self):
         sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -379,7 +387,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Length, rhythm and record of a run."""
+    """Says how long a run is, how often it logs, evaluates and saves, and what it records."""
 
     steps: int = 1000
     seed: int = 0  # of initialisation and of all randomness in the model
@@ -397,7 +405,7 @@ class TrainConfig:
 
     @property
     def profile_window(self) -> tuple[int, int] | None:
-        """First and last step of `profile_steps`."""
+        """The first and the last step of `profile_steps`; None where nothing is traced."""
         if self.profile_steps is None:
             return None
         first, _, last = self.profile_steps.partition(":")
@@ -419,7 +427,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All of a run; saved beside its checkpoints."""
+    """Holds the whole configuration of a run; it is saved beside the run's checkpoints."""
 
     name: str = "gqe"
     model: ModelConfig

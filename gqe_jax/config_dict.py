@@ -1,4 +1,4 @@
-"""Conversion of a ConfigDict or a plain dictionary to a run's dataclasses, and back.
+"""Converts a ConfigDict or a plain dictionary to a run's dataclasses, and back.
 
 A config file (`configs/*.py`) defines `get_config(arg=None)` and returns an `ml_collections.ConfigDict` that starts
 from `defaults()`. `build` turns it into a `RunConfig`.
@@ -20,11 +20,11 @@ from gqe_jax.attention.kinds import kind_named
 from gqe_jax.config import AttentionConfig, ConfigError, RunConfig, nearest
 
 DEFAULT_ATTENTION = {"kind": "gqe", "num_query_experts": 16, "num_kv_heads": 8}
-"""The paper's main setting, for a configuration that says nothing of attention."""
+"""The paper's main setting, which a configuration without `model.attention` gets."""
 
 
 def defaults(**attention: Any) -> ml_collections.ConfigDict:
-    """Every field of `RunConfig` at its default, to start a config file from.
+    """Returns every field of `RunConfig` at its default, as a ConfigDict to start a config file from.
 
     Args:
       **attention: fields of `model.attention`, its `kind` first of all ("gqe" unless given).
@@ -36,7 +36,7 @@ def defaults(**attention: Any) -> ml_collections.ConfigDict:
 
 
 def _default_fields(cls: type) -> ml_collections.ConfigDict:
-    """The defaults of a config class, groups of fields included; those that have none are left out."""
+    """Returns the defaults of a config class, groups of fields included; fields without a default are left out."""
     hints = typing.get_type_hints(cls)
     result = ml_collections.ConfigDict()
     for field in dataclasses.fields(cls):
@@ -72,15 +72,15 @@ def _without_none(hint: Any) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dictionary of a config dataclass (JSON-serialisable)."""
+    """Converts a config dataclass to nested plain dictionaries (JSON-serialisable)."""
     return dataclasses.asdict(config)
 
 
 def build(mapping: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
-    """Checks a ConfigDict (or the dictionary saved in a checkpoint) and makes the `RunConfig` of it.
+    """Checks a ConfigDict (or the dictionary saved in a checkpoint) and makes the `RunConfig` from it.
 
     Raises:
-      ConfigError: unknown key (with the nearest known one), wrong type, or a rule broken.
+      ConfigError: a key is unknown (the message has the nearest known one), a type is wrong, or a rule is broken.
     """
     values = dict(mapping)
     model = values.get("model", {})

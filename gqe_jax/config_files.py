@@ -1,4 +1,4 @@
-"""Config files by path or by name."""
+"""Loads config files by path or by name."""
 
 import contextlib
 import importlib.util
@@ -16,7 +16,7 @@ from gqe_jax.configs import shipped_configs
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The checked configuration of `FILE[:arg]` with overrides applied.
+    """Loads and checks the configuration of `FILE[:arg]`, with overrides applied.
 
     Args:
       spec: path of a Python file that defines `get_config(arg=None)`, or the name of a config that comes with gqe_jax
@@ -25,7 +25,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
         commas ("1,2").
 
     Raises:
-      ConfigError: no such file, no such key, a value of the wrong type, or a rule broken.
+      ConfigError: there is no such file or key, a value has the wrong type, or a rule is broken.
     """
     name, _, argument = spec.partition(":")
     path = _find(name)
@@ -64,7 +64,7 @@ def _load_module(path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def _errors_located(path: Path) -> Iterator[None]:
-    """Turns whatever a config file raises into a ConfigError with the line, for it is the user's input."""
+    """Turns whatever a config file raises into a ConfigError with its line, as the file is the user's input."""
     try:
         yield
     except ConfigError:

@@ -1,4 +1,4 @@
-"""Text that sets fields of a ConfigDict: overrides (`--config.a.b=value`), and the argument of a config file."""
+"""Sets fields of a ConfigDict from text: overrides (`--config.a.b=value`), and the argument of a config file."""
 
 import ast
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from gqe_jax.config import ConfigError, nearest
 
 
 def parse_argument(argument: str | None, **defaults: Any) -> ml_collections.ConfigDict:
-    """What a config file is called with: "steps=100,kind=gqa"; a name alone means True.
+    """Reads the argument of a config file, such as "steps=100,kind=gqa"; a name alone means True.
 
     Args:
       argument: the text behind the colon of `--config FILE:ARG`, or None.
       **defaults: the names that the file understands, with their values when not given.
 
     Raises:
-      ConfigError: another name, a value of another type than the default's, or an integer below 1 where the default is
-        a positive one: they count something.
+      ConfigError: a name is unknown, a value has another type than its default, or an integer is below 1 though its
+        default is positive, and so counts something.
     """
     result = ml_collections.ConfigDict(defaults)
     for assignment in filter(None, (argument or "").split(",")):
@@ -34,7 +34,7 @@ def override(config: ml_collections.ConfigDict, assignment: str) -> None:
     """Sets one field of a configuration, in place: "a.b=value", as on the command line behind `--config.`.
 
     Raises:
-      ConfigError: no such key, or a value of the wrong type.
+      ConfigError: there is no such key, or the value has the wrong type.
     """
     key, equals, text = assignment.partition("=")
     if not equals:
@@ -72,7 +72,7 @@ def _literal(text: str) -> Any:
 
 
 def _sequence(value: Any, text: str) -> tuple[Any, ...]:
-    """The sequence that a text means: "1,2" and "(1, 2)" and "[1, 2]" are two numbers, "1" is one, "a,b" two words."""
+    """Returns the sequence that a text means: "1,2", "(1, 2)" and "[1, 2]" give two numbers, "1" one, "a,b" words."""
     if isinstance(value, tuple | list):
         return tuple(value)
     if value != text:  # a single literal, such as 1

@@ -1,8 +1,8 @@
-"""Analytic parameter and FLOP counts of a model, device peaks, and model FLOP utilisation (MFU).
+"""Counts a model's parameters and FLOPs from its configuration, and computes model FLOP utilisation (MFU).
 
 A matrix product of [m, n] and [n, p] is 2·m·n·p FLOPs; norms, rotary embedding, softmax and activations are not counted
-(the usual convention). `active` is what GQE computes; `dense_equivalent` is the same model with all of its N query
-experts attending, the denominator to compare speeds of different k with.
+(the usual convention). "active" counts what the model computes; "dense_equivalent" counts the same model with all of
+its query heads attending, the measure by which models of different k are compared.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ PEAK_FLOPS = {
 
 @dataclasses.dataclass(frozen=True)
 class ForwardFlops:
-    """FLOPs of one forward pass over one sequence, by part."""
+    """Holds the FLOPs of one forward pass over one sequence, by part of the model."""
 
     projections: int  # q, k, v, the shared query, and the output projection
     router: int
-    attention: int  # q·k and p·v of the selected experts (dense: of all heads)
-    shared_head: int
+    attention: int  # q·k and p·v of the selected experts (in a dense model, of all heads)
+    shared_head: int  # the same of the shared head
     mlp: int
     logits: int
 
@@ -47,7 +47,7 @@ class ForwardFlops:
 
 
 def parameter_count(model: ModelConfig) -> dict[str, int]:
-    """Parameters by part: embedding (with an untied output head), attention, mlp, norm, router, and their total."""
+    """Counts parameters by part: embedding (with an untied output head), attention, mlp, norm, router, and total."""
     d, layers = model.d_model, model.num_layers
     counts = {
         "embedding": model.vocab_size * d * (1 if model.tie_embeddings else 2),
@@ -62,7 +62,10 @@ def parameter_count(model: ModelConfig) -> dict[str, int]:
 
 
 def scored_pairs(sequence: int, window: int | None = None) -> int:
-    """(query, key) pairs of causal attention over `sequence` tokens, each seeing itself and `window` - 1 before it."""
+    """Counts the (query, key) pairs of causal attention over `sequence` tokens.
+
+    Each token sees itself and the `window` − 1 tokens before it; None: all before it.
+    """
     window = min(window or sequence, sequence)
     return window * (window + 1) // 2 + (sequence - window) * window
 
@@ -70,13 +73,13 @@ def scored_pairs(sequence: int, window: int | None = None) -> int:
 def forward_flops(
     model: ModelConfig, sequence: int, kind: Literal["active", "dense_equivalent"] = "active"
 ) -> ForwardFlops:
-    """FLOPs of a forward pass over one unpadded sequence of `sequence` tokens, logits at every position included.
+    """Counts the FLOPs of a forward pass over one unpadded sequence, logits at every position included.
 
     Args:
-      model: the model.
-      sequence: tokens.
-      kind: "active", or "dense_equivalent": of the attention's dense twin, in which every query head attends. The two
-        are the same for a dense model.
+      model: the model's configuration.
+      sequence: length of the sequence in tokens.
+      kind: "active", or "dense_equivalent": with the attention's dense twin, in which every query head attends. The two
+        are equal for a dense model.
     """
     attention = model.attention
     if kind == "dense_equivalent":
@@ -96,9 +99,9 @@ def flops_per_token(
     *,
     backward: bool = True,
 ) -> float:
-    """FLOPs per token, averaged over a sequence: forward, or forward and backward (3 times as many).
+    """Counts the FLOPs per token, averaged over a sequence: forward and backward (3 times the forward), or forward.
 
-    What remat recomputes is not counted: it is work that the model does not ask for.
+    What remat recomputes is not counted, as the model itself does not ask for it.
     """
     return (3 if backward else 1) * forward_flops(model, sequence, kind).total / sequence
 
@@ -106,24 +109,27 @@ def flops_per_token(
 def flops_per_step(
     model: ModelConfig, batch_size: int, sequence: int, kind: Literal["active", "dense_equivalent"] = "active"
 ) -> int:
-    """FLOPs, forward and backward, of a training step on `batch_size` rows of `sequence` tokens."""
+    """Counts the FLOPs, forward and backward, of a training step on `batch_size` rows of `sequence` tokens."""
     return 3 * batch_size * forward_flops(model, sequence, kind).total
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak dense bf16 FLOP/s of one device (`jax.Device.device_kind`), or None where it is not known."""
+    """Returns the peak dense bfloat16 FLOP/s of one device (`jax.Device.device_kind`); None where it is not known."""
     known = [name for name in PEAK_FLOPS if device_kind.lower().startswith(name.lower())]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 def mfu(flops: float, seconds: float, num_devices: int, device_kind: str) -> float | None:
-    """Model FLOP utilisation: FLOPs asked for over what the devices could do in that time; None for unknown devices.
+    """Computes model FLOP utilisation: the model's FLOPs over what the devices could do in the time.
 
     Args:
-      flops: of the whole step, over all devices.
-      seconds: the step took.
-      num_devices: devices that shared it.
+      flops: FLOPs of the whole step, over all devices.
+      seconds: time that the step took.
+      num_devices: number of devices that shared the step.
       device_kind: `jax.Device.device_kind`.
+
+    Returns:
+      A share of 1, or None where the peak of the device is not known.
     """
     peak = peak_flops(device_kind)
     return None if peak is None else flops / (seconds * num_devices * peak)

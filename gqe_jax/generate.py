@@ -1,7 +1,7 @@
-"""Generation: prefill of a batch of prompts, then cached decoding, one dispatch per token.
+"""Generates text: a prefill of a batch of prompts, then cached decoding with one dispatch for each token.
 
-The device is always one token ahead: step n + 1 is dispatched before the tokens of step n are read, so reading and
-printing cost no time, and yet every token is seen as soon as it is known.
+The device is always one token ahead: token n + 1 is dispatched before token n is read, so reading and printing cost no
+time, and yet every token is seen as soon as it is known.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ MIN_BUCKET = 32  # shorter prompts and caches are not worth a compilation of the
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn from the model's distribution.
+    """Says how the next token is drawn from the model's distribution.
 
-    Temperature first, then `top_k`, then `top_p` on what top_k left (renormalised), as in Hugging Face's transformers.
+    The temperature acts first, then `top_k`, then `top_p` on what top_k left (renormalised), as in Hugging Face's
+    transformers.
 
     Attributes:
       temperature: divides the logits; 0 takes the most likely token (greedy).
       top_k: draw among the k most likely tokens only; None: all.
       top_p: draw from the nucleus only, the fewest most likely tokens whose probabilities sum to at least p, one at
         least (Holtzman et al. 2020); None: all.
-      seed: the draw is a function of seed, row and position: it depends on no other row and on no padding.
+      seed: a draw is a function of seed, row and position: it depends on no other row and on no padding.
 
     Raises:
-      ConfigError: a value out of its range.
+      ConfigError: a value is out of its range.
     """
 
     temperature: float = 1.0
@@ -66,13 +67,13 @@ class Sampling:
 
     @property
     def method(self) -> Method:
-        """What the compiled graph depends on."""
+        """The way of drawing, which alone decides what is compiled."""
         if self.temperature < 1e-6:  # float32 cannot tell it from 0
             return "greedy"
         return "plain" if self.top_k is None and self.top_p in (None, 1) else "filtered"
 
     def arrays(self) -> dict[str, jax.Array]:
-        """The rest, as data: other values need no other compilation."""
+        """Returns the values as arrays, arguments of the compiled functions: other values compile nothing anew."""
         return {
             "temperature": jnp.float32(self.temperature),
             "top_k": jnp.int32(2**31 - 1 if self.top_k is None else min(self.top_k, 2**31 - 1)),
@@ -86,7 +87,7 @@ def sample(logits: jax.Array, positions: jax.Array, arrays: dict[str, jax.Array]
 
     Args:
       logits: float32 [B, V].
-      positions: int32 [B], of the tokens drawn.
+      positions: int32 [B], positions of the tokens that are drawn.
       arrays: `Sampling.arrays()`.
       method: `Sampling.method`.
 
@@ -96,7 +97,7 @@ def sample(logits: jax.Array, positions: jax.Array, arrays: dict[str, jax.Array]
     if method == "greedy":
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     batch, vocab_size = logits.shape
-    # Relative to the largest, so that a small temperature cannot overflow.
+    # The largest logit becomes 0, so that a small temperature cannot overflow.
     logits = (logits - logits.max(axis=-1, keepdims=True)) / arrays["temperature"]
     key = jax.random.key(arrays["seed"])
 
@@ -120,17 +121,17 @@ def sample(logits: jax.Array, positions: jax.Array, arrays: dict[str, jax.Array]
 class Generator:
     """Continues prompts with a model.
 
-    Compiled once per batch size, length bucket (powers of two, at most the capacity) and sampling method; neither the
-    number of tokens, nor the prompts' lengths within a bucket, nor the values of `Sampling` compile anything anew.
+    It compiles once for each batch size, length bucket (powers of two, at most the capacity) and sampling method. The
+    number of tokens, the prompts' lengths within a bucket and the values of `Sampling` compile nothing anew.
 
     Args:
       model: its parameters are taken as they are now; weights are cast to the model's compute dtype once.
       eos_id: token that stands before every document, and so before every prompt; stops generation by default.
-      capacity: tokens of the key/value cache, prompt and new tokens together; None: as many as each call needs,
+      capacity: tokens of a row in the KV cache, prompt and new tokens together; None: as many as each call needs,
         rounded up to a bucket.
 
     Raises:
-      ConfigError: capacity exceeds the model's context.
+      ConfigError: capacity exceeds the model's context, or eos_id its vocabulary.
     """
 
     def __init__(self, model: Transformer, *, eos_id: int, capacity: int | None = None):
@@ -161,16 +162,16 @@ class Generator:
         A row's result depends on no other row. Rows of unequal length are computed together, each at its own positions.
 
         Args:
-          prompts: integer arrays [n]; the eos before a document is put there by the generator, so [] starts a document.
-          max_new_tokens: most tokens per row.
-          sampling: greedy by default.
+          prompts: integer arrays [n]; the generator puts the eos before them, so [] starts a document.
+          max_new_tokens: most new tokens of a row.
+          sampling: how tokens are drawn; greedily by default.
           stop_tokens: a row ends before any of these; None: eos; (): none stops.
 
         Returns:
           The new tokens of each row, int32 [at most max_new_tokens]: without the prompt, without the stop token.
 
         Raises:
-          ConfigError: prompt or new tokens exceed the context, or a token is none of the model's.
+          ConfigError: prompt and new tokens exceed the context, or a token is none of the model's.
         """
         rows: list[list[int]] = [[] for _ in prompts]
         tokens = self.stream(prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens)
@@ -186,7 +187,7 @@ class Generator:
         sampling: Sampling = Sampling(temperature=0),
         stop_tokens: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, int]]:
-        """`generate` as it happens: (row, token) as soon as it is known, position by position."""
+        """Does what `generate` does, and yields each (row, token) as soon as it is known, position by position."""
         rows = [np.asarray(prompt) for prompt in prompts]
         limit = self._check(rows, max_new_tokens)
         capacity = self.capacity or _bucket(max(map(len, rows)) + max_new_tokens, limit)
@@ -217,7 +218,7 @@ class Generator:
             token = upcoming
 
     def _prefill_step(self, params, tokens, lengths, arrays, *, capacity: int, method: Method):
-        """tokens [B, S], padded behind; lengths [B] → first new token [B], cache."""
+        """Maps tokens [B, S], padded at the end, and their lengths [B] to (the first new token [B], the cache)."""
         model = self._model(params)
         index = jnp.arange(tokens.shape[1])
         x, _, cache = model(
@@ -231,7 +232,7 @@ class Generator:
         return sample(model.logits(last), lengths, arrays, method), cache
 
     def _decode_step(self, params, token: jax.Array, cache: Cache, arrays, *, method: Method):
-        """token [B] → next token [B], cache."""
+        """Maps a token [B] and the cache to (the next token [B], the grown cache)."""
         model = self._model(params)
         x, _, cache = model(token[:, None], cache=cache)
         return sample(model.logits(x[:, 0]), cache.at(0).lengths, arrays, method), cache
@@ -240,7 +241,7 @@ class Generator:
         return nnx.merge(self._graphdef, params)
 
     def _check(self, rows: list[np.ndarray], max_new_tokens: int) -> int:
-        """Raises ConfigError for what cannot be generated; returns the limit on prompt and new tokens together."""
+        """Raises ConfigError for what cannot be generated; returns the most tokens of a row, new ones included."""
         limit, name = self.config.context, "the model's context"
         if self.capacity is not None and self.capacity < limit:
             limit, name = self.capacity, "the generator's capacity"
@@ -278,15 +279,15 @@ class Generator:
 
 
 def _bucket(length: int, limit: int) -> int:
-    """The power of two that `length` is rounded up to, within `limit`."""
+    """Rounds `length` up to a power of two, at least MIN_BUCKET and at most `limit`."""
     return min(max(MIN_BUCKET, 1 << (length - 1).bit_length()), limit)
 
 
 def cast_weights(model: Transformer, dtype: np.dtype) -> dict[str, Any]:
-    """The model's parameters and buffers, matrices in the dtype that the layers cast them to at each use.
+    """Returns the model's parameters and buffers, with matrices cast to the dtype in which the layers use them.
 
-    Exact ones (the router's kernel, which computes in float32) stay. Decoding reads all weights for each token: half as
-    wide, they take half the time. Of an abstract model (`nnx.eval_shape`) the result is abstract.
+    Exact ones (the router's kernel, which computes in float32) keep their dtype. Decoding reads all weights for each
+    token, and half as wide they take half the time. For an abstract model (`nnx.eval_shape`) the result is abstract.
     """
 
     def cast(path: tuple[str, ...], placed: Placed) -> Any:

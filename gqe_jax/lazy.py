@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first asked for, so that importing the package is quick."""
+"""Imports the names of a package when they are first asked for, so that importing the package is quick."""
 
 import importlib
 import sys
@@ -9,12 +9,12 @@ from typing import Any
 def lazy_names(
     package: str, homes: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The `__getattr__` and `__dir__` of a package's `__init__`.
+    """Returns the `__getattr__` and `__dir__` of a package's `__init__`.
 
     Args:
       package: its name, such as "gqe_jax.data".
-      homes: module → the names that the package takes from it; a name that is the module's own last part means the
-        module itself.
+      homes: module → the names that the package takes from it. A submodule is itself one of the names:
+        {"gqe_jax.convert": ("convert",)}.
     """
     home = {name: module for module, names in homes.items() for name in names}
 

@@ -1,7 +1,7 @@
-"""What a layer keeps for its backward pass: the names of intermediate results, and the policies that choose among them.
+"""Names the intermediate results that a layer may keep for its backward pass, and the policies that choose among them.
 
-Whoever computes one of these results marks it with `jax.ad_checkpoint.checkpoint_name`; what no policy can name is
-computed again.
+Code that computes one of these results marks it with `jax.ad_checkpoint.checkpoint_name`. The backward pass computes
+again what the policy does not keep (rematerialisation, "remat").
 """
 
 import jax
@@ -11,9 +11,9 @@ ATTENTION_OUT = "attention_out"
 ATTENTION_LSE = "attention_lse"
 """Log-sum-exp of the scores of every call of `attend`, which its gradient needs."""
 PRODUCT = "product"
-"""Products with weights."""
+"""Products of inputs with weights."""
 GATHERED = "gathered"
-"""Parameters gathered over devices: what is kept of them is one more copy of the model."""
+"""Parameters gathered over devices: to keep them would be to keep one more copy of the model."""
 
 POLICIES = {
     "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
@@ -21,5 +21,5 @@ POLICIES = {
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT, ATTENTION_LSE),
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENTION_OUT, ATTENTION_LSE),
 }
-"""Policy (`model.remat`) → what a layer keeps: everything; its input alone; the results of attention; those, and the
-products with weights."""
+"""Policy (`model.remat`) → what a layer keeps beside its input: "none" everything but gathered parameters; "full"
+nothing; "attention" the results of attention; "dots" these and the products with weights."""

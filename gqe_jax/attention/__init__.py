@@ -1,4 +1,4 @@
-"""Attention layers, one file a kind, and the registry of kinds."""
+"""This folder holds the attention layers, one file for each kind, and the registry of kinds."""
 
 from gqe_jax.attention.base import Attention
 from gqe_jax.attention.caches import Cache, KVCache

@@ -1,35 +1,37 @@
-"""How evenly a router uses its experts, in one number and in words."""
+"""Tells how evenly a router uses its experts, in one number and in words."""
 
 import numpy as np
 
 DEAD = 0.01  # share of the uniform load below which an expert counts as dead
-OVERLOADED = 0.9  # of the way from the uniform load to all tokens, above which an expert counts as overloaded
-MAX_WARNINGS = 4
+OVERLOADED = 0.9  # an expert counts as overloaded beyond this part of the way from the uniform load to all tokens
+MAX_WARNINGS = 4  # groups that are named
 
 
 def balance(load: np.ndarray) -> float:
-    """Worst max / mean of a router's load over layers and groups: 1 is perfect, M / k is one choice for all tokens.
+    """Returns the worst max / mean of a router's load over layers and groups.
+
+    1 is perfect; M / k means that all tokens choose the same experts.
 
     Args:
-      load: [L, G, M], share of the tokens that select each expert.
+      load: [L, G, M] (L layers), share of the tokens that select each expert.
     """
     load = np.asarray(load, np.float64)
     return float(np.max(load.max(-1) / np.maximum(load.mean(-1), 1e-9)))
 
 
 def router_warnings(load: np.ndarray, top_k: int) -> list[str]:
-    """What is wrong with the balance of a learned router, in words; nothing if it is well.
+    """Describes what is wrong with the balance of a learned router.
 
-    An expert is dead if it gets less than 1% of the uniform share k / M, and overloaded above nine tenths of
-    the way from that share to all tokens.
+    An expert is dead if it gets less than 1% of the uniform share k / M, and overloaded if its share is above nine
+    tenths of the way from k / M to all tokens.
 
     Args:
       load: [L, G, M], share of the tokens that select each expert (sums to k over M).
       top_k: k, experts selected per token in each group.
 
     Returns:
-      Nothing, or at most five lines: one for each of the worst groups (the most dead experts, then the fullest), then
-      how many more there are and what to do.
+      An empty list where the balance is good, else at most five lines: one for each of the four worst groups (those
+      with the most dead experts, then those with the fullest expert), then how many more there are and what to do.
     """
     load = np.asarray(load, np.float64)
     uniform = top_k / load.shape[-1]

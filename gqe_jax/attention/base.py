@@ -1,4 +1,4 @@
-"""What the layers of attention share: their construction, their call with its checks, dense keys and values."""
+"""Defines what all attention layers share: construction, the call and its checks, dense keys and values."""
 
 import dataclasses
 import functools
@@ -32,14 +32,14 @@ AnyCache = TypeVar("AnyCache", bound=Cache)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The tokens of a call, or one device's part of them.
+    """Holds the tokens of a layer's call, or one device's part of them.
 
     Attributes:
-      x: [B, S, d].
+      x: [B, S, d], the layer's input.
       segment_ids: int32 [B, S], or None.
       positions: int32 [B or 1, S].
       rope: cos and sin, float32 [B or 1, S, D/2] each, or None.
-      cache: what they continue, or None.
+      cache: the cache that the tokens continue, or None.
     """
 
     x: jax.Array
@@ -50,7 +50,7 @@ class Tokens:
 
     @property
     def axes(self) -> Any:
-        """Logical axes: a tree like this one."""
+        """The logical axes of the arrays (`parallel.rules`), in a `Tokens`."""
         positions = ("batch" if self.positions.shape[0] == self.x.shape[0] else None, "sequence")
         return dataclasses.replace(
             self,
@@ -63,23 +63,24 @@ class Tokens:
 
 
 class Attention(nnx.Module, Generic[Config, Report]):
-    """Base of the kinds of attention.
+    """The base class of all kinds of attention makes W_k, W_v and the norms, and checks and prepares each call.
 
-    A kind names its `Config`, makes its parameters in `_make`, and states its forward pass over a mesh in `_compute`.
+    A kind names its `Config`, makes its other parameters in `_make`, and computes a call in `_compute`.
 
     Args:
       d_model: width d of the input and the output.
       *heads: the fields of the kind's config that `POSITIONAL` names, in its order; they may be given by name too.
-      dtype: of the computation; None is the wider of input and parameters.
-      param_dtype: of the parameters.
-      kernel_init, out_kernel_init: of the projections, and of the last one.
+      dtype: dtype of the computation; None: the wider of the input's and the parameters'.
+      param_dtype: dtype of the parameters.
+      kernel_init, out_kernel_init: initializers of the projections; out_kernel_init that of W_o, None: kernel_init.
       rngs: draws the initial values of the parameters, from the stream "params".
       **fields: the other fields of the kind's config.
 
     Raises:
-      ConfigError: broken rules, such as top_k > M, head counts that do not divide, odd head_dim with rotary embedding.
-      TypeError: fields that do not exist or are missing.
-      ValueError: an argument of another type.
+      ConfigError: a rule of the config is broken, such as top_k > M, head counts that do not divide, or an odd head_dim
+        with rotary embedding.
+      TypeError: a field does not exist or is missing.
+      ValueError: an argument has another type.
     """
 
     Config: ClassVar[type[AttentionConfig]]
@@ -112,20 +113,26 @@ class Attention(nnx.Module, Generic[Config, Report]):
         self._make(linear, functools.partial(linear, kernel_init=out_kernel_init or kernel_init), rngs)
 
     def _make(self, linear: Callable[..., Linear], out_linear: Callable[..., Linear], rngs: nnx.Rngs) -> None:
-        """Makes the other parameters, `o_proj` by `out_linear` among them."""
+        """Makes the kind's parameters beside `k_proj`, `v_proj` and the norms, W_o as `o_proj` by `out_linear`.
+
+        `linear` and `out_linear` are `Linear` with the layer's dtypes, biases and initializers filled in.
+        """
         raise NotImplementedError
 
     def _compute(
         self, tokens: Tokens, rngs: nnx.Rngs | None, layer_index: jax.Array | int
     ) -> tuple[jax.Array, Report, Cache | None]:
-        """y [B, S, d] without the bias, the report, and the grown cache: `_forward` on each device of the mesh."""
+        """Computes y [B, S, d] without `o_proj`'s bias, the report, and the grown cache (None without one).
+
+        A kind calls `on_mesh` here, which runs its equations, by convention `_forward`, on each device of the mesh.
+        """
         raise NotImplementedError
 
     def init_cache(self, batch: int, capacity: int, dtype: jax.typing.DTypeLike | None = None) -> KVCache:
-        """An empty cache for `batch` sequences of at most `capacity` tokens, in the layer's dtype unless given one.
+        """Makes an empty cache for `batch` sequences of at most `capacity` tokens, in the layer's dtype by default.
 
         Raises:
-          ValueError: no rows, or no tokens.
+          ValueError: batch or capacity is below 1.
         """
         dtype = dtype or self.k_proj.dtype or self.k_proj.kernel[...].dtype
         return KVCache.empty(
@@ -157,29 +164,30 @@ class Attention(nnx.Module, Generic[Config, Report]):
     def __call__(self, x, *, segment_ids=None, positions=None, cache=None, rngs=None, layer_index=0):
         """Computes causal self-attention.
 
-        Under `jax.set_mesh` of a mesh of `gqe_jax.make_mesh` it is computed device by device: groups on `expert`, rows
-        on `data` and `fsdp`, tokens on `context`. With n > 1 devices on `context` tokens come in the order of
-        `gqe_jax.zigzag(x, n)`, segment_ids and positions with them, and y and the statistics go out in it.
+        Under `jax.set_mesh` of a mesh from `gqe_jax.make_mesh` each device computes its part: groups are split over
+        `expert`, rows of the batch over `data` and `fsdp`, tokens over `context`. With n > 1 devices on `context` the
+        layer takes x, segment_ids and positions in the order of `gqe_jax.zigzag(x, n)`, and returns y and the
+        statistics in the same order.
 
-        Reverse-mode derivatives alone are defined on every platform: for forward mode (`jax.jvp`) and second
-        derivatives construct the layer with implementation="reference".
+        First derivatives in reverse mode work on every platform. For forward mode (`jax.jvp`) and second derivatives
+        construct the layer with implementation="reference".
 
         Args:
           x: [B, S, d].
           segment_ids: int32 [B, S]; tokens see their own segment only, 0 = padding. With a cache: 1 = token and 0 =
             padding behind the tokens, which takes no place in the cache.
-          positions: int32 [B or 1, S], for the rotary embedding; None counts from the start (from the cache's length).
+          positions: int32 [B or 1, S], for the rotary embedding; None: 0, 1, … (behind what the cache holds).
           cache: from `init_cache`; the S tokens continue it. Under `jit` its lengths are not known: tokens beyond its
             capacity overwrite the last ones, which `checkify.checkify` reports, except under a mesh.
           rngs: randomness of training, stream "router": the router's jitter, and the draws of the `random` router.
-          layer_index: of this layer in a stack; without rngs the `random` router draws differently in each.
+          layer_index: index of this layer in a stack; without rngs the `random` router draws differently in each.
 
         Returns:
           (y [B, S, d], `LayerReport`: GQE's is its `RouterStats`), and the grown cache if one was given.
 
         Raises:
-          ValueError: shapes or dtypes that do not fit, rngs without the stream, sizes that the mesh does not divide,
-            or more tokens than the cache holds.
+          ValueError: shapes or dtypes do not fit, rngs lack the stream, the mesh does not divide the sizes, or there
+            are more tokens than the cache has room for.
         """
         check_call(self, x, segment_ids, positions, cache, rngs)
         if positions is None:
@@ -194,7 +202,11 @@ class Attention(nnx.Module, Generic[Config, Report]):
         return (y, report) if cache is None else (y, report, cache)
 
     def _key_values(self, shard: Shard, tokens: Tokens) -> tuple[KeyValues, Cache | None]:
-        """K and V [B, T, G, D] of one device's groups: projected, normed, rotated, behind what the cache holds."""
+        """Projects, norms and rotates K and V of one device's groups, and appends them to the cache if there is one.
+
+        Returns:
+          (the keys and values that queries see: of these tokens, or of the whole grown cache, the grown cache or None).
+        """
         config, cache = self.config, tokens.cache
         k, v = self.k_proj(tokens.x), self.v_proj(tokens.x)
         dtype, q_norm, start = v.dtype, None, 0
@@ -223,7 +235,7 @@ class Attention(nnx.Module, Generic[Config, Report]):
 
 
 def _config_from(kind: type[AttentionConfig], heads: tuple[Any, ...], fields: dict[str, Any]) -> AttentionConfig:
-    """The config of a constructor's arguments."""
+    """Makes the config from the arguments of a layer's constructor."""
     if len(heads) > len(kind.POSITIONAL):
         raise TypeError(
             f"{len(heads)} positional arguments after d_model, but only {', '.join(kind.POSITIONAL)} go by position: "

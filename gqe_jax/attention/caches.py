@@ -1,4 +1,4 @@
-"""Caches of generation: the protocol that generation, planning and the model touch, and the cache of dense keys."""
+"""Defines the caches of generation: the protocol that generation, planning and the model use, and `KVCache`."""
 
 import dataclasses
 from typing import Any, Protocol, Self
@@ -8,48 +8,51 @@ import jax.numpy as jnp
 
 from gqe_jax.kernels.mesh_axes import debug_check, vary, varying_axes
 
-LANES = 128  # of a TPU: an array whose last axis is shorter is padded there, or transposed
+LANES = 128  # a TPU pads an array whose last axis is shorter, or transposes it
 
 
 class Cache(Protocol):
-    """What a layer keeps of the tokens it has seen; a pytree, which a model stacks over its layers."""
+    """A cache holds what a layer keeps of the tokens it has seen. It is a pytree, which a model stacks over layers.
+
+    The loop over layers carries the stacked cache and gives each layer `at(index)` of it, the same arrays with that
+    layer marked as the current one.
+    """
 
     @property
     def lengths(self) -> jax.Array:
-        """int32 [B], tokens held by each row: of the one layer, or of the one whose turn it is."""
+        """How many tokens each row of the batch holds in the current layer: int32 [B]."""
         ...
 
     def append(self, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> Self:
-        """The cache with S tokens more: what the layer keeps of each; segment id 0 is padding behind the tokens."""
+        """Returns the cache with S more tokens in each row; tokens of segment id 0 are padding and are not counted."""
         ...
 
     def at(self, layer: jax.Array | None) -> Self:
-        """The same stacked cache, for the layer of that index; None: for the loop over layers again."""
+        """Returns the same stacked cache with `layer` as the current one; None: with none, as the loop carries it."""
         ...
 
     @property
     def axes(self) -> Any:
-        """Logical axes of its arrays (`parallel.rules`): a tree like this one."""
+        """The logical axes of the cache's arrays (`parallel.rules`), in a tree of the cache's structure."""
         ...
 
     def check(self, batch: int, heads: tuple[int, int], parts: int = 1) -> None:
-        """Raises ValueError unless it was made for `batch` rows and (G, D) heads that `parts` devices share out."""
+        """Raises ValueError unless the cache was made for `batch` rows and `heads` = (G, D) on `parts` devices."""
         ...
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Finished keys (normed and rotated) and values of one layer, or of all layers, one after the other.
+    """Holds the finished keys (normed and rotated) and the values of one layer, or of all layers stacked.
 
-    A loop over layers carries the stacked cache and gives each layer `at(index)` of it: what the layer appends is then
-    written in place, and no layer's part is cut out or put back.
+    A layer that appends to `at(index)` of a stacked cache writes in place: no layer's part is cut out or put back.
 
     Attributes:
-      k, v: [B, T_max, G, D], or [L, B, T_max, G, D] stacked over layers. Heads narrower than 128 that fill rows of 128
-        lie side by side in them, G and D then being G · D / 128 and 128: a TPU reads those without a copy.
+      k, v: [B, T_max, G, D], or [L, B, T_max, G, D] stacked over layers. Where D < 128 divides 128 and the heads of a
+        device fill whole vectors of 128, the last two axes are [G · D / 128, 128]: a TPU reads these without a copy.
       length: int32 [B] or [L, B], tokens held by each row; what lies beyond is ignored and overwritten.
-      layer: int32 scalar, of a stacked cache the layer whose turn it is; None outside the loop, and where not stacked.
+      layer: int32 scalar, the current layer of a stacked cache; None outside the loop, and where not stacked.
     """
 
     k: jax.Array
@@ -67,41 +70,48 @@ class KVCache:
         dtype: jax.typing.DTypeLike,
         parts: int = 1,
     ) -> "KVCache":
-        """A cache that holds nothing yet; its heads can be split over `parts` devices, a divisor of their number.
+        """Makes a cache without tokens.
+
+        Args:
+          batch: number of rows, B.
+          capacity: most tokens of a row, T_max.
+          num_kv_heads, head_dim: G and D.
+          dtype: of keys and values.
+          parts: number of devices that the heads can be split over, a divisor of G.
 
         Raises:
-          ValueError: no rows, or no tokens.
+          ValueError: batch or capacity is below 1.
         """
         if batch < 1 or capacity < 1:
             raise ValueError(
                 f"batch={batch}, capacity={capacity}: a cache holds at least one row of at least one token; make both "
                 f"positive"
             )
-        rows = (num_kv_heads, head_dim)
+        token = (num_kv_heads, head_dim)
         if head_dim < LANES and LANES % head_dim == 0 and num_kv_heads // parts * head_dim % LANES == 0:
-            rows = (num_kv_heads * head_dim // LANES, LANES)
-        shape = (batch, capacity, *rows)
+            token = (num_kv_heads * head_dim // LANES, LANES)
+        shape = (batch, capacity, *token)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
     def at(self, layer: jax.Array | None) -> "KVCache":
-        """The same stacked cache, for the layer of that index; None: for the loop again."""
+        """Returns the same stacked cache with `layer` as the current one; None: with none, as the loop carries it."""
         return dataclasses.replace(self, layer=layer)
 
     @property
     def axes(self) -> Any:
-        """Logical axes of the arrays (`parallel.rules`): a tree like this one."""
+        """The logical axes of the arrays (`parallel.rules`), in a `KVCache`."""
         layers = (None,) * (self.length.ndim - 1)
         buffer = (*layers, "batch", None, "group", None)
         layer = None if self.layer is None else ()
         return dataclasses.replace(self, k=buffer, v=buffer, length=(*layers, "batch"), layer=layer)
 
     def check(self, batch: int, heads: tuple[int, int], parts: int = 1) -> None:
-        """Raises ValueError unless it holds `batch` rows of (G, D) heads that `parts` devices can share out."""
+        """Raises ValueError unless the cache holds `batch` rows of `heads` = (G, D) that `parts` devices can share."""
         groups, dim = heads
-        *rows, held, width = self.k.shape
+        *leading, held, width = self.k.shape
         fits = (
-            len(rows) == (2 if self.layer is None else 3)
-            and rows[-2] == batch
+            len(leading) == (2 if self.layer is None else 3)
+            and leading[-2] == batch
             and held * width == groups * dim
             and width in (dim, dim if LANES % dim else LANES)
             and held % parts == 0
@@ -115,19 +125,19 @@ class KVCache:
 
     @property
     def lengths(self) -> jax.Array:
-        """int32 [B], of the one layer or of that whose turn it is."""
+        """How many tokens each row holds in the current layer: int32 [B]."""
         return self.length if self.layer is None else self.length[self.layer]
 
     def append(self, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> "KVCache":
-        """Writes S new tokens behind those held; a row's padding (segment id 0, at its end) is not counted.
+        """Returns the cache with S new tokens behind those held; a row's padding (at its end) is not counted.
 
-        The caller sees to it that length + S stays within the capacity: the lengths are data, and under `jit` no error
-        can be raised for them. There tokens too many overwrite the last ones held; `checkify.checkify` reports it,
-        except under a mesh of several devices.
+        The caller makes sure that length + S stays within the capacity: under `jit` the lengths are not known and no
+        error can be raised. Tokens beyond the capacity then overwrite the last ones held; `checkify.checkify` reports
+        this, except under a mesh of several devices.
 
         Args:
           k, v: [B, S, G, D].
-          segment_ids: int32 [B, S], 1 = token, 0 = padding.
+          segment_ids: int32 [B, S], 1 = token, 0 = padding; None: all are tokens.
 
         Raises:
           ValueError: S exceeds the capacity, or (outside `jit`) length + S does.
@@ -149,19 +159,19 @@ class KVCache:
         count = new if segment_ids is None else jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
         layer = () if self.layer is None else (self.layer,)
 
-        def write(buffer, rows):
+        def write(buffer, tokens):
             shape = buffer.shape
             if shape[-2] == 1:  # with that axis, a TPU would lay out the whole buffer anew to write, and back to read
                 buffer = buffer.squeeze(-2)
             token = buffer.shape[len(shape) - 2 :]
-            rows = rows.astype(buffer.dtype).reshape(*rows.shape[:2], *token)
+            tokens = tokens.astype(buffer.dtype).reshape(*tokens.shape[:2], *token)
 
             def write_row(b, buffer):
-                row = jax.lax.dynamic_slice_in_dim(rows, b, 1).reshape(*(1 for _ in layer), 1, *rows.shape[1:])
+                row = jax.lax.dynamic_slice_in_dim(tokens, b, 1).reshape(*(1 for _ in layer), 1, *tokens.shape[1:])
                 return jax.lax.dynamic_update_slice(buffer, row, (*layer, b, lengths[b], *(0 for _ in token)))
 
-            buffer = vary(buffer, varying_axes((buffer, rows, lengths, layer)))
-            return jax.lax.fori_loop(0, rows.shape[0], write_row, buffer).reshape(shape)
+            buffer = vary(buffer, varying_axes((buffer, tokens, lengths, layer)))
+            return jax.lax.fori_loop(0, tokens.shape[0], write_row, buffer).reshape(shape)
 
         length = lengths + count
         if layer:

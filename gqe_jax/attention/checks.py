@@ -1,4 +1,4 @@
-"""What a call of an attention layer must satisfy, said before anything is computed."""
+"""Checks the arguments of an attention layer's call before anything is computed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def require_type(name: str, value: Any, kind: type, remedy: str) -> None:
     """Raises ValueError unless the argument called `name` is a `kind`."""
     if not isinstance(value, kind):
-        shown = " ".join(repr(value).split())  # of a key in several lines
+        shown = " ".join(repr(value).split())  # the repr of a random key has several lines
         raise ValueError(f"{name}={shown} is no {kind.__name__}: {remedy}")
 
 
@@ -31,7 +31,7 @@ def check_call(
     cache: Cache | None,
     rngs: nnx.Rngs | None,
 ) -> None:
-    """Raises ValueError unless the arguments fit the layer, each other and the mesh; all are those of its call."""
+    """Raises ValueError unless the arguments of the layer's call fit the layer, each other and the mesh."""
     check_not_explicit(x=x)
     if x.ndim != 3 or x.shape[-1] != layer.d_model:
         raise ValueError(f"x has shape {x.shape}, but must be [B, S, d_model={layer.d_model}]")

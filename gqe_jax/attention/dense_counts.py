@@ -1,6 +1,7 @@
-"""Counts of a layer with G dense KV heads: parameters, FLOPs, bytes and calls, for the kinds that have such.
+"""Counts parameters, FLOPs, bytes and calls of layers with G dense KV heads; kinds of this form use it as it is.
 
-A matrix product of [m, n] and [n, p] is 2·m·n·p FLOPs; norms, rotary embedding and softmax are not counted.
+`shared` is the number of shared heads beside the others (GQE has one). A matrix product of [m, n] and [n, p] is 2·m·n·p
+FLOPs; norms, rotary embedding and softmax are not counted.
 """
 
 from typing import Any
@@ -9,13 +10,13 @@ from gqe_jax.config import AttentionConfig
 
 
 def projections(config: AttentionConfig, d_model: int, shared: int = 0) -> int:
-    """Numbers in the kernels of W_q, W_k, W_v, of `shared` queries beside them, and of W_o."""
+    """Counts the weights of W_q, W_k, W_v, of the shared heads' queries, and of W_o."""
     heads = config.query_heads[1] + 2 * config.num_kv_heads + shared + config.output_slots
     return d_model * config.head_dim * heads
 
 
 def parameters(config: AttentionConfig, d_model: int, shared: int = 0) -> dict[str, int]:
-    """Parameters of the projections with their biases, and of the QK norm."""
+    """Counts the parameters of the projections with their biases, and of the QK norm."""
     count = projections(config, d_model, shared)
     if config.bias:
         count += config.head_dim * (config.query_heads[1] + 2 * config.num_kv_heads + shared)
@@ -25,7 +26,7 @@ def parameters(config: AttentionConfig, d_model: int, shared: int = 0) -> dict[s
 
 
 def flops(config: AttentionConfig, d_model: int, tokens: int, pairs: int, shared: int = 0) -> dict[str, int]:
-    """FLOPs of the projections, and of the heads that attend; see `AttentionConfig.flops`."""
+    """Counts the FLOPs of the projections and of the heads that attend; see `AttentionConfig.flops`."""
     per_head = 2 * 2 * config.head_dim * pairs
     return {
         "projections": 2 * tokens * projections(config, d_model, shared),
@@ -38,8 +39,10 @@ def flops(config: AttentionConfig, d_model: int, tokens: int, pairs: int, shared
 def saved_bytes(
     config: AttentionConfig, policy: str, *, d_model: int, itemsize: int, expert: int = 1, shared: int = 0
 ) -> int:
-    """Bytes kept of one token; see `AttentionConfig.saved_bytes`. Over `expert` each device has its part of the shared
-    head's rows, and room for all."""
+    """Counts the bytes that a device keeps of one token; see `AttentionConfig.saved_bytes`.
+
+    The devices on `expert` share out the shared head's queries, but each has room for the results of all of them.
+    """
     dim, groups, heads = config.head_dim, config.num_kv_heads // expert, config.query_heads[1] // expert
     attending = (config.attending_heads - shared) // expert + shared
     attended = attending * (itemsize * dim + 4)  # outputs, and float32 log-sum-exps
@@ -54,14 +57,14 @@ def saved_bytes(
 
 
 def cached_numbers(config: AttentionConfig, expert: int = 1) -> int:
-    """Keys and values of a token."""
+    """Counts the numbers in the keys and values of one token; see `AttentionConfig.cached_numbers`."""
     return 2 * config.num_kv_heads // expert * config.head_dim
 
 
 def call_options(
     config: AttentionConfig, dtype: str, *, batch: int, q_len: int, kv_len: int, cached: bool, partitioned: bool
 ) -> dict[str, Any]:
-    """Fields of a `Call` that all heads of a layer share; see `AttentionConfig.attend_calls`."""
+    """Returns the fields of a `Call` that all heads of a layer share; see `AttentionConfig.attend_calls`."""
     return {
         "batch": batch,
         "q_len": q_len,

@@ -1,4 +1,4 @@
-"""Dense attention by head counts: MHA, MQA, GQA (Ainslie et al. 2023) and SQA (arXiv 2510.01817)."""
+"""Dense attention, in which every query head attends. Its head counts make it MHA, GQA, MQA or SQA."""
 
 import dataclasses
 from typing import ClassVar
@@ -13,13 +13,17 @@ from gqe_jax.parallel.on_mesh import on_mesh, summed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GQAConfig(AttentionConfig):
-    """Dense attention by head counts: MHA (H = G), GQA (H > G), MQA (G = 1), SQA (fewer query heads than usual)."""
+    """Configures dense attention with H query heads on G KV heads.
+
+    H = G is multi-head (MHA), H > G grouped-query (GQA, Ainslie et al. 2023), G = 1 multi-query attention (MQA); H
+    below the model's usual number is sparse-query attention (SQA, arXiv 2510.01817).
+    """
 
     POSITIONAL: ClassVar = ("num_query_heads", "num_kv_heads", "head_dim")
 
     kind: str = "gqa"
     num_query_heads: int  # H = G · M
-    out_bias: bool | None = None  # on the output projection; None: as `bias`. Qwen2 has biases on q, k and v only
+    out_bias: bool | None = None  # bias of the output projection; None: as `bias`. Qwen2 has it on q, k and v only
 
     @property
     def query_heads(self):
@@ -84,9 +88,9 @@ class GQAConfig(AttentionConfig):
 
 
 class GQAttention(Attention[GQAConfig, LayerReport]):
-    """Dense grouped-query attention: y = concat over g, m of Attention(q[g, m], K_g, V_g) · W_o.
+    """Computes dense grouped-query attention, y = concat over g, m of Attention(q[g, m], K_g, V_g) · W_o.
 
-    Arguments and call are those of `Attention`; the fields are those of `GQAConfig`.
+    It is constructed and called as `Attention`; the fields are those of `GQAConfig`.
     """
 
     Config = GQAConfig
@@ -107,6 +111,7 @@ class GQAttention(Attention[GQAConfig, LayerReport]):
         return y, LayerReport(), cache
 
     def _forward(self, shard, tokens):
-        heads, cache = self._key_values(shard, tokens)  # K, V [B, T, G, D]
-        o = heads.attend(self.q_proj(tokens.x))  # [B, S, G, M, D]
+        """One device's summand of y [B, S, d], and the grown cache."""
+        kv, cache = self._key_values(shard, tokens)  # K, V [B, T, G, D]
+        o = kv.attend(self.q_proj(tokens.x))  # [B, S, G, M, D]
         return self.o_proj.product(o), cache

@@ -20,14 +20,14 @@ from gqe_jax.parallel.on_mesh import on_mesh, summed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GQEConfig(AttentionConfig):
-    """Grouped Query Experts: per token, `top_k` of each group's num_query_experts / num_kv_heads attend."""
+    """Configures Grouped Query Experts: for each token, `top_k` of the M query experts of each KV group attend."""
 
     POSITIONAL: ClassVar = ("num_query_experts", "num_kv_heads", "top_k", "head_dim")
 
     kind: str = "gqe"
     num_query_experts: int  # N = G · M query heads in all
     top_k: int = 1  # k, experts selected per token and group
-    variant: Literal["gqe", "hard_concat", "weighted_concat"] = "gqe"  # the last two: the k · G slots alone
+    variant: Literal["gqe", "hard_concat", "weighted_concat"] = "gqe"  # the last two have no ō and s, only the slots
     router: RouterConfig = RouterConfig()
 
     @property
@@ -36,12 +36,12 @@ class GQEConfig(AttentionConfig):
 
     @property
     def experts_per_group(self) -> int:
-        """M."""
+        """The number of query experts in a group, M = N / G."""
         return self.num_query_experts // self.num_kv_heads
 
     @property
     def shared_heads(self) -> int:
-        """1 where a shared head stands beside the experts, else 0."""
+        """The number of shared heads beside the experts: 1 in the variant "gqe", else 0."""
         return int(self.variant == "gqe")
 
     def __post_init__(self):
@@ -161,19 +161,20 @@ class GQEConfig(AttentionConfig):
 
 
 class GQEAttention(Attention[GQEConfig, RouterStats]):
-    """Mixture of query-head experts on grouped-query attention.
+    """Computes a mixture of query-head experts on grouped-query attention (docs/algorithm.md, "The layer").
 
-    With p = softmax over the M experts of each group g, e_1 … e_k the k largest of them, and one shared head beside
-    the experts:
+    With p = softmax over the M experts of each group g, e_1 … e_k the k most probable of them, and one shared head
+    beside the experts:
 
-        o[g, j] = Attention(q[g, e_j], K_g, V_g)                    the slots, k per group
-        ō       = Σ_{g,j} w[g, j] · o[g, j],   w = p[g, e_j] / Σ of all selected p
+        o[g, j] = Attention(q[g, e_j], K_g, V_g)                    the slots, k in each group
+        w[g, j] = p[g, e_j] / Σ_{g',j'} p[g', e_j']                 weights over all slots of all groups
+        ō       = Σ_{g,j} w[g, j] · o[g, j]
         s       = Attention(q_s, mean_g K_g, mean_g V_g)            the shared head
         y       = concat(o[1,1], …, o[G,k], ō, s) · W_o
 
-    Keys and values are dense: the cache is that of grouped-query attention. Unselected experts cost no attention.
-    Arguments and call are those of `Attention`; the fields are those of `GQEConfig`. The router computes in float32
-    whatever the dtypes are.
+    Keys and values are dense: the cache is that of grouped-query attention. Unselected experts cost no attention. The
+    router computes in float32 whatever the dtypes are. The layer is constructed and called as `Attention`; the fields
+    are those of `GQEConfig`.
     """
 
     Config = GQEConfig
@@ -183,7 +184,7 @@ class GQEAttention(Attention[GQEConfig, RouterStats]):
         groups, experts, dim = config.num_kv_heads, config.experts_per_group, config.head_dim
         self.q_proj = linear(d, (groups, experts, dim), axes=("embed", "group", None, None))
         self.router = Router(d, groups, experts, config.top_k, config.router, rngs=rngs)
-        # W_o as two parameters: the routed slots' rows are sharded with their groups, those of ō and s are replicated.
+        # W_o is two parameters: the slots' rows are split over devices with their groups, those of ō and s are not.
         self.o_proj = out_linear((groups, config.top_k, dim), d, axes=("group", None, None, "embed"))
         if config.shared_heads:
             self.q_shared = linear(d, dim, axes=("embed", None))
@@ -202,27 +203,32 @@ class GQEAttention(Attention[GQEConfig, RouterStats]):
         return y, routing.statistics(self.config.router), cache
 
     def _forward(self, shard, tokens, draws):
-        heads, cache = self._key_values(shard, tokens)  # K, V [B, T, G, D] are dense
-        routing = self.router(tokens.x, segment_ids=tokens.segment_ids, draws=draws, num_groups=heads.num_groups)
+        """One device's summand of y [B, S, d], its `Routing`, and the grown cache.
+
+        `shard` says which part of the mesh the device is, `tokens` (`base.Tokens`) and `draws` (`Router.draws`) are the
+        device's parts of the input, and the parameters are those of its groups. Without a mesh all of them are whole.
+        """
+        kv, cache = self._key_values(shard, tokens)  # K, V [B, T, G, D] are dense
+        routing = self.router(tokens.x, segment_ids=tokens.segment_ids, draws=draws, num_groups=kv.num_groups)
         index, p = routing.expert_index, routing.selected_probs  # e_1 … e_k and their p, [B, S, G, k]
         q = self.q_proj(tokens.x)  # of all experts, [B, S, G, M, D]
 
         if self.config.variant != "gqe":
-            o = heads.attend(q, index)  # [B, S, G, k, D]
+            o = kv.attend(q, index)  # [B, S, G, k, D]
             if self.config.variant == "weighted_concat":
                 o = (o * p[..., None]).astype(o.dtype)
             return self.o_proj.product(o), routing, cache
 
-        o, s = attend_with_shared(heads, q, index, tokens.x, self.q_shared)  # [B, S, G, k, D], [B, S, D]
+        o, s = attend_with_shared(kv, q, index, tokens.x, self.q_shared)  # [B, S, G, k, D], [B, S, D]
         w = p / jnp.maximum(shard.sum(p.sum(axis=(-2, -1), keepdims=True), "expert"), 1e-9)
         mixed = _weighted_sum(o, w).astype(o.dtype)  # ō, [B, S, D]
-        # W_o of the slots, and of ō and s: both are summands of y, of this device's groups and tokens.
+        # The slots times their rows of W_o, plus ō and s times theirs: y is the sum of this over the devices.
         return self.o_proj.product(o) + self.o_extra.product(jnp.stack([mixed, s], axis=-2)), routing, cache
 
 
 def _weighted_sum(o: jax.Array, weights: jax.Array) -> jax.Array:
-    """Σ over groups and slots of weights [B, S, G, k] · o [B, S, G, k, D], float32 [B, S, D]."""
-    # Slot by slot, as columns of the kernel's output: to reduce over two axes a TPU would transpose it.
+    """Sums weights [B, S, G, k] · o [B, S, G, k, D] over groups and slots; float32 [B, S, D]."""
+    # The slots are added one by one, as columns of the kernel's output: a TPU would transpose it to reduce over axes.
     num_slots = weights.shape[2] * weights.shape[3]
     slots = jnp.split(o.reshape(*o.shape[:2], -1), num_slots, axis=-1)
     columns = jnp.split(weights.reshape(*weights.shape[:2], -1), num_slots, axis=-1)

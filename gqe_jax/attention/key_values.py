@@ -1,4 +1,7 @@
-"""Finished keys and values of a call, and attention of its queries to them, on one device of a mesh or the only one."""
+"""Holds the finished keys and values of a layer's call, and computes attention of its queries to them.
+
+All of it happens on one device: the only one, or one of a mesh, which then has some of the groups and tokens.
+"""
 
 import dataclasses
 
@@ -13,17 +16,17 @@ from gqe_jax.parallel.on_mesh import Shard
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyValues:
-    """K and V of the groups and tokens of one device, which of them a query sees, and what is done to queries first.
+    """Holds one device's keys and values, says which of them a query sees, and how queries are finished.
 
     Attributes:
-      shard: this device's part: some of the groups, some of the sequence.
-      config: of the layer: window, soft cap, implementation, method of context parallelism.
-      k, v: finished keys and values, [B, T, G, D], or a stacked cache's [L, B, T, G, D].
-      rope: cos and sin for the queries, [B or 1, S, D/2] each, or None.
-      q_norm: scale and epsilon of the queries' RMS norm, or None.
+      shard: this device's place in the mesh.
+      config: the layer's: window, soft cap, implementation, method of context parallelism.
+      k, v: finished keys (normed and rotated) and values, [B, T, G, D], or a stacked cache's [L, B, T, G, D].
+      rope: cos and sin for the queries, float32 [B or 1, S, D/2] each, or None.
+      q_norm: scale [D] and epsilon of the queries' RMS norm, or None.
       segment_ids: int32 [B, S], of queries and keys, or None.
-      q_offset: position of the first query, scalar or [B].
-      kv_length, layer: of a cache; see `attend`.
+      q_offset: position of the first query, int32 scalar or [B].
+      kv_length, layer: the cache's lengths, int32 [B], and its current layer, as `attend` takes them; None without one.
     """
 
     shard: Shard
@@ -39,21 +42,27 @@ class KeyValues:
 
     @property
     def num_groups(self) -> int:
-        """KV heads of this device."""
+        """The number of KV heads of this device."""
         return self.k.shape[-2]
 
     @property
     def options(self) -> dict[str, int | float | str | None]:
-        """`attend`'s options that the layer's config sets."""
+        """The options of `attend` that the layer's config sets."""
         return {name: getattr(self.config, name) for name in ("window", "softcap", "implementation")}
 
     def attend(
         self, q: jax.Array, expert_index: jax.Array | None = None, q_shared: jax.Array | None = None
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """Queries [B, S, G, M, D], selected experts int32 [B, S, G, k] → [B, S, G, k, D]; without an index all M.
+        """Computes attention of the selected experts' queries.
 
-        With queries of the shared head, [B, S, D], its output comes as second: for a device that holds all groups and
-        tokens. Over several devices it is `shared_head.attend_shared`'s task.
+        Args:
+          q: [B, S, G, M, D], the unfinished queries of all experts.
+          expert_index: int32 [B, S, G, k], the selected experts; None: all M of each group.
+          q_shared: [B, S, D], queries of the shared head; only on a device that holds all groups and all tokens
+            (`shared_head.attend_with_shared` sees to the others).
+
+        Returns:
+          o [B, S, G, k, D] (k = M without an index), and with `q_shared` also the shared head's output [B, S, D].
         """
         if self.shard.size("context") > 1:
             chunks = [self._queries(q, expert_index, *chunk) for chunk in self.chunks(q.shape[1])]
@@ -65,7 +74,10 @@ class KeyValues:
         )  # fmt: skip
 
     def chunks(self, length: int) -> list[tuple[slice, jax.Array | int, bool]]:
-        """(rows, position of the first, whether late) of the pieces of the sequence that this device holds."""
+        """Returns (span, position of its first token, whether it is the late one) of each chunk of the S queries.
+
+        `length` is S. A device holds one chunk, or an early and a late one where `context` splits the sequence.
+        """
         if self.shard.size("context") == 1:
             return [(slice(0, length), self.q_offset, False)]
         half = length // 2
@@ -73,7 +85,7 @@ class KeyValues:
         return [(slice(0, half), early, False), (slice(half, length), late, True)]
 
     def attend_chunks(self, chunks: list[Queries], k: jax.Array, v: jax.Array) -> list[jax.Array]:
-        """Attention of each chunk of queries to keys and values [B, T, G, D] that lie as `k` and `v` do."""
+        """Computes attention of each chunk of queries to k and v [B, T, G, D], tokens in the order of `self.k`."""
         if self.shard.size("context") > 1:
             return attend_over_context(
                 self.shard, chunks, k, v, self.segment_ids, self.q_norm, self.config.context_parallel, **self.options
@@ -87,12 +99,12 @@ class KeyValues:
             for chunk in chunks
         ]  # fmt: skip
 
-    def _queries(self, q, expert_index, rows, offset, late) -> Queries:
+    def _queries(self, q, expert_index, span, offset, late) -> Queries:
         return Queries(
-            q=q[:, rows],
-            expert_index=None if expert_index is None else expert_index[:, rows],
-            rope=jax.tree.map(lambda table: table[:, rows], self.rope),
-            segment_ids=None if self.segment_ids is None else self.segment_ids[:, rows],
+            q=q[:, span],
+            expert_index=None if expert_index is None else expert_index[:, span],
+            rope=jax.tree.map(lambda table: table[:, span], self.rope),
+            segment_ids=None if self.segment_ids is None else self.segment_ids[:, span],
             offset=offset,
             late=late,
         )

@@ -1,4 +1,4 @@
-"""The registry of kinds of attention: `model.attention.kind` → its configuration and its layer."""
+"""Registers the kinds of attention: `model.attention.kind` → its configuration and its layer."""
 
 import dataclasses
 import inspect
@@ -11,17 +11,17 @@ from gqe_jax.config import AttentionConfig, ConfigError
 
 
 class Kind(NamedTuple):
-    """A kind of attention: the config that answers for it, and the layer that computes it."""
+    """A kind of attention has a config class, which answers for it, and a layer class, which computes it."""
 
     config: type[AttentionConfig]
     layer: type[Attention]
 
 
 def checked(kinds: dict[str, Kind]) -> dict[str, Kind]:
-    """`kinds`, if each answers every question and its layer is made from its config.
+    """Returns `kinds`, after a check that each is complete and that its config and its layer belong together.
 
     Raises:
-      TypeError: naming the kind and what it lacks.
+      TypeError: a kind leaves a member of `AttentionConfig` or of `Attention` open, or config and layer do not agree.
     """
     for name, (config, layer) in kinds.items():
         if inspect.isabstract(config):
@@ -45,10 +45,10 @@ KINDS: dict[str, Kind] = checked({"gqe": Kind(GQEConfig, GQEAttention), "gqa": K
 
 
 def kind_named(name: Any) -> Kind:
-    """The kind called `name`.
+    """Returns the kind called `name`.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: no kind has this name.
     """
     if not isinstance(name, str) or name not in KINDS:
         raise ConfigError(f"model.attention.kind={name!r} is unknown: use one of {', '.join(map(repr, KINDS))}")
@@ -56,6 +56,6 @@ def kind_named(name: Any) -> Kind:
 
 
 def make_attention(config: AttentionConfig, d_model: int, **options: Any) -> Attention:
-    """The layer that `config` describes; `options` are the constructor's others (dtype, initialisation, rngs)."""
+    """Makes the layer that `config` describes; `options` are the constructor's other arguments (dtype, rngs, ...)."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return kind_named(fields.pop("kind")).layer(d_model, **fields, **options)

@@ -1,4 +1,4 @@
-"""What a layer tells the training step beside its output."""
+"""Defines what an attention layer gives the training step beside its output."""
 
 import dataclasses
 
@@ -8,7 +8,10 @@ from flax import nnx
 
 
 class Buffer(nnx.Variable):
-    """State of a layer that a training step updates without a gradient (`AttentionConfig.updated_buffers`)."""
+    """A buffer is state of a layer that a training step updates without a gradient.
+
+    `AttentionConfig.updated_buffers` gives its new values.
+    """
 
 
 def _zero() -> jax.Array:
@@ -18,16 +21,16 @@ def _zero() -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """An auxiliary loss and named metrics, which the training step adds and logs whatever kind of layer they are from.
+    """Holds an auxiliary loss and named metrics, which the training step adds and logs whatever the kind of layer.
 
     Attributes:
-      auxiliary_loss: float32 scalar, weighted already: a training step adds it to the loss as it is.
-      metrics: name → float32 array, means over the real tokens of the whole batch.
+      auxiliary_loss: float32 scalar, already weighted: a training step adds it to the loss as it is.
+      metrics: name → float32 array; means over the real tokens (not padding) of the whole batch.
     """
 
     auxiliary_loss: jax.Array = dataclasses.field(default_factory=_zero)
     metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def reduced(self) -> "LayerReport":
-        """Without whatever else a kind reports, such as arrays with one entry per token."""
+        """Returns the loss and the metrics alone, without a kind's other fields, such as arrays per token."""
         return LayerReport(auxiliary_loss=self.auxiliary_loss, metrics=self.metrics)

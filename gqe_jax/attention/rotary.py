@@ -1,4 +1,4 @@
-"""Rotary position embedding: tables of cos and sin, with the usual ways of stretching them to longer contexts."""
+"""Makes the tables of rotary position embeddings (RoPE, Su et al. 2021), stretched to longer contexts if asked."""
 
 import math
 
@@ -11,15 +11,15 @@ from gqe_jax.config import RopeScaling
 def rotary_tables(
     positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling = RopeScaling()
 ) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of position · frequency, for the rotate-half convention (dimension i turns with i + D/2).
+    """Returns cos and sin of position · frequency, for the rotate-half convention (dimension i turns with i + D/2).
 
-    The forms of scaling are those of the published models: "linear" (Chen et al. 2023), "dynamic" (NTK-aware, stretched
-    with the row's last position in the call), "llama3" (Llama 3.1), "yarn" (Peng et al. 2023; cos and sin carry its
-    attention factor). Beyond the original context "dynamic" turns new keys by other frequencies than the cached ones,
-    in the published models as here: only there does decoding differ from one full pass.
+    The kinds of scaling are those of the published models: "linear" (Chen et al. 2023), "dynamic" (NTK-aware, stretched
+    with the row's last position in the call), "llama3" (Llama 3.1), "yarn" (Peng et al. 2023; cos and sin are
+    multiplied by its attention factor). Beyond the original context "dynamic" turns new keys by other frequencies than
+    the cached ones, here as in the published models: in this one case decoding differs from one full pass.
 
     Args:
-      positions: int32 [B or 1, S].
+      positions: int32 [B or 1, S], in tokens.
       head_dim: D, even.
       theta: base of the frequencies, theta^(-2i/D).
       scaling: how to stretch them.
@@ -53,7 +53,10 @@ def rotary_tables(
 
 
 def _yarn_ramp(head_dim: int, theta: float, scaling: RopeScaling) -> jax.Array:
-    """0 where a dimension turns more than beta_fast times in the original context, 1 below beta_slow; [D/2]."""
+    """Returns [D/2] weights: 0 where a pair turns more than beta_fast times in the original context, 1 below beta_slow.
+
+    Between the two they rise linearly with the index of the pair.
+    """
 
     def dimension(rotations: float) -> float:
         return head_dim * math.log(scaling.original_context / (rotations * 2 * math.pi)) / (2 * math.log(theta))

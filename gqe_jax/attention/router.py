@@ -1,4 +1,4 @@
-"""The router: which k of the M query experts of each KV group attend for a token, and how evenly they are used."""
+"""Defines the router, which chooses the k of M query experts of each KV group that attend for a token."""
 
 import dataclasses
 from typing import Any, Literal
@@ -16,15 +16,15 @@ from gqe_jax.parallel.zigzag import zigzag
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """How each KV group chooses k of its M query experts for a token (docs/algorithm.md)."""
+    """Configures how each KV group chooses k of its M query experts for a token (docs/algorithm.md, "The router")."""
 
     kind: Literal["learned", "fixed", "random"] = "learned"  # fixed: experts 0..k-1; random: a uniform draw per token
     init_std: float = 0.02  # 0 makes every token pick expert 0, and the balance loss then moves all of them together
     load_balance_weight: float = 0.01
     z_loss_weight: float = 0.0
     jitter: float = 0.0  # training only: router input times U(1 - jitter, 1 + jitter)
-    bias_update_rate: float = 0.0  # loss-free balancing: step of the selection bias against the load error; 0 = off
-    seed: int = 0  # of the `random` router where no rngs are given (evaluation, generation)
+    bias_update_rate: float = 0.0  # loss-free balancing: how far a step moves the selection's bias; 0 = off
+    seed: int = 0  # of the `random` router's draws where no rngs are given (evaluation, generation)
 
     def __post_init__(self):
         require_known(self)
@@ -43,9 +43,9 @@ class RouterConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterStats(LayerReport):
-    """What a GQE layer reports about its routing. Means run over the real tokens of the whole batch.
+    """Reports how a GQE layer has routed its tokens. Means run over the real tokens (not padding) of the whole batch.
 
-    `metrics` holds load, entropy, load_balance_loss and z_loss; `auxiliary_loss` is the weighted sum of both losses.
+    `metrics` holds load, entropy, load_balance_loss and z_loss; `auxiliary_loss` is the weighted sum of the two losses.
 
     Attributes:
       expert_index: int32 [B, S, G, k], selected experts by descending probability.
@@ -69,17 +69,17 @@ class RouterStats(LayerReport):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What the router decides for the tokens of one device, and its sums over their real ones.
+    """Holds what the router decides for the tokens of one device, and sums over the real ones of these tokens.
 
-    The sums have two axes of size 1 before their own, which become the parts of batch and sequence over a mesh.
+    The sums begin with two axes of size 1: over a mesh they become [devices along batch, devices along sequence].
 
     Attributes:
       expert_index: int32 [B, S, G, k], selected experts by descending probability.
       selected_probs: float32 [B, S, G, k], their probabilities.
-      router_probs: float32 [B, S, G, M].
-      tokens: float32 [1, 1], how many real tokens there are.
-      chosen, prob: float32 [1, 1, G, M], selections and probabilities of each expert.
-      entropy, squared_log_z: float32 [1, 1, G].
+      router_probs: float32 [B, S, G, M], softmax before the selection.
+      tokens: float32 [1, 1], number of real tokens.
+      chosen, prob: float32 [1, 1, G, M], how often each expert was selected, and the sum of its probabilities.
+      entropy, squared_log_z: float32 [1, 1, G], sums of the softmax's entropy (nats) and of logsumexp(logits)².
     """
 
     expert_index: jax.Array
@@ -93,12 +93,12 @@ class Routing:
 
     @staticmethod
     def axes() -> Any:
-        """Logical axes of the arrays: a tree like this one."""
+        """Returns the logical axes of the arrays (`parallel.rules`), in a `Routing`."""
         per_token, summed = ("batch", "sequence", "group", None), ("batch", "sequence", "group")
         return Routing(*(per_token,) * 3, ("batch", "sequence"), *(per_token,) * 2, *(summed,) * 2)
 
     def statistics(self, config: RouterConfig) -> RouterStats:
-        """The means over the tokens of all devices, and the losses weighted as `config` says."""
+        """Returns the means over the tokens of all devices, and the losses weighted as `config` says."""
         count = jnp.maximum(self.tokens.sum(), 1.0)
         load, mean_prob, entropy, squared_log_z = (
             x.sum(axis=(0, 1)) / count for x in (self.chosen, self.prob, self.entropy, self.squared_log_z)
@@ -119,9 +119,9 @@ class Routing:
 
 
 def top_k_experts(scores: jax.Array, k: int) -> jax.Array:
-    """Indices of the k largest of the last axis, by descending score; equal scores resolve to the lower index.
+    """Returns the indices of the k largest scores of the last axis, by descending score; of equal ones the lower first.
 
-    An iterated argmax: unlike `lax.top_k` it needs no gather where the group axis is sharded, and M is small.
+    It repeats argmax k times: unlike `lax.top_k` this needs no gather where the group axis is sharded, and M is small.
 
     Args:
       scores: [..., M].
@@ -139,7 +139,14 @@ def top_k_experts(scores: jax.Array, k: int) -> jax.Array:
 
 
 class Router(nnx.Module):
-    """Softmax over each group's experts in float32, then top-k (docs/algorithm.md, "The router")."""
+    """Takes a softmax over each group's experts in float32, then the top k (docs/algorithm.md, "The router").
+
+    Args:
+      d_model: width d of the input.
+      num_groups, experts_per_group, top_k: G, M and k.
+      config: kind of router, losses, jitter, loss-free balancing.
+      rngs: draws the initial weights, from the stream "params".
+    """
 
     def __init__(
         self, d_model: int, num_groups: int, experts_per_group: int, top_k: int, config: RouterConfig, *, rngs: nnx.Rngs
@@ -160,7 +167,7 @@ class Router(nnx.Module):
                 exact=True,
                 rngs=rngs,
             )
-        # Added to the probabilities for the selection only: loss-free balancing.
+        # Loss-free balancing adds this to the probabilities, for the selection only.
         bias = jnp.zeros(self.shape, jnp.float32)
         self.bias = Buffer(bias) if config.bias_update_rate else None
         self.placement = (("bias", ("group", None)),)
@@ -168,17 +175,17 @@ class Router(nnx.Module):
     def draws(
         self, x: jax.Array, positions: jax.Array, rngs: nnx.Rngs | None, layer_index: jax.Array | int
     ) -> tuple[jax.Array | None, tuple[str | None, ...]]:
-        """The randomness of a call, float32; it does not depend on how the call is then split over devices.
+        """Draws the randomness of a call, before the call is split over devices, so that it does not depend on them.
 
         Args:
-          x: [B, S, d], of which the shape counts.
+          x: [B, S, d]; only its shape is used.
           positions: int32 [B or 1, S]; the `random` router without rngs draws by seed, layer and position.
           rngs: randomness of training (stream "router"): jitter, and the draws of the `random` router.
-          layer_index: of the layer in a stack.
+          layer_index: index of the layer in a stack.
 
         Returns:
-          Of the `random` router [B, S, G, M], whose order is the choice; of one with jitter the factors [B, S, d] on
-          its input, if rngs are given; else None. And the logical axes.
+          (draws, their logical axes). Draws are float32: for the `random` router scores [B, S, G, M], the largest of
+          which are selected; for a router with jitter, where rngs are given, factors [B, S, d] on its input; else None.
 
         Raises:
           ValueError: randomness is needed, and rngs have no stream for it.
@@ -201,8 +208,11 @@ class Router(nnx.Module):
         Args:
           x: [B, S, d].
           segment_ids: int32 [B, S], 0 = padding, which is left out of all sums.
-          draws: of this call.
+          draws: this device's part of what `draws` returned.
           num_groups: how many groups this device holds.
+
+        Returns:
+          The `Routing` of these tokens.
         """
         x = x.astype(jnp.float32)
         if self.config.kind == "learned":
@@ -217,7 +227,7 @@ class Router(nnx.Module):
             selection = probs if self.bias is None else probs + self.bias[...]
         index = top_k_experts(jax.lax.stop_gradient(selection), self.top_k)
         chosen = jax.nn.one_hot(index, self.shape[1], dtype=jnp.float32)  # [B, S, G, k, M]
-        if selection is not probs:  # selected by another score, but ordered by probability
+        if selection is not probs:  # another score selects, but slots are ordered by probability
             among = jnp.where(chosen.any(axis=-2), jax.lax.stop_gradient(probs), -jnp.inf)
             index = top_k_experts(among, self.top_k)
             chosen = jax.nn.one_hot(index, self.shape[1], dtype=jnp.float32)
@@ -242,7 +252,7 @@ class Router(nnx.Module):
         )
 
     def _random_scores(self, tokens, positions, rngs, layer_index) -> jax.Array:
-        """[B, S, G, M], whose order is the draw."""
+        """Draws scores float32 [B, S, G, M]; `tokens` is (B, S)."""
         if rngs is not None:
             return jax.random.uniform(_key(rngs), tokens + self.shape)
         # Without rngs the draw depends on seed, layer and position alone: decoding repeats what a full pass chose.
@@ -264,16 +274,19 @@ def _key(rngs: nnx.Rngs) -> jax.Array:
 
 
 def _mix(bits: jax.Array) -> jax.Array:
-    """The finalizer of MurmurHash3: a bijection of uint32 that spreads every input bit over all output bits."""
+    """Applies MurmurHash3's finalizer, a bijection of uint32 that spreads every input bit over all output bits."""
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
     return bits ^ (bits >> 16)
 
 
 def balanced(bias: jax.Array, load: jax.Array, *, top_k: int, rate: float) -> jax.Array:
-    """The selection's bias [..., G, M] after a step: nudged against the sign of each expert's load error.
+    """Returns the selection's bias after a step of loss-free balancing (Wang et al. 2024; docs/algorithm.md).
 
-    Loss-free balancing (Wang et al. 2024): `load` [..., G, M] is the share of tokens that selected each expert, and
-    `rate` the step.
+    Args:
+      bias: float32 [..., G, M].
+      load: float32 [..., G, M], share of tokens that selected each expert (sums to k over M).
+      top_k: k.
+      rate: how far each element moves: up where the load is below k / M, down where it is above.
     """
     return bias + rate * jnp.sign(top_k / bias.shape[-1] - load)

@@ -1,7 +1,7 @@
-"""What gqe_1b and gqe_8b share: the shape of Llama 3's models (arXiv 2407.21783), with routed query heads.
+"""Defines what gqe_1b and gqe_8b share: the shape of Llama 3's models (arXiv 2407.21783), with routed query heads.
 
-Rows of `context` tokens, as many as make 4M tokens a step (1b: 2M); warm-up, stable, decay over the last fifth.
-`laptop` keeps head counts and schedule and shrinks everything else: bytes, four layers, minutes on a CPU.
+A step takes 4M tokens (1b: 2M) in rows of `context` tokens; the learning rate warms up, is stable, and decays over the
+last fifth. `laptop` keeps head counts and schedule and shrinks everything else: bytes, four layers, minutes on a CPU.
 """
 
 from gqe_jax.config_dict import defaults
@@ -9,17 +9,17 @@ from gqe_jax.config_overrides import parse_argument
 
 
 def llama_config(name, argument, *, heads, top_k, context, tokens_per_step, tokens):
-    """The configuration of the model `name`, whose sizes the caller fills in, and whether it is to be the real one.
+    """Makes the configuration of the model `name`; at full size the caller fills in width, depth and remat.
 
     Args:
-      name: "gqe_..."; the dense twin is "gqa_...".
+      name: "gqe_..."; the dense twin gets the name "gqa_...".
       argument: what stands behind the colon on the command line: laptop, kind ("gqe" or "gqa"), context.
       heads: query heads, of which GQE's attend `top_k` in each of 8 groups, and one shared.
-      context: tokens of a row unless the argument says otherwise.
-      tokens_per_step, tokens: of the global batch, and of the run.
+      context: tokens of a row, unless the argument says otherwise.
+      tokens_per_step, tokens: tokens of the global batch, and of the whole run.
 
     Returns:
-      (ConfigDict, True), or (a small one, False) for a laptop.
+      (ConfigDict, whether it is the full size and not the laptop's).
     """
     arguments = parse_argument(argument, laptop=False, kind="gqe", context=context)
     dense = arguments.kind == "gqa"

@@ -1,6 +1,7 @@
-"""What the configurations of about 250M parameters share: the setting of arXiv 2606.20945, section 4.
+"""Defines what the configurations of about 250M parameters share: the setting of arXiv 2606.20945, section 4.
 
-30B tokens of GPT-2's BPE in rows of 2048, 512 rows (1.05M tokens) a step; warm-up over 3B tokens, stable, decay.
+They train on 30B tokens of GPT-2's BPE in rows of 2048 tokens, 512 rows (1.05M tokens) a step; the learning rate warms
+up over 3B tokens, is stable, and decays over the last 6B.
 `head_dim=128` is the form for TPUs, whose matrix units are 128 wide: half as many heads, twice as wide, the same H · D.
 `laptop` keeps head counts and schedule and shrinks everything else: bytes, four layers, minutes on a CPU.
 """
@@ -13,11 +14,11 @@ TOKENS_PER_STEP = 512 * 2048
 
 
 def paper_config(name, argument, attention, **arguments):
-    """The configuration `name` for `argument`, what stands behind the colon on the command line.
+    """Makes the configuration `name` for `argument`, the text behind the colon on the command line.
 
     Args:
-      attention: function of the arguments, H and G (query heads and KV groups) to the fields of model.attention.
-      **arguments: those that the file has beside laptop and head_dim, with their defaults.
+      attention: function (arguments, H query heads, G KV groups) → fields of model.attention.
+      **arguments: the names that the file understands beside laptop and head_dim, with their defaults.
     """
     arguments = parse_argument(argument, laptop=False, head_dim=64, **arguments)
     if 1024 % (2 * arguments.head_dim):

@@ -1,4 +1,4 @@
-"""Attention kernels: `attend`, one signature with several implementations, and what is done to queries before it."""
+"""This folder holds the attention call `attend` (one signature, several implementations) and all that it needs."""
 
 from gqe_jax.kernels.attend import IMPLEMENTATIONS, attend, mean_head
 from gqe_jax.kernels.choose import Call, Choice, choose, target_platform

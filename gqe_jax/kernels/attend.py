@@ -1,4 +1,4 @@
-"""`attend`: one signature for attention with selected query experts, several implementations."""
+"""Defines `attend`: attention with selected query experts has one signature and several implementations."""
 
 import dataclasses
 import functools
@@ -72,19 +72,22 @@ def attend(
     implementation: str | None = None,
     block_sizes: BlockSizes | None = None,
 ) -> jax.Array | tuple[jax.Array, ...]:
-    """Grouped-query attention of the selected query experts: o[b,s,r,j] = softmax(scale · q̂ k_gᵀ) v_g, g = kv_head[r].
+    """Computes grouped-query attention of the selected query experts (docs/algorithm.md, "What attend computes").
+
+        o[b,s,r,j] = softmax(scale · q̂ k_gᵀ) v_g,   g = kv_head[r]
 
     q̂ is the query of expert `expert_index[b,s,r,j]` of query run r, RMS-normed (`q_norm`), then rotated (`q_rope`). A
     query run is M query heads that read the same KV head; by default there is one run for each KV head, R = G.
     Unselected experts cost no attention, and the gradient of their queries is exactly zero. Without an index every
-    query head attends (dense: MHA, MQA, GQA by the sizes of G and M; docs/algorithm.md). Gradients are custom, in
-    reverse mode and once, of q, k, v, q_shared, and what q_rope and q_norm hold; "reference" alone has forward mode
-    (`jax.jvp`) and second derivatives too.
+    query head attends (dense attention: MHA, MQA or GQA by the sizes of G and M).
+
+    First derivatives in reverse mode are defined for q, k, v, q_shared and the arrays in q_rope and q_norm; the
+    implementation "reference" alone has forward mode (`jax.jvp`) and second derivatives too.
 
     What is invisible has no influence on results and gradients, whatever its bits (NaN, infinity): keys and values that
     no query of their batch row sees (padding, an unfilled cache, outside of every window), and queries that see no key.
-    "reference" and "xla" keep this for each pair: a key of NaN does not reach the queries that do not see it. What is
-    not finite and seen makes the output NaN.
+    In "reference" and "xla" this holds for each pair: a key of NaN does not reach the queries that do not see it. A
+    value that is seen and not finite makes the output NaN.
 
     Args:
       q: [B, S, R, M, D], all experts' queries; float32, bfloat16 or float16.
@@ -102,8 +105,8 @@ def attend(
       q_offset, kv_offset: position of query 0 and of key 0; integers or int arrays, scalar or [B], within
         int32; may be traced. With a window they must differ by less than 2³¹.
       kv_length: int [B]; keys at buffer index t >= kv_length[b] are invisible (an unfilled cache costs nothing).
-      layer: int scalar, may be traced: k and v are stacked over layers, [L, B, T, G, D or Dv], and this layer's are
-        meant. A decode kernel then reads them where they lie.
+      layer: int scalar, may be traced: k and v are then stacked over layers, [L, B, T, G, D or Dv], and this layer's
+        are used. A decode kernel reads them without a copy.
       q_segment_ids, kv_segment_ids: int [B, S] and [B, T]; a query sees keys of its own segment; 0 is padding, which
         sees nothing and is seen by nothing.
       q_rope: (cos, sin), float32 [B or 1, S, D/2] each; rotate-half convention.
@@ -113,16 +116,16 @@ def attend(
       return_lse: return the log-sum-exp of the scores too.
       implementation: a name in `IMPLEMENTATIONS`; None takes the fastest that can compute the call on the platform that
         it is lowered for (`kernels/choose.py`), and says in the log "gqe_jax" which and why.
-      block_sizes: of "pallas_tpu", in place of its tuned ones; where that cannot compute the call they are an error.
+      block_sizes: replace the tuned block sizes of "pallas_tpu"; an error where "pallas_tpu" cannot compute the call.
 
     Returns:
       o [B, S, R, K, Dv] in q's dtype (K = M without an index), and with `return_lse` also lse float32 [B, S, R, K],
       natural logarithm, differentiable. A query that sees no key gets o = 0, lse = `EMPTY_LSE` and gradient 0. With
-      `q_shared` the shared head's output [B, S, Dv] comes behind o.
+      `q_shared` the shared head's output [B, S, Dv] comes right after o.
 
     Raises:
-      ValueError: shapes, dtypes or options that do not fit together; an implementation that is unknown, or that cannot
-        compute the call on this platform; blocks that exceed the TPU's VMEM (those of the gradient when it is taken).
+      ValueError: shapes, dtypes or options do not fit together; the implementation is unknown, or cannot compute the
+        call on this platform; blocks exceed the TPU's VMEM (those of the gradient are checked when it is taken).
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -211,8 +214,8 @@ def _layer_of(name: str, x: jax.Array, layer: jax.Array) -> jax.Array:
 
 
 def mean_head(x: jax.Array) -> jax.Array:
-    """[B, T, G, D] → [B, T, 1, D], the mean over groups."""
-    # Group by group, as columns of the projection's output: to reduce over an axis a TPU would transpose it.
+    """Returns the mean over groups of x [B, T, G, D], [B, T, 1, D]."""
+    # Groups are added one by one, as columns of the projection's output: a TPU would transpose it to reduce over axes.
     *tokens, num_groups, head_dim = x.shape
     groups = jnp.split(x.reshape(*tokens, num_groups * head_dim), num_groups, axis=-1)
     total = functools.reduce(jnp.add, [group.astype(jnp.float32) for group in groups])
@@ -290,7 +293,7 @@ def _check_arrays(q, k, v, expert_index, kv_head):
 
 
 def _known_options(window, softcap, scale, q_norm):
-    """The options that kernels are compiled for, as Python numbers; an infinite soft cap is none."""
+    """Returns the options that kernels are compiled for as Python numbers; an infinite soft cap becomes None."""
 
     def known(name, value, kind, rule):
         if isinstance(value, jax.core.Tracer):
@@ -379,7 +382,7 @@ def _build_mask(q, k, causal, window, q_offset, kv_offset, kv_length, q_segment_
 
 
 def _as_int32(name: str, x: jax.Array | np.ndarray) -> jax.Array:
-    """Raises ValueError for values beyond int32: here if they are known, else under `checkify.checkify`."""
+    """Returns x as int32; raises ValueError for values beyond it: here if known, else under `checkify.checkify`."""
     if not np.can_cast(x.dtype, np.int32):
         rule = f"{name} must have values within int32"
         if isinstance(x, jax.core.Tracer):

@@ -1,4 +1,4 @@
-"""Which implementation of `attend` computes a call: decided by platform and shape, and said once in the log."""
+"""Chooses the implementation of `attend` that computes a call, by platform and shape, and logs each choice once."""
 
 import dataclasses
 import functools
@@ -24,21 +24,21 @@ NAMES = {"cpu": "a CPU", "gpu": "an NVIDIA GPU", "rocm": "an AMD GPU", "tpu": "a
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """What of a call of `attend` decides who computes it: shapes, dtype and options, no data.
+    """Describes a call of `attend` without its data: all that decides which implementation computes it.
 
     Attributes:
       batch, q_len, kv_len, num_groups, num_experts, num_slots, head_dim: B, S, T, R (query runs), M, K, D.
       value_dim, num_kv_heads: Dv and G.
-      kv_head: the caller says which KV head each query run reads; otherwise R = G and run r reads head r.
-      dtype: of q, k and v.
+      kv_head: whether the caller says which KV head each query run reads; otherwise R = G and run r reads head r.
+      dtype: name of the dtype of q, k and v.
       causal, window: as in `attend`.
-      softcap: there is one.
-      segments: there are segment ids.
-      kv_length: there is one, so K and V are a cache.
-      aligned: query 0 and key 0 are known to have the same position.
-      return_lse: the log-sum-exp is wanted.
-      partitioned: XLA splits the computation over several devices.
-      block_sizes: the caller gives those of the TPU kernels.
+      softcap: whether there is a soft cap.
+      segments: whether there are segment ids.
+      kv_length: whether there is a kv_length: K and V are then a cache.
+      aligned: whether query 0 and key 0 are known, when tracing, to have the same position.
+      return_lse: whether the log-sum-exp is asked for.
+      partitioned: whether XLA splits the computation over several devices.
+      block_sizes: whether the caller gives block sizes of the TPU kernels.
     """
 
     batch: int
@@ -76,7 +76,7 @@ class Call:
 
 
 def is_partitioned() -> bool:
-    """Whether XLA splits what is being traced over several devices of `jax.set_mesh`; not so within `jax.shard_map`."""
+    """Tells whether XLA splits what is being traced over several devices of `jax.set_mesh` (not in `jax.shard_map`)."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
     return any(size > 1 for axis_type, size in sizes if axis_type != jax.sharding.AxisType.Manual)
@@ -92,7 +92,10 @@ REQUIREMENTS: dict[str, tuple[str, Callable[[Call], str | None]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The name of an implementation, why it was chosen, and whether none of the platform's own could be."""
+    """Names the implementation that was chosen and says why.
+
+    `is_fallback` is True where none of the platform's own implementations can compute the call.
+    """
 
     name: str
     why: str
@@ -100,10 +103,11 @@ class Choice:
 
 
 def target_platform(array: jax.Array | None = None) -> str:
-    """The platform that a computation is lowered for: "cpu", "gpu" (NVIDIA), "rocm" (AMD) or "tpu".
+    """Returns the platform that a computation is lowered for: "cpu", "gpu" (NVIDIA), "rocm" (AMD) or "tpu".
 
-    Outside a trace it is that of `array`; under one that of the devices of `jax.set_mesh`, then `jax.default_device`,
-    then the default backend. So a mesh of TPU devices compiles TPU kernels, also on a host that has none.
+    Outside a trace this is the platform of `array`. Under a trace it is that of the devices of `jax.set_mesh`, else of
+    `jax.default_device`, else of the default backend. So a mesh of TPU devices compiles TPU kernels also on a host
+    that has none.
     """
     if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
         device = next(iter(array.devices()))
@@ -117,7 +121,7 @@ def target_platform(array: jax.Array | None = None) -> str:
 
 
 def obstacle(name: str, platform: str, call: Call) -> str | None:
-    """Why the implementation `name` cannot compute a call on a platform; None where it can."""
+    """Says why the implementation `name` cannot compute a call on a platform; None where it can."""
     needed, rules = REQUIREMENTS.get(name, (None, None))
     if needed is not None and platform != needed:
         return f"{name} needs {NAMES[needed]}, and this computation is for {NAMES.get(platform, platform)}"
@@ -127,10 +131,10 @@ def obstacle(name: str, platform: str, call: Call) -> str | None:
 
 
 def choose(platform: str, call: Call) -> Choice:
-    """The implementation that `attend` takes for a call on a platform where none is named.
+    """Chooses the implementation for a call where the caller names none: the platform's fastest that can compute it.
 
     Args:
-      platform: "cpu", "gpu" (NVIDIA), "rocm", "tpu", or any other, which XLA then compiles for.
+      platform: "cpu", "gpu" (NVIDIA), "rocm", "tpu", or any other, where "xla" is taken.
       call: its shapes and options.
 
     Raises:
@@ -149,10 +153,10 @@ def choose(platform: str, call: Call) -> Choice:
 
 
 def check(name: str, platform: str, call: Call) -> Choice:
-    """The implementation that the caller named.
+    """Chooses the implementation that the caller named.
 
     Raises:
-      ValueError: it cannot compute the call; says why, and what would.
+      ValueError: it cannot compute the call; the message says why, and which one would.
     """
     reason = obstacle(name, platform, call)
     if reason is not None:
@@ -169,6 +173,6 @@ def _what_would_run(platform: str, call: Call) -> str:
 
 @functools.cache  # once per platform, call and choice
 def announce(platform: str, call: Call, choice: Choice) -> None:
-    """One line in the log "gqe_jax", a warning where a faster implementation for the platform cannot take the call."""
+    """Logs the choice in one line of the log "gqe_jax", as a warning where it is a fallback."""
     level = logging.WARNING if choice.is_fallback else logging.INFO
     logger.log(level, "attention on %s takes %r: %s; %s", platform, choice.name, choice.why, call)

@@ -1,4 +1,4 @@
-"""Attention on NVIDIA GPUs: the selected queries, compacted, through JAX's call of cuDNN's fused attention."""
+"""Computes attention on NVIDIA GPUs: the selected queries, compacted, go through JAX's call of cuDNN's attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if typing.TYPE_CHECKING:
 
 
 def obstacle(call: Call) -> str | None:
-    """Why cuDNN's attention cannot compute a call on an NVIDIA GPU; None where it can."""
+    """Says why cuDNN's attention cannot compute a call on an NVIDIA GPU; None where it can."""
     if call.dtype not in ("bfloat16", "float16"):
         return f"cudnn takes bfloat16 and float16, not {call.dtype}"
     if call.value_dim != call.head_dim:
@@ -44,11 +44,11 @@ def _is_hopper_or_later() -> bool:
 
 
 def cudnn(q, k, v, expert_index, mask: Mask, *, kv_head=None, q_rope, q_norm, softcap, scale) -> tuple[jax.Array, None]:
-    """softmax(scale · q kᵀ) v by cuDNN, arguments as in `attend`, of a call to which there is no `obstacle`.
+    """Computes softmax(scale · q kᵀ) v by cuDNN for a call that has no `obstacle`; arguments as in `attend`.
 
-    The K selected queries of a run are heads of grouped-query attention: cuDNN sees R · K of them on R KV heads, which
-    `kv_head` has selected from K and V. No
-    log-sum-exp is returned, and a soft cap, segment ids, offsets and lengths in `mask` are not looked at.
+    The K selected queries of a run are heads of grouped-query attention: cuDNN sees R · K query heads on R KV heads,
+    which `kv_head` selects from k and v. It returns no log-sum-exp; a soft cap, segment ids, offsets and lengths are
+    ignored, as `obstacle` refuses calls that have them.
     """
     del softcap
     if kv_head is not None:

@@ -1,4 +1,4 @@
-"""What to use instead, said where a derivative is asked for that an implementation does not have."""
+"""Refuses derivatives that an implementation does not have, and says what to use instead."""
 
 import functools
 from typing import Any
@@ -13,7 +13,7 @@ ONCE = (
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def refuse_derivatives(tree: Any, message: str) -> Any:
-    """The same arrays; raises NotImplementedError with the message when, and only when, they are differentiated."""
+    """Returns the same arrays, and raises NotImplementedError with the message only when they are differentiated."""
     del message
     return tree
 

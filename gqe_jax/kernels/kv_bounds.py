@@ -1,4 +1,4 @@
-"""Which blocks of keys a block of queries has to visit, by the rules of `mask.py`."""
+"""Finds which blocks of keys a block of queries has to visit, by the rules of `mask.py`."""
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,14 @@ from gqe_jax.kernels.mask import Mask
 def kv_bounds(
     mask: Mask, q_starts: jax.Array, block_q: int, block_k: int, kv_len: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The range of key blocks to visit for each q block, and the part of it that needs no mask.
+    """Returns the range of key blocks to visit for each q block, and the part of that range that needs no mask.
 
     Args:
       mask: with any number of batch rows; the range covers all of them.
-      q_starts: int32 [q blocks]; a block holds the block_q queries from there.
-      block_k: keys per block; the last block may exceed T = kv_len.
+      q_starts: int32 [q blocks], index of the first query of each block.
+      block_q: queries per block.
+      block_k: keys per block; the last block may exceed T.
+      kv_len: T.
 
     Returns:
       first, whole_first, whole_end, end: int32 [q blocks] each, in blocks of keys, none less than the one before it.
@@ -53,7 +55,7 @@ def kv_bounds(
 
 
 def segment_bounds(mask, q_starts, block_q, num_kv_blocks, block_k):
-    """The bounds by segments alone: blocks whose ranges of ids overlap, and blocks inside the q block's only segment.
+    """Returns the bounds by segments alone: blocks whose ids' ranges overlap, and blocks in the q block's only segment.
 
     Exact for packed rows, whose ids grow along the row; safe for any ids.
     """

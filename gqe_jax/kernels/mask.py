@@ -1,4 +1,4 @@
-"""Which keys a query may see: the structural mask that every implementation of `attend` takes."""
+"""Defines the mask that every implementation of `attend` takes: which keys a query may see."""
 
 import dataclasses
 
@@ -12,9 +12,10 @@ INT32 = jnp.iinfo(jnp.int32)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask:
-    """A mask by structure, never an [S, T] array. Query s of batch row b sees key t where all of these hold.
+    """Describes by structure, never as an [S, T] array, which keys a query sees.
 
-    With i = q_offset[b] + s and j = kv_offset[b] + t:
+    Query s of batch row b sees key t where each of these rules that applies holds, with i = q_offset[b] + s and
+    j = kv_offset[b] + t:
 
     - `causal`: j <= i;
     - `window` = w: i - w < j, and without `causal` also j < i + w;
@@ -49,7 +50,7 @@ class Mask:
 
 
 def make_mask(q_len: int, kv_len: int, *, q_offset, kv_offset, kv_length=None, window=None, **rest) -> Mask:
-    """A `Mask` that hides the same pairs with small numbers: any int32 offsets, any window.
+    """Makes a `Mask` of small numbers that hides the same pairs as the arguments: any int32 offsets, any window.
 
     Only the distance between query 0 and key 0 matters, and only as far as the arrays reach: the offsets become
     (distance, 0), a window of more than S + T becomes S + T, with the distance moved by the difference where the window
@@ -83,7 +84,11 @@ def make_mask(q_len: int, kv_len: int, *, q_offset, kv_offset, kv_length=None, w
 
 
 def sees(mask: Mask, q_start: jax.Array, num_queries: int, kv_start: jax.Array, num_keys: int) -> jax.Array:
-    """Which of num_keys keys from kv_start each of num_queries queries from q_start sees: bool [B, queries, keys]."""
+    """Tells which of num_keys keys from kv_start each of num_queries queries from q_start sees.
+
+    Returns:
+      bool [B, num_queries, num_keys].
+    """
     q_index = q_start + jnp.arange(num_queries)[:, None]
     kv_index = kv_start + jnp.arange(num_keys)
     distance = (mask.q_offset - mask.kv_offset)[:, None, None] + (q_index - kv_index)
@@ -102,5 +107,5 @@ def sees(mask: Mask, q_start: jax.Array, num_queries: int, kv_start: jax.Array, 
 
 
 def visible(mask: Mask, q_len: int, kv_len: int) -> jax.Array:
-    """The mask as a bool array [B, S, T]."""
+    """Returns the mask as a bool array [B, S, T]."""
     return sees(mask, 0, q_len, 0, kv_len)

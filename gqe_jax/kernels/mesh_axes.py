@@ -1,4 +1,4 @@
-"""What the types of arrays say of a mesh: axes that they vary along inside `jax.shard_map`, and explicit axes.
+"""Reads what arrays' types say of a mesh: the axes they vary along inside `jax.shard_map`, and explicit axes.
 
 Inside `shard_map` a loop's carry must vary along the same axes before and after a step. Zeros vary along none until
 they are told to. Outside, and inside with check_vma=False, there are no such axes and nothing happens.
@@ -11,13 +11,13 @@ from jax.experimental import checkify
 
 
 def varying_axes(tree: Any) -> tuple[str, ...]:
-    """The axes of the mesh along which some array of `tree` varies."""
+    """Returns the axes of the mesh along which some array of `tree` varies."""
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
     return tuple(sorted({axis for array in arrays for axis in jax.typeof(array).manual_axis_type.varying}))
 
 
 def vary(tree: Any, axes: tuple[str, ...]) -> Any:
-    """The same arrays, as such that vary along all of `axes`."""
+    """Returns the same arrays with types that vary along all of `axes`."""
 
     def cast(x):
         missing = tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying)
@@ -27,7 +27,7 @@ def vary(tree: Any, axes: tuple[str, ...]) -> Any:
 
 
 def result(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: Any) -> jax.ShapeDtypeStruct:
-    """A Pallas call's result: it varies along the axes that `like` (an array, or another result) varies along."""
+    """Returns the type of a Pallas call's result that varies along the same axes as `like`, an array or a type."""
     kind = like.manual_axis_type if isinstance(like, jax.ShapeDtypeStruct) else jax.typeof(like).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
@@ -48,7 +48,7 @@ def check_not_explicit(**arrays: jax.Array) -> None:
 
 
 def debug_check(holds: jax.Array, message: str, **values: jax.Array) -> None:
-    """`checkify.debug_check` where there is no mesh of several devices.
+    """Calls `checkify.debug_check` where there is no mesh of several devices.
 
     Under `jax.set_mesh` checkify cannot carry an error into or out of `jax.shard_map` (jax-ml/jax issue 40907): one
     check would make the whole computation fail to trace.

@@ -1,4 +1,4 @@
-"""Combining attention over parts of the keys (ring attention, split caches) from their log-sum-exps."""
+"""Combines attention over parts of the keys (ring attention, split caches) by their log-sum-exps."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ EMPTY_LSE = -1e30
 def merge_partials(
     o: jax.Array, lse: jax.Array, o2: jax.Array, lse2: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over the union of two disjoint sets of keys, from the attention over each.
+    """Computes attention over the union of two disjoint sets of keys from the attention over each.
 
     lse' = log(e^lse + e^lse2), o' = o·e^(lse − lse') + o2·e^(lse2 − lse'), in float32. The merge is associative, and
     a part in which a query saw nothing (o = 0, lse = `EMPTY_LSE`) leaves the other unchanged.

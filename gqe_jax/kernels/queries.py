@@ -1,4 +1,4 @@
-"""What happens to queries between their projection and the scores: selection, then norm, then rotary embedding.
+"""Prepares queries between their projection and the scores: selection, then norm, then rotary embedding.
 
 The order matters for cost, not for the result: norm and rotation act per head, so applying them to the k selected
 of M experts is k/M of the work (docs/algorithm.md, "The layer", steps 2 and 4).
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x², last axis) + eps) · scale, in float32, returned in x's dtype.
+    """Computes x / sqrt(mean(x², last axis) + eps) · scale in float32, returned in x's dtype.
 
     Args:
       x: [..., D].
@@ -22,9 +22,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary position embedding, rotate-half convention, in float32, returned in x's dtype.
+    """Applies rotary position embedding, rotate-half convention, in float32, returned in x's dtype.
 
-    Coordinate pairs (d, d + D/2) turn by the table's angle: (a, b) → (a cos − b sin, b cos + a sin).
+    The pair of dimensions (i, i + D/2) turns by the table's angle: (a, b) → (a cos − b sin, b cos + a sin).
 
     Args:
       x: [B, S, ..., D] with any number of head axes.
@@ -37,10 +37,10 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def select_experts(q_BxSxGxMxD: jax.Array, expert_index_BxSxGxK: jax.Array) -> jax.Array:
-    """The selected experts' queries [B, S, G, K, D], in slot order.
+    """Returns the selected experts' queries [B, S, G, K, D], in slot order.
 
-    A chain of M − 1 selects, not a gather: it fuses with what follows, and its gradient is selects and a sum over
-    slots (no scatter), exactly zero for experts that no slot selected. An index outside 0..M−1 selects expert 0.
+    It is a chain of M − 1 selects, not a gather: XLA fuses it with what follows, and its gradient is selects and a sum
+    over slots (no scatter), exactly zero for experts that no slot selected. An index outside 0..M−1 selects expert 0.
     """
     num_experts = q_BxSxGxMxD.shape[3]
     slot_expert = expert_index_BxSxGxK[..., None]

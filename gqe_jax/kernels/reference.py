@@ -1,4 +1,4 @@
-"""Attention in a few lines of jnp, float32 throughout: the oracle that faster implementations are tested against."""
+"""Computes attention in a few lines of jnp, float32 throughout; faster implementations are tested against it."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,11 @@ from gqe_jax.remat import ATTENTION_LSE, ATTENTION_OUT
 def reference(
     q, k, v, expert_index, mask: Mask, *, kv_head=None, q_rope, q_norm, softcap, scale
 ) -> tuple[jax.Array, jax.Array]:
-    """softmax(scale · q kᵀ) v over the visible keys; holds [S, T] arrays. Arguments as in `attend`."""
+    """Computes softmax(scale · q kᵀ) v over the visible keys, with [S, T] arrays; arguments as in `IMPLEMENTATIONS`.
+
+    Returns:
+      o [B, S, R, K, Dv] in q's dtype, lse float32 [B, S, R, K].
+    """
     dtype = q.dtype
     seen = visible(mask, q.shape[1], k.shape[1])[:, :, None, None, :]
     any_seen = jnp.any(seen, axis=-1)
@@ -37,9 +41,9 @@ def reference(
 
 
 def _nan_apart(x):
-    """x with zeros in place of what is not finite, and [...] NaN for a vector that had such an element, else 0.
+    """Returns x with zeros in place of what is not finite, and [...] NaN for a vector that had such an element, else 0.
 
-    0 · NaN is NaN: in a matmul a key that is hidden would reach every query, while a NaN in a score can be hidden.
+    As 0 · NaN is NaN, a hidden key of NaN would reach every query through a matmul; a NaN in a score can be hidden.
     """
     finite = jnp.isfinite(x)
     return jnp.where(finite, x, 0.0), jnp.where(jnp.all(finite, axis=-1), 0.0, jnp.nan)

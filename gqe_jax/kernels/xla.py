@@ -1,12 +1,12 @@
-"""Blockwise attention in plain XLA operations, for any platform; the fast path on CPUs.
+"""Computes attention block by block in plain XLA operations, for any platform; on CPUs it is the fastest.
 
 Scores exist one block of queries × one block of keys at a time, forward and backward (the backward recomputes them from
 q, k and the saved log-sum-exp). Loop bounds follow the mask (`kv_bounds.py`): a block above the diagonal, outside the
 window, past `kv_length` or without a common segment is not visited, and only blocks that the mask cuts pay for a mask.
 
-Axes beyond the usual alphabet: R is the rows of a q block, position-major (row = position · K + slot): the slots of a
-group share each block of K and V, and the later half of a block's positions is a slice of its rows. "..." is B, G, or
-nothing where one head is computed at a time.
+Besides the usual alphabet, Q ("q" in einsums) is the rows of a block of queries, position-major (row = position · K +
+slot): the slots of a run share each block of K and V, and the later half of a block's positions is a slice of its rows.
+"..." is B, R (query runs), or nothing where one head is computed at a time.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ LOG2_E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is static about one call."""
+    """Holds what is static about one call."""
 
     scale: float
     softcap: float | None
@@ -48,19 +48,23 @@ class _Plan:
 
     @property
     def head_by_head(self) -> bool:
-        """Whether heads are computed one by one: on CPUs a head's blocks then stay in the cores' caches, and its loops
-        are as long as its own mask asks."""
+        """Whether heads are computed one by one.
+
+        On CPUs a head's blocks then stay in the cores' caches, and its loops are as long as its own mask asks.
+        """
         return self.on_cpu and not self.few_rows
 
     @property
     def try_bound(self) -> bool:
-        """Whether a head whose scores have a small bound is computed without a running maximum: a pass less over each
-        block of scores, and one less over the results so far."""
+        """Whether scores with a small bound are computed without a running maximum.
+
+        This saves a pass over each block of scores, and one over the results so far.
+        """
         return self.head_by_head and self.long
 
     @property
     def score_factor(self) -> float:
-        """The factor from q·k to what `_cap` takes."""
+        """The factor between q·k and what `_cap` takes."""
         return self.scale * LOG2_E if self.softcap is None else self.scale / self.softcap
 
 
@@ -79,7 +83,14 @@ def xla(
     block_q: int = 1024,
     block_k: int = 1024,
 ) -> tuple[jax.Array, jax.Array]:
-    """Blockwise attention; arguments as in `attend`. Block sizes are upper bounds: rows of q (slots included), keys."""
+    """Computes attention block by block; arguments as in `attend.IMPLEMENTATIONS`.
+
+    Args:
+      block_q, block_k: upper bounds on the size of a block: its rows (positions · slots), and its keys.
+
+    Returns:
+      o [B, S, R, K, Dv] in q's dtype, lse float32 [B, S, R, K].
+    """
     on_cpu = target_platform(q) == "cpu"
     norm_scale, norm_eps = (None, None) if q_norm is None else q_norm
     return _xla(
@@ -110,8 +121,10 @@ def _xla(q, k, v, expert_index, mask, kv_head, q_rope, norm_scale, norm_eps, sof
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan: _Plan, mask: Mask, expert_index, kv_head, q, k, v, q_rope, norm_scale):
-    """o [B, S, R, K, Dv] in q's dtype and lse2 float32 [B, S, R, K]: base 2, as the backward wants it unrounded, and
-    2 · EMPTY_LSE where nothing is seen."""
+    """Returns o [B, S, R, K, Dv] in q's dtype and lse2 float32 [B, S, R, K].
+
+    lse2 is in base 2, as the backward pass wants it unrounded, and 2 · EMPTY_LSE where nothing is seen.
+    """
     return _forward(plan, mask, kv_head, _prepare(plan, expert_index, q, q_rope, norm_scale), k, v)
 
 
@@ -156,7 +169,7 @@ def _forward(plan: _Plan, mask: Mask, kv_head, q, k, v):
 
             def step(carry, first_row, start, num_keys, seen):
                 q_r, row_max, row_sum, acc = (_from(x, first_row, axis=-2) for x in (q_i, *carry))
-                s, _ = _cap(plan, _dot(plan, "...rd,...dt->...rt", q_r, k_block(start, num_keys)), factor)
+                s, _ = _cap(plan, _dot(plan, "...qd,...dt->...qt", q_r, k_block(start, num_keys)), factor)
                 v_r = v_block(start, num_keys)
                 if not bounded:
                     s = s if seen is None else jnp.where(seen, s, -jnp.inf)
@@ -168,7 +181,7 @@ def _forward(plan: _Plan, mask: Mask, kv_head, q, k, v):
                     # 0 · NaN is NaN: what is not finite leaves the values, and is NaN in the weights of who sees it.
                     p = jnp.where(seen, p + _nan_of(v_r, axis=-1)[..., None, :], 0.0)
                     v_r = _finite(v_r)
-                pv = _dot(plan, "...rt,...td->...rd", p, v_r)
+                pv = _dot(plan, "...qt,...td->...qd", p, v_r)
                 new = row_max, row_sum + jnp.sum(p, axis=-1, keepdims=True), acc + pv
                 put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=first_row, axis=-2)
                 return tuple(put(x, x_r) for x, x_r in zip(carry, new, strict=True))
@@ -195,8 +208,11 @@ def _forward(plan: _Plan, mask: Mask, kv_head, q, k, v):
 
 
 def _backward(plan, mask, kv_head, q, k, v, o, lse2, live, cotangents):
-    """Scores are formed transposed, [T, R]: all five matmuls then contract the last axis of a block of scores or its
-    first from the right, and none needs a transposed copy of one."""
+    """Computes dq, dk and dv.
+
+    Scores are formed transposed, [T, Q]: all five matmuls then contract the last axis of a block of scores, or its
+    first from the right, and none needs a transposed copy of one.
+    """
     do, dlse2 = cotangents
 
     def some_heads(heads, outputs):
@@ -224,21 +240,21 @@ def _backward(plan, mask, kv_head, q, k, v, o, lse2, live, cotangents):
                 q_r_transposed, do_r_transposed, lse2_r, delta_r = (
                     _from(x, first_row, axis=-1) for x in (q_i_transposed, do_i_transposed, lse2_i, delta_i)
                 )
-                s = _dot(plan, "...td,...dr->...tr", k_block(start, num_keys), q_r_transposed)
+                s = _dot(plan, "...td,...dq->...tq", k_block(start, num_keys), q_r_transposed)
                 s, slope = _cap(plan, s, factor)
                 p = _exp2(plan, s - lse2_r)
                 if seen is not None:
                     seen = jnp.swapaxes(seen, -1, -2)
                     p = jnp.where(seen, p, 0.0)
-                ds = p * (_dot(plan, "...td,...dr->...tr", v_block(start, num_keys), do_r_transposed) - delta_r)
+                ds = p * (_dot(plan, "...td,...dq->...tq", v_block(start, num_keys), do_r_transposed) - delta_r)
                 if slope is not None:
                     ds = ds * slope
                 k_r = k_block_transposed(start, num_keys)
                 if seen is not None:
                     ds, k_r = jnp.where(seen, ds, 0.0), _finite(k_r)
-                dv = _add_at(dv, start, heads.per_kv_head(_dot(plan, "...tr,...rd->...td", p, do_r)), axis=-2)
-                dk = _add_at(dk, start, heads.per_kv_head(_dot(plan, "...tr,...rd->...td", ds, q_r)), axis=-2)
-                dq_r = _dot(plan, "...dt,...tr->...dr", k_r, ds)
+                dv = _add_at(dv, start, heads.per_kv_head(_dot(plan, "...tq,...qd->...td", p, do_r)), axis=-2)
+                dk = _add_at(dk, start, heads.per_kv_head(_dot(plan, "...tq,...qd->...td", ds, q_r)), axis=-2)
+                dq_r = _dot(plan, "...dt,...tq->...dq", k_r, ds)
                 return _add_at(dq_i, first_row, dq_r, axis=-1), dk, dv
 
             carry = jnp.zeros(q_i_transposed.shape, jnp.float32), dk, dv
@@ -260,7 +276,7 @@ def _backward(plan, mask, kv_head, q, k, v, o, lse2, live, cotangents):
 
 @dataclasses.dataclass(frozen=True)
 class _Heads:
-    """All (batch row, query run) pairs, or one of them, and where their data lie in the arguments' layout."""
+    """Selects the data of all (batch row, query run) pairs, or of one, from arrays in the layout of the arguments."""
 
     b: jax.Array | int
     run: jax.Array | int
@@ -272,7 +288,7 @@ class _Heads:
     kv_head: jax.Array | None  # the KV head of each run, where not run r reads head r
 
     def rows(self, x: jax.Array, start: jax.Array, length: int) -> jax.Array:
-        """[B, S, R, K, ...] → [..., rows, ...], the block of `length` positions from `start`."""
+        """Reads from x [B, S, R, K, ...] the block of `length` positions from `start`, [..., Q, ...]."""
         num_slots, *rest = x.shape[3:]
         sizes = (self.batch, length, self.num_runs, num_slots, *rest)
         block = lax.dynamic_slice(x, (self.b, start, self.run, 0, *(0 for _ in rest)), sizes)
@@ -285,7 +301,7 @@ class _Heads:
         return lax.dynamic_update_slice(x, block.astype(x.dtype), (self.b, start, self.run, 0, *(0 for _ in rest)))
 
     def keys(self, x: jax.Array) -> jax.Array:
-        """[B, T, G, D] → [..., T, D] of each KV head."""
+        """Reads from x [B, T, G, D] the keys of each KV head, [..., T, D]."""
         _, length, _, width = x.shape
         x = lax.dynamic_slice(x, (self.b, 0, self.kv, 0), (self.batch, length, self.num_kv_heads, width))
         leading = self.leading and (self.batch, self.num_kv_heads)
@@ -299,11 +315,11 @@ class _Heads:
         return lax.dynamic_update_slice(x, keys.astype(x.dtype), at)
 
     def per_run(self, keys: jax.Array) -> jax.Array:
-        """A block [..., T, D] of each KV head → of each query run."""
+        """Returns a block [..., T, D] for each query run, from the blocks of the KV heads."""
         return keys if self.kv_head is None else keys[:, self.kv_head]
 
     def per_kv_head(self, keys: jax.Array) -> jax.Array:
-        """The sum of what `per_run` spread."""
+        """Sums blocks [..., T, D] of the query runs for each KV head: the transpose of `per_run`."""
         if self.kv_head is None:
             return keys
         zeros = jnp.zeros((self.batch, self.num_kv_heads, *keys.shape[2:]), keys.dtype)
@@ -314,7 +330,7 @@ class _Heads:
 
 
 def _over_heads(plan, q, k, kv_head, some_heads, outputs):
-    """some_heads(heads, outputs) → outputs, for all heads together or for one after the other."""
+    """Calls some_heads(heads, outputs) → outputs for all heads together, or for one after the other."""
     batch, _, num_runs, _, _ = q.shape
     num_kv_heads = k.shape[2]
     if not plan.head_by_head:
@@ -329,7 +345,7 @@ def _over_heads(plan, q, k, kv_head, some_heads, outputs):
 
 
 def _over_q_blocks(plan, mask, q, k, one_q_block, outputs):
-    """one_q_block(i, q_start, kv bounds, outputs) → outputs, for each block of queries; the last one ends at S."""
+    """Calls one_q_block(i, q_start, kv bounds, outputs) → outputs for each block of queries; the last one ends at S."""
     q_len = q.shape[1]
     num_blocks = -(-q_len // plan.block_q)
     q_starts = jnp.minimum(jnp.arange(num_blocks) * plan.block_q, q_len - plan.block_q)
@@ -346,15 +362,18 @@ def _loop(plan, first, end, body, carry):
 
 
 def _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry):
-    """step(carry, first_row, start, num_keys, seen) → carry, for each block of keys that the q block sees: for its rows
-    from first_row on. seen is bool [..., R, T], or None where these rows see all of the keys."""
+    """Calls step(carry, first_row, start, num_keys, seen) → carry for each block of keys that the q block sees.
+
+    A call is for the rows of the q block from first_row on and num_keys keys from start. `seen` is bool [..., Q, T], or
+    None where these rows see all of these keys.
+    """
     first, whole_first, whole_end, end = bounds
     mask, num_slots, kv_len = heads.mask(mask), q.shape[3], k.shape[1]
     half_q, half_k = plan.block_q // 2, plan.block_k // 2
     cut_end = end - (whole_end - whole_first)
 
     def cut_block(n):
-        """Where it begins, and its first key that is not the one before's: the last block of all ends at T."""
+        """Returns where block n begins, and its first key that is new: the last block ends at T, so it may overlap."""
         j = jnp.where(n < whole_first, n, n - whole_first + whole_end)
         return jnp.minimum(j * plan.block_k, kv_len - plan.block_k), j * plan.block_k
 
@@ -388,7 +407,7 @@ def _over_kv_blocks(plan, heads, mask, q, k, q_start, bounds, step, carry):
 
 
 def _block_reader(plan, heads, x, *, transposed=False):
-    """A function (start, length) → that block of K or V for each query run, [..., T, D] or transposed."""
+    """Returns a function (start, length) → that block of K or V for each query run, [..., T, D] or transposed."""
 
     def arrange(x):
         keys = heads.keys(x).astype(jnp.float32) if plan.on_cpu else heads.keys(x)
@@ -401,12 +420,12 @@ def _block_reader(plan, heads, x, *, transposed=False):
 
 
 def _query_factor(plan, dtype):
-    """The part of `score_factor` that goes into the queries: all of it in float32; low precision would round it."""
+    """Returns the part of `score_factor` that goes into the queries: all in float32; low precision would round it."""
     return plan.score_factor if plan.on_cpu or dtype == jnp.float32 else 1.0
 
 
 def _scaled_queries(plan, q_i):
-    """The queries with their part of `score_factor`, and the part that is left for the scores."""
+    """Returns the queries times their part of `score_factor`, and the part that is left for the scores."""
     factor = _query_factor(plan, q_i.dtype)
     if factor == 1.0:
         return q_i, plan.score_factor
@@ -418,7 +437,7 @@ LEAST_EXPONENT = -126.0
 
 
 def _score_bound(plan, q, k):
-    """|s| <= |q|·|k| (Cauchy-Schwarz), and no more than the soft cap: for all scores, in base 2."""
+    """Bounds all scores in base 2: |s| <= |q|·|k| (Cauchy-Schwarz), and no more than the soft cap."""
 
     def longest(x):
         return jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)))
@@ -428,7 +447,7 @@ def _score_bound(plan, q, k):
 
 
 def _cap(plan, s, factor):
-    """Scores times log2(e), so that exp2 serves as exp, and the soft cap's slope (None without a cap)."""
+    """Returns the scores times log2(e), so that exp2 serves as exp, and the soft cap's slope (None without a cap)."""
     s = s if factor == 1.0 else s * factor
     if plan.softcap is None:
         return s, None
@@ -437,19 +456,19 @@ def _cap(plan, s, factor):
 
 
 def _dot(plan, spec, a, b):
-    """einsum with float32 results, from float32 on CPUs and from the narrower of the operands' types elsewhere."""
+    """Computes an einsum in float32, from float32 on CPUs and from the narrower of the operands' types elsewhere."""
     dtype = jnp.float32 if plan.on_cpu else min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     precision = "highest" if dtype == jnp.float32 else None
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
 def _finite(x):
-    """x with zeros in place of NaN and infinity."""
+    """Returns x with zeros in place of NaN and infinity."""
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def _nan_of(x, *, axis):
-    """float32, NaN where an element along the axis is not finite, else 0."""
+    """Returns float32 NaN where an element along the axis is not finite, else 0."""
     return jnp.where(jnp.all(jnp.isfinite(x), axis=axis), 0.0, jnp.nan).astype(jnp.float32)
 
 
@@ -470,7 +489,7 @@ EXP2_COEFFICIENTS = (
 
 
 def _exp2(plan, x, *, bounded=False):
-    """2^x for x <= 0, or for `bounded` x in -126..126; relative error 1e-7, and 2^-126 where the true value is less.
+    """Computes 2^x for x <= 0, or for `bounded` x in -126..126; relative error 1e-7, and at least 2^-126.
 
     On CPUs the exponential is half of the time outside the matmuls, and XLA's is general: range checks, a conversion to
     int that saturates. Here n = round(x) is read from the low bits of x + 1.5·2²³ and enters as the exponent.

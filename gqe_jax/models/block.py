@@ -1,4 +1,4 @@
-"""One layer of the decoder: attention and SwiGLU, each behind a norm and beside the residual stream."""
+"""Defines one layer of the decoder: attention and SwiGLU, each behind a norm and added to the residual stream."""
 
 import math
 
@@ -13,11 +13,11 @@ from gqe_jax.models.layers import SwiGLU
 
 
 class Block(nnx.Module):
-    """x += attention(norm(x)); x += mlp(norm(x))."""
+    """Computes x += attention(norm(x)); x += mlp(norm(x))."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
-        # Each block adds two terms to the residual stream: its variance must not grow with depth (as in GPT-2).
+        # Each block adds two terms to the residual stream, whose variance must not grow with depth (as in GPT-2).
         init = {
             "kernel_init": nnx.initializers.normal(config.init_std),
             "out_kernel_init": nnx.initializers.normal(config.init_std / math.sqrt(2 * config.num_layers)),
@@ -39,7 +39,10 @@ class Block(nnx.Module):
         rngs: nnx.Rngs | None,
         layer_index: jax.Array,
     ) -> tuple[jax.Array, LayerReport, Cache | None]:
-        """[B, S, d] → ([B, S, d], the attention's reduced report, grown cache)."""
+        """Maps x [B, S, d] to (the new x [B, S, d], the attention's reduced report, the grown cache or None).
+
+        The other arguments are those of `Attention`'s call.
+        """
         y, report, *cache = self.attention(
             self.attention_norm(x),
             segment_ids=segment_ids,

@@ -1,4 +1,4 @@
-"""The dense parts of the decoder: SwiGLU and the vocabulary's two ends."""
+"""Defines the dense parts of the decoder: SwiGLU, and the vocabulary's embedding and logits."""
 
 import functools
 
@@ -12,7 +12,7 @@ from gqe_jax.parallel.on_mesh import Shard, on_mesh, summed, total
 
 
 class SwiGLU(nnx.Module):
-    """y = (silu(x W_gate) ⊙ x W_up) W_down (Shazeer 2020), without biases."""
+    """Computes y = (silu(x W_gate) ⊙ x W_up) W_down (Shazeer 2020), without biases."""
 
     def __init__(self, config: ModelConfig, *, kernel_init: nnx.Initializer, out_kernel_init: nnx.Initializer, rngs):
         linear = functools.partial(
@@ -27,17 +27,17 @@ class SwiGLU(nnx.Module):
         self.down_proj = linear(config.d_ff, config.d_model, axes=("hidden", "embed"), kernel_init=out_kernel_init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, S, d] → [B, S, d]."""
+        """Maps x [B, S, d] to y [B, S, d]."""
         tokens = ("batch", "sequence", None)
         return on_mesh(self, SwiGLU._forward, (x,), (tokens,), summed(*tokens), dtype=self.gate_proj.dtype)
 
     def _forward(self, shard: Shard, x: jax.Array) -> jax.Array:
-        """What one device adds: of its part of the hidden width."""
+        """Computes one device's summand of y, from its part of the hidden width."""
         return self.down_proj.product(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Vocabulary(nnx.Module):
-    """Token embedding and, tied to it or not, the projection to logits."""
+    """Holds the token embedding and, tied to it or not, the projection to logits; both are [V, d]."""
 
     def __init__(self, config: ModelConfig, *, kernel_init: nnx.Initializer, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(config.dtype)
@@ -49,12 +49,12 @@ class Vocabulary(nnx.Module):
         self.placement = (("embedding", axes), ("lm_head", axes))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """int32 [B, S] → [B, S, d]."""
+        """Maps tokens int32 [B, S] to their embeddings [B, S, d], in the computation's dtype."""
         axes = ("batch", "sequence")
         return on_mesh(self, Vocabulary._embed, (tokens,), (axes,), summed(*axes, None), dtype=self.dtype)
 
     def _embed(self, shard: Shard, tokens: jax.Array) -> jax.Array:
-        """What one device adds: the rows of the tokens in its part of the vocabulary."""
+        """Computes one device's summand: embeddings of the tokens in its part of the vocabulary, 0 for the others."""
         table = self.embedding[...]
         if shard.size("expert") == 1:
             return table[tokens].astype(self.dtype)
@@ -63,18 +63,18 @@ class Vocabulary(nnx.Module):
         return jnp.where(own[..., None], table[jnp.where(own, tokens, 0)], 0).astype(self.dtype)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """[..., d] → float32 [..., V]."""
+        """Maps hidden states [..., d] to logits, float32 [..., V]."""
         table = self.lm_head if hasattr(self, "lm_head") else self.embedding
         return jnp.einsum("...d,vd->...v", x, table[...].astype(self.dtype), preferred_element_type=jnp.float32)
 
     def losses(self, x: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
-        """Cross-entropy of each token in nats, with the logits of `chunk` tokens of each row in memory at one time.
+        """Computes the cross-entropy of each token in nats, with the logits of few tokens in memory at a time.
 
         Args:
           x: [B, S, d], final hidden states.
           targets: int32 [B, S].
-          chunk: most tokens of a row at one time on a device; its part of the row is cut into equal chunks, the last of
-            them filled up.
+          chunk: most tokens of each row whose logits a device holds at a time; its part of the row is cut into equal
+            chunks, of which the last is padded.
 
         Returns:
           float32 [B, S].
@@ -92,7 +92,12 @@ class Vocabulary(nnx.Module):
         return log_z - total(chosen)
 
     def _losses(self, shard: Shard, x: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Array, ...]:
-        """Over a device's part of the vocabulary: largest logit, Σ exp(logit − largest), the target's logit or 0."""
+        """Computes, over this device's part of the vocabulary, what the cross-entropy needs.
+
+        Returns:
+          The largest logit, Σ exp(logit − largest), and the target's logit (0 where another device has it): float32
+          [1, B, S] each.
+        """
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def losses(x, targets):

@@ -1,4 +1,4 @@
-"""The device mesh: its axes, what a configuration must satisfy to be split over it, and where a batch lives on it."""
+"""Makes the device mesh, checks that a model and a batch can be split over it, and puts batches on it."""
 
 import math
 import re
@@ -18,14 +18,14 @@ def make_mesh(
     config: MeshConfig = MeshConfig(),
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] (for JAX it is a variable)
 ) -> Mesh:
-    """The mesh ("data", "fsdp", "expert", "context") of all devices, or of those given.
+    """Makes the mesh ("data", "fsdp", "expert", "context") of all devices, or of those given.
 
     Every axis always exists, of size 1 where unused. Neighbours on the inner axes, which communicate in every layer,
     are neighbours in the machine. Several slices (groups of devices that only the data centre's network joins) lie
     along `data`, its outermost part.
 
     Raises:
-      ConfigError: sizes whose product is not the number of devices.
+      ConfigError: the product of the sizes is not the number of devices, or `data` does not hold all slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {axis: getattr(config, axis) for axis in AXES}
@@ -53,10 +53,10 @@ def make_mesh(
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """ "fsdp=2,expert=4", as `--mesh` has it → the configuration of a mesh, axes not named being 1.
+    """Reads the text of `--mesh`, such as "fsdp=2,expert=4"; axes that it does not name have size 1.
 
     Raises:
-      ConfigError: no such axis, or no number.
+      ConfigError: there is no such axis, or its size is no number.
     """
     sizes = dict.fromkeys(AXES, 1)
     for assignment in text.split(","):
@@ -71,7 +71,7 @@ def parse_mesh(text: str) -> MeshConfig:
 
 
 def describe(mesh: Mesh) -> str:
-    """Devices and the axes that have more than one of them, for the log."""
+    """Describes for the log the devices, and the axes that have more than one of them."""
     split = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     return f"{mesh.size} x {mesh.devices.flat[0].device_kind}" + (f" ({split})" if split else "")
 
@@ -120,14 +120,14 @@ def check_batch(mesh: Mesh, batch_size: int, length: int) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch's arrays [B, S]."""
+    """Returns the sharding of a batch's arrays [B, S]."""
     return NamedSharding(mesh, spec_of(("batch", "sequence")))
 
 
 def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows [b, S] of each array → the global arrays [B, S], spread over the devices.
+    """Makes the global arrays [B, S], split over the devices, from this process's rows [b, S] of each array.
 
-    Where `context` splits the sequence, the tokens of a row are in zigzag order (`zigzag`) from here on.
+    Where `context` splits the sequence, the tokens of a row are in the order of `zigzag` from here on.
     """
     sharding = batch_sharding(mesh)
     pieces = mesh.shape["context"]

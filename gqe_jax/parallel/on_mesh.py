@@ -1,8 +1,8 @@
-"""Modules computed device by device: their parameters gathered, their tokens and heads the device's own.
+"""Runs a module's forward pass device by device, with gathered parameters and the device's own tokens and heads.
 
 A module states its forward pass as a function of what one device holds. `on_mesh` runs that inside `jax.shard_map`, so
-that every collective is one which the code names and a Pallas kernel never meets the partitioner; without a mesh it
-calls the function as it is.
+that the code names every collective and XLA never has to partition a Pallas kernel; without a mesh it calls the
+function as it is.
 """
 
 import dataclasses
@@ -21,32 +21,38 @@ from gqe_jax.remat import GATHERED
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One device's part in a computation over a mesh.
+    """Says which part of a computation over a mesh one device has, and communicates with the others.
+
+    Its methods take the name of an axis of the mesh; along an axis of size 1 they do nothing.
 
     Attributes:
-      sizes: of the mesh's axes; all 1 where there is no mesh.
+      sizes: (axis, size) of the mesh's axes; all sizes are 1 where there is no mesh.
     """
 
     sizes: tuple[tuple[str, int], ...] = tuple((axis, 1) for axis in AXES)
 
     def size(self, axis: str) -> int:
+        """Returns the number of devices along an axis."""
         return dict(self.sizes)[axis]
 
     def index(self, axis: str) -> jax.Array | int:
-        """This device's place along an axis; traced where there are several."""
+        """Returns this device's place along an axis, from 0; traced where there are several devices."""
         return jax.lax.axis_index(axis) if self.size(axis) > 1 else 0
 
     def sum(self, x: jax.Array, axis: str) -> jax.Array:
-        """x summed over an axis; every device has the result."""
+        """Sums x over the devices along an axis; every device gets the result."""
         return jax.lax.psum(x, axis) if self.size(axis) > 1 else x
 
     def gather(self, x: jax.Array, axis: str, dim: int) -> jax.Array:
-        """The parts along an axis, side by side in the dimension `dim`."""
+        """Concatenates the x of all devices along an axis in dimension `dim`; every device gets the result."""
         return jax.lax.all_gather(x, axis, axis=dim, tiled=True) if self.size(axis) > 1 else x
 
 
 def current_shard() -> Shard | None:
-    """How `jax.set_mesh` splits a computation; None: not at all, or the caller's own axes or `jax.shard_map` do."""
+    """Returns the axes over which `jax.set_mesh` splits a computation, as a `Shard`.
+
+    None: there is no mesh of several devices, it is none of `make_mesh`, or the caller's `jax.shard_map` splits it.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size == 1 or set(mesh.axis_names) != set(AXES) or AxisType.Manual in mesh.axis_types:
         return None
@@ -54,20 +60,20 @@ def current_shard() -> Shard | None:
 
 
 def axis_size(axis: str) -> int:
-    """Size of an axis of the mesh that splits the computation; 1 where there is none."""
+    """Returns the size of an axis of the mesh that splits the computation; 1 where no mesh does."""
     shard = current_shard()
     return 1 if shard is None else shard.size(axis)
 
 
 @dataclasses.dataclass(frozen=True)
 class Summed:
-    """Logical axes of a result that is the sum, over the mesh's `expert` axis, of what each device computes."""
+    """Marks a result that is the sum over the mesh's `expert` axis of what each device computes; `axes` are logical."""
 
     axes: LogicalAxes
 
 
 def summed(*axes: str | None) -> Summed:
-    """`Summed`, written like the other axes."""
+    """Makes a `Summed` that is written like a tuple of axes."""
     return Summed(axes)
 
 
@@ -79,20 +85,22 @@ def on_mesh(
     out_axes: Any,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Any:
-    """`function(module, shard, *inputs)`, computed by each device on its part.
+    """Computes `function(module, shard, *inputs)` on each device of the current mesh, for that device's part.
 
     Args:
-      module: whose parameters are split as `rules.placed_variables` says. Those split along `embed` reach `function`
-        whole.
-      function: of the device's module, its `Shard`, and its parts of `inputs`.
+      module: its parameters are split as `rules.placed_variables` says, and gathered along `embed` before the call.
+      function: takes the module with the device's parameters, the device's `Shard`, and its parts of `inputs`.
       inputs: trees of arrays; None stays None.
-      axes: for each input its logical axes, or a tree of them.
-      out_axes: logical axes of the results, the same way; `summed(...)` adds the devices' results over `expert`.
-        "partial" is an axis of size 1 to the function, and to the caller one of as many parts as `expert` has devices.
-      dtype: parameters are gathered in it, exact ones apart; None: in their own.
+      axes: for each input its logical axes (names in `rules.RULES`), or a tree of them.
+      out_axes: the results' logical axes, in the same form. `summed(...)` adds the devices' results over `expert`. An
+        axis "partial" has size 1 in the function and the size of `expert` for the caller.
+      dtype: parameters are gathered in this dtype, except exact ones; None: in their own.
+
+    Returns:
+      The results of `function`, put together from the devices' parts.
 
     Raises:
-      ValueError: a parameter that does not divide over the devices which share it out, or that nobody places.
+      ValueError: the mesh does not divide a parameter's axis that it splits, or no module places a parameter.
     """
     shard = current_shard()
     if shard is None:
@@ -128,12 +136,12 @@ def on_mesh(
 
 
 def total(partial: jax.Array) -> jax.Array:
-    """[n, ...] → [...], the sum of the summands, in their dtype; over a mesh this is one reduction."""
+    """Sums partial [n, ...] over its first axis in its own dtype; over a mesh this is one reduction."""
     return jax.lax.reduce_sum(partial, axes=(0,))  # jnp.sum would send bfloat16 as float32
 
 
 def _each_summed(change: Callable[[jax.Array], jax.Array], out_axes: Any, results: Any) -> Any:
-    """`change` of those results whose axes are `Summed`."""
+    """Applies `change` to the results whose axes are `Summed`."""
     return jax.tree.map(
         lambda axes, x: change(x) if isinstance(axes, Summed) else x, out_axes, results, is_leaf=_is_axes
     )
@@ -168,7 +176,7 @@ def _is_axes(x: Any) -> bool:
 
 
 def _specs(tree: Any, axes: Any) -> Any:
-    """PartitionSpecs in the structure of `tree`, whose None are left as they are."""
+    """Returns PartitionSpecs in the structure of `tree`, whose None are left as they are."""
     if tree is None:
         return None
     if _is_axes(axes):

@@ -1,8 +1,8 @@
-"""Where things live on a mesh: the one table from logical axes of arrays to axes of the mesh.
+"""Places arrays on a mesh: the one table from the logical axes of arrays to the axes of the mesh.
 
-A module says the logical axes of its parameters where it makes them, in its attribute `placement`: pairs of a
-parameter's name and its axes. (Not as the parameters' metadata: flax's bridge would hand those to Linen in boxes.) A
-parameter that nobody places is refused, for a guess could split it silently in the wrong place.
+A module states the logical axes of its parameters where it makes them, in its attribute `placement`: pairs of a
+parameter's name and its axes. (They are not the parameters' metadata, which flax's bridge would give to Linen in
+boxes.) A parameter that no module places is refused, for a guess could silently split it along the wrong axis.
 """
 
 import dataclasses
@@ -28,22 +28,22 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "partial": "expert",  # summands of a result, one for each part of `expert`
     None: None,
 }
-"""Logical axis → mesh axes it is split over."""
+"""Logical axis → the mesh axes that it is split over."""
 
 
 def spec_of(axes: Sequence[str | None]) -> PartitionSpec:
-    """Logical axes of an array → its PartitionSpec."""
+    """Returns the PartitionSpec of an array with these logical axes."""
     return PartitionSpec(*(RULES[axis] for axis in axes))
 
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """A variable of a module, and what its module says of it.
+    """Holds a variable of a module, and what its module says of it.
 
     Attributes:
       variable: a parameter or a buffer; abstract in an abstract module.
-      axes: its logical axes, one for each axis of the array; those of layers, before the others, are not split.
-      exact: it is used in its own dtype whatever the computation's is: the choice of experts hangs on it.
+      axes: its logical axes, one for each axis of the array; None for a leading axis of stacked layers.
+      exact: whether it is used in its own dtype whatever the computation's is, as the choice of experts depends on it.
     """
 
     variable: nnx.Variable
@@ -52,10 +52,10 @@ class Placed:
 
 
 def placed_variables(module: nnx.Module) -> dict[str, Placed]:
-    """Path ("layers/attention/q_proj/kernel") → variable of a module, abstract or not.
+    """Returns path ("layers/attention/q_proj/kernel") → variable for all variables of a module, abstract or not.
 
     Raises:
-      ValueError: a variable that neither its module nor one around it places.
+      ValueError: neither a variable's module nor one around it places the variable.
     """
     state = nnx.to_flat_state(nnx.state(module))
     return {"/".join(map(str, path)): _placed(module, path, variable) for path, variable in state}
@@ -75,17 +75,17 @@ def _placed(module: Any, path: tuple[Any, ...], variable: nnx.Variable) -> Place
 
 
 def state_shardings(mesh: Mesh, tree: Any, model: nnx.Module) -> Any:
-    """NamedSharding of each leaf of a tree of the model's parameters, or of what has their paths (moments, gradients).
+    """Returns the NamedSharding of each leaf of a tree of parameters, or of arrays like them (moments, gradients).
 
     Scalars, and arrays of anything but floats (keys, counts), are replicated.
 
     Args:
-      mesh: over which they are split.
+      mesh: the mesh that the arrays are split over.
       tree: nested dictionaries, in which the path of each array ends with the whole path of a variable of `model`.
-      model: may be abstract (`nnx.eval_shape`).
+      model: the model, which may be abstract (`nnx.eval_shape`).
 
     Raises:
-      ValueError: an array that is none of the model's, or a variable that nobody places.
+      ValueError: an array belongs to no variable of the model, or no module places a variable.
     """
     variables = placed_variables(model)
 
@@ -106,5 +106,5 @@ def _path_in(variables: Mapping[str, Placed], path: Sequence[Any]) -> str:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole."""
+    """Returns the sharding under which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())

@@ -1,4 +1,4 @@
-"""The order in which a causal sequence is dealt out: an early and a late chunk to each device, so that all work alike.
+"""Orders a causal sequence so that each device gets an early and a late chunk, and all have the same work.
 
 A sequence of S tokens is cut into 2n chunks; device r of n holds chunks r and 2n − 1 − r. A query at position i sees
 i + 1 keys, so every device has the same number of (query, key) pairs to compute.
@@ -10,19 +10,18 @@ import numpy as np
 
 
 def zigzag(x: np.ndarray | jax.Array, n: int, axis: int = 1) -> np.ndarray | jax.Array:
-    """Tokens in their natural order → in the order in which a mesh's `context` axis of n devices holds them.
+    """Reorders tokens from their natural order to that in which n devices on a mesh's `context` axis hold them.
 
-    Cut into 2n chunks, device r of n holds the chunks r and 2n − 1 − r, an early and a late one: with a causal mask all
-    devices then have the same work. A layer under a mesh with `context` > 1 takes its tokens in this order, and with
-    them `segment_ids` and `positions` where they are given; `natural` undoes it.
+    A layer under a mesh with `context` > 1 takes its tokens in this order, and with them `segment_ids` and `positions`
+    where they are given; `natural` undoes it.
 
     Args:
       x: [B, S, ...]; NumPy arrays stay NumPy's.
       n: devices on `context`; with 1 x is returned as it is.
-      axis: that of the tokens.
+      axis: the axis of the tokens.
 
     Returns:
-      x reordered along `axis`; its n equal parts are those of the devices.
+      x reordered along `axis`; the r-th of its n equal parts is that of device r.
 
     Raises:
       ValueError: S is no multiple of 2n.
@@ -31,12 +30,12 @@ def zigzag(x: np.ndarray | jax.Array, n: int, axis: int = 1) -> np.ndarray | jax
 
 
 def natural(x: np.ndarray | jax.Array, n: int, axis: int = 1) -> np.ndarray | jax.Array:
-    """Tokens in the order of `zigzag` → in their natural order.
+    """Reorders tokens from the order of `zigzag` to their natural order.
 
     Args:
       x: [B, S, ...], what a layer returns under a mesh with n devices on `context`; NumPy arrays stay NumPy's.
       n: devices on `context`; with 1 x is returned as it is.
-      axis: that of the tokens.
+      axis: the axis of the tokens.
 
     Returns:
       x reordered along `axis`.

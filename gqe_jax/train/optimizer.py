@@ -1,4 +1,4 @@
-"""AdamW: learning-rate schedules, gradient clipping with running statistics (ZClip), decay masks by parameter path."""
+"""Makes the optimizer: AdamW with a learning-rate schedule, gradient clipping (ZClip) and masked weight decay."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ NOT_DECAYED = frozenset({"scale", "bias"})
 
 
 class ClipState(NamedTuple):
-    """What clipping did in the last step, and the running statistics of the norm. All float32 scalars."""
+    """Holds what clipping did in the last step, and running statistics of the gradient's norm; float32 scalars."""
 
     norm: jax.Array  # global norm of the gradient before clipping
     factor: jax.Array  # in (0, 1]: what the gradient was multiplied by
     observed: jax.Array  # norms that entered the statistics
-    mean: jax.Array  # of the clipped norms
-    variance: jax.Array
+    mean: jax.Array  # running mean of the clipped norms
+    variance: jax.Array  # and their running variance
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The schedule of a run of `steps` steps: step count -> float32 learning rate.
+    """Returns the schedule of a run of `steps` steps, a function of the steps taken that gives a float32 learning rate.
 
-    Linear from 0 at step 0 to the peak at `warmup_steps`. Then "wsd" stays there and, over the last `decay_steps`, goes
-    linearly to `min_learning_rate`; "cosine" goes there along half a cosine. The floor belongs to step `steps`, the
-    first that is not taken, and to all after it. "wsd" with `decay_steps` = 0 stays at the peak.
+    The rate rises linearly from 0 at step 0 to its peak at `warmup_steps`. Then "wsd" (warm-up, stable, decay) keeps it
+    and, over the last `decay_steps`, lowers it linearly to `min_learning_rate`; "cosine" lowers it along half a cosine.
+    The floor is reached at step `steps`, the first that is not taken, and kept. "wsd" with `decay_steps` = 0 stays at
+    the peak.
     """
     start = steps - config.decay_steps if config.schedule == "wsd" else config.warmup_steps
 
@@ -38,7 +39,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         decayed = jnp.clip((count - start) / (steps - start), 0.0, 1.0) if start < steps else 0.0
         if config.schedule == "cosine":
             decayed = 0.5 - 0.5 * jnp.cos(jnp.pi * decayed)
-        # As a weighted mean and not peak - decayed * (peak - floor): exact at both ends in float32.
+        # A weighted mean is exact at both ends in float32; peak - decayed * (peak - floor) is not.
         decaying = (1.0 - decayed) * config.learning_rate + decayed * config.min_learning_rate
         return jnp.asarray(warm * decaying, jnp.float32)
 
@@ -46,7 +47,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def clip_gradients(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Scales the gradient by one factor for all parameters, and remembers the norm and its statistics.
+    """Makes a transformation that scales the gradient by one factor and keeps the norm's statistics (`ClipState`).
 
     With "zclip" (Kumar et al. 2025, arXiv 2504.02507, reciprocal clipping), z = (norm - mean) / std says how unusual a
     norm is; above the threshold it becomes mean + std * threshold² / z: the larger the spike, the more is cut. The
@@ -80,8 +81,8 @@ def clip_gradients(config: OptimizerConfig) -> optax.GradientTransformation:
         finite = jnp.isfinite(norm)
         factor = jnp.where(finite & (clipped < norm), clipped / norm, 1.0)
 
-        # While warming up, averages over all norms so far (Welford); then exponential ones, as in the paper the new
-        # mean entering the variance.
+        # While warming up the averages run over all norms so far (Welford); then they are exponential, and as in the
+        # paper the new mean enters the variance.
         observed = state.observed + 1.0
         warming = observed <= config.zclip_warmup_steps
         keep = jnp.where(warming, 1.0 - 1.0 / observed, config.zclip_decay)
@@ -97,22 +98,22 @@ def clip_gradients(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def decay_mask(params: Any) -> Any:
-    """Tree of bools: True where weight decay applies. Leaves named "scale" or "bias" do not decay.
+    """Returns a tree of bools, True where weight decay applies: not to leaves named "scale" or "bias".
 
-    By name, because layers are stacked on a leading axis: the number of dimensions says nothing.
+    Names decide, because layers are stacked on a leading axis and the number of dimensions says nothing.
     """
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, Adam, decoupled weight decay (of the masked parameters), learning rate; of a run of `steps` steps.
+    """Makes the optimizer: clipping, Adam, decoupled weight decay (`decay_mask`), learning rate.
 
-    The arithmetic and the state are float32 whatever the parameters' dtype; so are the updates, and
-    `optax.apply_updates` rounds once to that dtype. The state is a dictionary (clip, adam, decay, schedule).
+    Arithmetic, state and updates are float32 whatever the parameters' dtype; `optax.apply_updates` rounds once to that
+    dtype. The state is a dictionary with the keys clip, adam, decay and schedule.
 
     Args:
       config: hyperparameters.
-      steps: length of the run, which the schedule ends at.
+      steps: length of the run, at which the schedule ends.
     """
     chain = optax.named_chain(
         ("clip", clip_gradients(config)),
@@ -131,7 +132,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def clip_state(opt_state: Any) -> ClipState:
-    """What clipping saw and did in the last step, out of the optimizer's state: norm and factor, for the log."""
+    """Returns the part of the optimizer's state that says what clipping did in the last step."""
     return opt_state["clip"]
 
 

@@ -1,4 +1,4 @@
-"""One training step, and one evaluation step, as pure functions of the state."""
+"""Defines one training step and one evaluation step, pure functions of the state."""
 
 import dataclasses
 from typing import Any
@@ -18,18 +18,24 @@ from gqe_jax.runs.state import TrainState, initial_keys
 from gqe_jax.train.optimizer import clip_state, learning_rate, make_optimizer
 
 STEP_METRICS = ("loss", "tokens", "learning_rate", "gradient_norm", "clip_factor")
-"""Names of the metrics that a step has whatever its layers report."""
+"""Names of the metrics that every step has, whatever its layers report."""
 
 Batch = dict[str, jax.Array]
-"""tokens, targets, segment_ids, positions: int32 [B, S]; mask: bool [B, S], where the target is real."""
+"""A batch has tokens, targets, segment_ids, positions: int32 [B, S], and mask: bool [B, S], where targets are real."""
 
 
 class Step:
-    """The compiled functions of a run. The model's structure is fixed here; its arrays come and go as arguments.
+    """Holds the jitted functions of a run: `initial_state`, `train` (one step) and `evaluate` (one batch).
+
+    The model's structure is fixed here; its arrays are arguments and results of the functions:
+
+        initial_state() → TrainState
+        train(TrainState, Batch) → (TrainState, metrics); the state given is donated
+        evaluate(params, buffers, Batch) → sums over the batch (`heldout.batch_loss`)
 
     Args:
-      config: of the run.
-      mesh: over which the state is split as `parallel.rules` says; None: it is on one device.
+      config: the run's.
+      mesh: the state is split over it as `parallel.rules` says; None: everything is on one device.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh | None = None):
@@ -48,7 +54,7 @@ class Step:
         self.evaluate = jax.jit(self._evaluate, out_shardings=everywhere)
 
     def init(self) -> TrainState:
-        """The state before the first step, as a function of `config.train.seed` alone."""
+        """Computes the state before the first step, a function of the configuration and its `train.seed` alone."""
         init_key, key = initial_keys(self.config.train.seed)
         model = Transformer(self.config.model, rngs=nnx.Rngs(init_key))
         _, params, buffers = nnx.split(model, nnx.Param, Buffer)
@@ -62,29 +68,30 @@ class Step:
         )
 
     def with_fresh_optimizer(self, state: TrainState) -> TrainState:
-        """A state that came without one, with the optimizer's state before the first step."""
+        """Returns `state`, whose `opt_state` is None, with the optimizer's state before the first step."""
         shardings = None if self.shardings is None else self.shardings.opt_state
         return dataclasses.replace(state, opt_state=jax.jit(self.optimizer.init, out_shardings=shardings)(state.params))
 
     def model(self, params: dict[str, Any], buffers: dict[str, Any]) -> Transformer:
+        """Makes the model of these arrays."""
         return nnx.merge(self.graphdef, params, buffers)
 
     def _train(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        parts = self.config.train.accumulate
+        microbatches = self.config.train.accumulate
         tokens = jnp.maximum(batch["mask"].sum(), 1)
-        keys = jax.random.split(jax.random.fold_in(state.key, state.step), parts)
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), microbatches)
         gradient = jax.value_and_grad(self._loss, has_aux=True)
 
-        if parts == 1:
+        if microbatches == 1:
             (_, metrics), grads = gradient(state.params, state.buffers, batch, keys[0], tokens)
         else:
-            def accumulate(grads, part):
-                (_, metrics), new = gradient(state.params, state.buffers, *part, tokens)
+            def accumulate(grads, microbatch):
+                (_, metrics), new = gradient(state.params, state.buffers, *microbatch, tokens)
                 return jax.tree.map(jnp.add, grads, new), metrics
 
             zeros = self._like_params(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params))
-            grads, metrics = jax.lax.scan(accumulate, zeros, (_split(batch, parts), keys))
-            loss = metrics.pop("loss").sum(axis=0)  # each part is already a share of the whole batch's mean
+            grads, metrics = jax.lax.scan(accumulate, zeros, (_split(batch, microbatches), keys))
+            loss = metrics.pop("loss").sum(axis=0)  # each is a microbatch's share of the whole batch's mean
             metrics = {"loss": loss} | jax.tree.map(lambda m: m.mean(axis=0), metrics)
 
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
@@ -104,11 +111,14 @@ class Step:
         ), metrics
 
     def _like_params(self, tree: Any) -> Any:
-        """Split over the mesh as the parameters are."""
+        """Returns `tree`, whose structure is that of the parameters, split over the mesh as they are."""
         return tree if self.shardings is None else jax.lax.with_sharding_constraint(tree, self.shardings.params)
 
     def _loss(self, params, buffers, batch: Batch, key: jax.Array, tokens: jax.Array):
-        """The share of `batch` in the step's loss: LM loss per token of the whole batch, auxiliary losses per part."""
+        """Computes the share of one microbatch in the step's loss, which is the sum of the shares.
+
+        `tokens` is the number of real targets of the whole batch. Auxiliary losses are averaged over microbatches.
+        """
         model = self.model(params, buffers)
         x, report = model(
             batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"], key=key
@@ -120,7 +130,7 @@ class Step:
         return total, metrics
 
     def _updated(self, buffers: dict[str, Any], metrics: dict[str, jax.Array]) -> dict[str, Any]:
-        """The buffers after a step: the attention layers' by their kind's rule, from the metrics of the whole step."""
+        """Returns the buffers after a step: their kind computes them from the metrics of the whole step."""
         if not buffers:
             return buffers
         update = self.config.model.attention.updated_buffers
@@ -130,8 +140,8 @@ class Step:
         return batch_loss(self.model(params, buffers), batch)
 
 
-def _split(batch: Batch, parts: int) -> Batch:
-    """[B, S] → [parts, B / parts, S], each part with rows of every device."""
-    return {name: rows.reshape(-1, parts, rows.shape[1]).swapaxes(0, 1) for name, rows in batch.items()}
+def _split(batch: Batch, count: int) -> Batch:
+    """Splits arrays [B, S] into microbatches [count, B / count, S], each with rows of every device."""
+    return {name: rows.reshape(-1, count, rows.shape[1]).swapaxes(0, 1) for name, rows in batch.items()}
 
 
