@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gqe_jax.kernels.mesh_axes import debug_check, vary, varying_axes
-
-LANES = 128  # of a TPU: an array whose last axis is shorter is padded there, or transposed
+from gqe_jax.kernels.tpu.decode import heads_side_by_side
 
 
 class Cache(Protocol):
@@ -46,8 +45,8 @@ class KVCache:
     written in place, and no layer's part is cut out or put back.
 
     Attributes:
-      k, v: [B, T_max, G, D], or [L, B, T_max, G, D] stacked over layers. Heads narrower than 128 that fill rows of 128
-        lie side by side in them, G and D then being G · D / 128 and 128: a TPU reads those without a copy.
+      k, v: [B, T_max, G, D], or [L, B, T_max, G, D] stacked over layers. Where P heads lie side by side
+        (`heads_side_by_side`), G and D are G / P and P · D: a TPU reads those without a copy.
       length: int32 [B] or [L, B], tokens held by each row; what lies beyond is ignored and overwritten.
       layer: int32 scalar, of a stacked cache the layer whose turn it is; None outside the loop, and where not stacked.
     """
@@ -77,10 +76,8 @@ class KVCache:
                 f"batch={batch}, capacity={capacity}: a cache holds at least one row of at least one token; make both "
                 f"positive"
             )
-        rows = (num_kv_heads, head_dim)
-        if head_dim < LANES and LANES % head_dim == 0 and num_kv_heads // parts * head_dim % LANES == 0:
-            rows = (num_kv_heads * head_dim // LANES, LANES)
-        shape = (batch, capacity, *rows)
+        side_by_side = heads_side_by_side(num_kv_heads // parts, head_dim)
+        shape = (batch, capacity, num_kv_heads // side_by_side, side_by_side * head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
     def at(self, layer: jax.Array | None) -> "KVCache":
@@ -103,7 +100,7 @@ class KVCache:
             len(rows) == (2 if self.layer is None else 3)
             and rows[-2] == batch
             and held * width == groups * dim
-            and width in (dim, dim if LANES % dim else LANES)
+            and width % dim == 0
             and held % parts == 0
         )
         if not fits:
