@@ -33,7 +33,8 @@ interpreting = functools.partial(
 
 def check(
     seed=0, *, dtype="float32", batch=2, q_len=1, kv_len=300, num_groups=2, head_dim=16, heads=(2, 1), shared=True,
-    causal=True, window=None, softcap=None, norm=False, rope=False, least_length=0, layers=None,
+    causal=True, window=None, softcap=None, norm=False, rope=False, least_length=0, layers=None, value_dim=None,
+    runs=None,
 ):  # fmt: skip
     """o, lse and the shared head's output for N(0, 1) inputs, each row at its own offset and length; what no query
     sees of the cache is NaN."""
@@ -43,11 +44,13 @@ def check(
         return jnp.asarray(rng.normal(size=shape), dtype)
 
     num_experts, num_slots = heads
-    q, q_shared = normal(batch, q_len, num_groups, num_experts, head_dim), normal(batch, q_len, head_dim)
-    k, v = normal(batch, kv_len, num_groups, head_dim), normal(batch, kv_len, num_groups, head_dim)
+    num_runs = runs or num_groups
+    kv_head = rng.integers(0, num_groups, num_runs) if runs else None
+    q, q_shared = normal(batch, q_len, num_runs, num_experts, head_dim), normal(batch, q_len, head_dim)
+    k, v = (normal(batch, kv_len, num_groups, dim) for dim in (head_dim, value_dim or head_dim))
     expert_index = None
     if num_slots is not None:
-        order = np.argsort(rng.random((batch, q_len, num_groups, num_experts)), axis=-1)
+        order = np.argsort(rng.random((batch, q_len, num_runs, num_experts)), axis=-1)
         expert_index = order[..., :num_slots].astype(np.int32)
     length = rng.integers(least_length, kv_len + 1, batch)
     q_offset, kv_offset = length - rng.integers(0, q_len + 2, batch), rng.integers(-3, 3, batch)
@@ -74,11 +77,13 @@ def check(
     with interpreting():
         o, lse, *shared_o = decode(
             q, *poisoned, None if expert_index is None else jnp.asarray(expert_index), mask,
-            q_shared=q_shared if shared else None, block_kv=128, **options,
+            q_shared=q_shared if shared else None, kv_head=None if kv_head is None else jnp.asarray(kv_head),
+            block_kv=128, **options,
         )  # fmt: skip
 
     options.pop("layer", None)
-    pairs = [(o, attention(q, k, v, expert_index, **masks, **options))]
+    read = np.arange(num_groups) if kv_head is None else kv_head
+    pairs = [(o, attention(q, k[:, :, read], v[:, :, read], expert_index, **masks, **options))]
     if shared:
         mean_k, mean_v = (np.asarray(x, np.float64).mean(axis=2, keepdims=True) for x in (k, v))
         mean_head = attention(np.asarray(q_shared)[:, :, None, None, :], mean_k, mean_v, **masks, **options)
@@ -99,7 +104,9 @@ FEATURES = {
     "q_len": st.sampled_from([1, 1, 3]),
     "kv_len": st.sampled_from([1, 100, 128, 300]),
     "num_groups": st.sampled_from([1, 2, 3, 8]),
-    "head_dim": st.sampled_from([16, 64, 80, 128]),
+    "runs": st.sampled_from([None, None, 1, 3, 5]),
+    "head_dim": st.sampled_from([16, 64, 80, 128, 192]),
+    "value_dim": st.sampled_from([None, None, 64, 160]),
     "heads": st.sampled_from([(1, None), (2, 1), (3, 2), (2, None)]),
     "shared": st.booleans(),
     "causal": st.booleans(),
@@ -130,8 +137,11 @@ def test_decode_equals_float64_attention_in_every_crossing(max_examples):
         {"num_groups": 8, "head_dim": 128, "dtype": "bfloat16", "least_length": 200},
         {"num_groups": 8, "head_dim": 64, "heads": (4, 2), "least_length": 200, "layers": 2},
         {"q_len": 3, "num_groups": 4, "head_dim": 32, "window": 100, "softcap": 5.0, "norm": True, "rope": True},
+        {"num_groups": 3, "head_dim": 64, "heads": (3, None), "shared": False, "least_length": 200},
+        {"num_groups": 1, "head_dim": 576, "value_dim": 512, "heads": (16, None), "shared": False, "dtype": "bfloat16"},
+        {"num_groups": 4, "runs": 6, "head_dim": 64, "heads": (2, None), "least_length": 200},
     ],
-    ids=["bfloat16", "heads side by side", "several tokens and every option"],
+    ids=["bfloat16", "side by side", "several tokens and every option", "SmolLM", "absorbed latent", "unequal groups"],
 )
 def test_decode_equals_float64_attention(features):
     """The same for the shapes that count."""
@@ -213,23 +223,26 @@ def test_a_shared_head_and_a_layer_of_a_stack_mean_the_same_to_every_implementat
 # ---- compiled for TPUs
 
 
-def attention_alone(dtype="bfloat16", num_groups=8, head_dim=128, q_len=1, num_slots=1, **options):
-    """One call against a cache of 2 x 32768 tokens, for `compile_for_tpus`."""
+def attention_alone(
+    dtype="bfloat16", num_groups=8, head_dim=128, value_dim=None, q_len=1, num_slots=1, runs=None, **options
+):
+    """One call against a cache of 2 x 32768 tokens, for `compile_for_tpus`; with `runs` query runs of any KV heads."""
 
-    def function(q, q_shared, k, v, expert_index, length):
+    def function(q, q_shared, k, v, expert_index, length, kv_head):
         return attend(
             q, k, v, expert_index, q_shared=q_shared, q_offset=length - q_len, kv_length=length,
-            implementation="pallas_tpu_decode", **options,
+            kv_head=kv_head if runs else None, implementation="pallas_tpu_decode", **options,
         )  # fmt: skip
 
     def array(*sizes):
         return jax.ShapeDtypeStruct(sizes, dtype)
 
-    kv = array(2, 32768, num_groups, head_dim)
-    index = jax.ShapeDtypeStruct((2, q_len, num_groups, num_slots), jnp.int32)
-    length = jax.ShapeDtypeStruct((2,), jnp.int32)
-    q = array(2, q_len, num_groups, 2 * num_slots, head_dim)
-    return function, (q, array(2, q_len, head_dim), kv, kv, index, length), ()
+    k, v = (array(2, 32768, num_groups, dim) for dim in (head_dim, value_dim or head_dim))
+    runs_or_groups = runs or num_groups
+    index = jax.ShapeDtypeStruct((2, q_len, runs_or_groups, num_slots), jnp.int32)
+    length, kv_head = (jax.ShapeDtypeStruct((size,), jnp.int32) for size in (2, runs_or_groups))
+    q = array(2, q_len, runs_or_groups, 2 * num_slots, head_dim)
+    return function, (q, array(2, q_len, head_dim), k, v, index, length, kv_head), ()
 
 
 def model(head_dim, num_groups=8):
@@ -253,16 +266,19 @@ def model(head_dim, num_groups=8):
 @pytest.mark.slow
 def test_it_compiles_for_tpus_and_reads_the_cache_where_it_lies():
     """XLA puts no copy, transpose or conversion of the cache before the kernel, in a call by itself and in a model of
-    several layers, also with heads of 64 or one KV head: any of them would be a temporary of a layer's size."""
+    several layers, also with one KV head or heads that do not fill rows of 128: any would be a temporary of a layer's size."""
     pytest.importorskip("libtpu")
     calls = [
         {},
         {"dtype": "float32", "num_groups": 4},
         {"num_groups": 1, "q_len": 4, "num_slots": 2, "window": 4096, "softcap": 30.0},
+        {"num_groups": 1, "head_dim": 576, "value_dim": 512, "num_slots": 32},
+        {"runs": 12},
     ]
     jobs = [(target, "test_kernels_decode:attention_alone", call) for target in TOPOLOGIES for call in calls]
     jobs += [(target, "test_kernels_decode:model", {"head_dim": dim}) for target in ("v5e", "v6e") for dim in (64, 128)]
-    jobs += [("v5e", "test_kernels_decode:model", {"head_dim": 128, "num_groups": 1})]
+    others = [{"head_dim": 128, "num_groups": 1}, {"head_dim": 64, "num_groups": 3}, {"head_dim": 96}]
+    jobs += [("v5e", "test_kernels_decode:model", heads) for heads in others]
     for job, compiled in zip(jobs, compile_for_tpus(jobs), strict=True):
         assert len(re.findall(r"gqe_decode[.\w]* = .*custom-call", compiled["hlo"])) == 1, job
         assert compiled["temporaries"] < 2**22, job

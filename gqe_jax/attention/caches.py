@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gqe_jax.kernels.mesh_axes import debug_check, vary, varying_axes
-
-LANES = 128  # a TPU pads an array whose last axis is shorter, or transposes it
+from gqe_jax.kernels.tpu.decode import heads_side_by_side
 
 
 class Cache(Protocol):
@@ -49,8 +48,8 @@ class KVCache:
     A layer that appends to `at(index)` of a stacked cache writes in place: no layer's part is cut out or put back.
 
     Attributes:
-      k, v: [B, T_max, G, D], or [L, B, T_max, G, D] stacked over layers. Where D < 128 divides 128 and the heads of a
-        device fill whole vectors of 128, the last two axes are [G · D / 128, 128]: a TPU reads these without a copy.
+      k, v: [B, T_max, G, D], or [L, B, T_max, G, D] stacked over layers. Where P heads lie side by side
+        (`heads_side_by_side`), G and D are G / P and P · D: a TPU reads those without a copy.
       length: int32 [B] or [L, B], tokens held by each row; what lies beyond is ignored and overwritten.
       layer: int32 scalar, the current layer of a stacked cache; None outside the loop, and where not stacked.
     """
@@ -87,10 +86,8 @@ class KVCache:
                 f"batch={batch}, capacity={capacity}: a cache holds at least one row of at least one token; make both "
                 f"positive"
             )
-        token = (num_kv_heads, head_dim)
-        if head_dim < LANES and LANES % head_dim == 0 and num_kv_heads // parts * head_dim % LANES == 0:
-            token = (num_kv_heads * head_dim // LANES, LANES)
-        shape = (batch, capacity, *token)
+        side_by_side = heads_side_by_side(num_kv_heads // parts, head_dim)
+        shape = (batch, capacity, num_kv_heads // side_by_side, side_by_side * head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
     def at(self, layer: jax.Array | None) -> "KVCache":
@@ -113,7 +110,7 @@ class KVCache:
             len(leading) == (2 if self.layer is None else 3)
             and leading[-2] == batch
             and held * width == groups * dim
-            and width in (dim, dim if LANES % dim else LANES)
+            and width % dim == 0
             and held % parts == 0
         )
         if not fits:

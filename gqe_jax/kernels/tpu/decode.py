@@ -3,18 +3,19 @@
 Reading the cache is all the cost of decoding, so the kernel reads each block of it once, as it lies in memory, for all
 heads: the routed ones and the shared one.
 
-- K and V are taken as [B, T · G, D], row t · G + g. One matmul multiplies the rows of all groups with the keys of all
-  groups, and a mask keeps each row's own group. Where a group has few rows this costs no more than a matmul per group,
-  whose rows would be padded to eight, and no group has to be picked out of the tiles of the cache.
-- Heads narrower than 128 lie side by side in rows of 128, the queries of each with zeros in the lanes of the others.
+- K and V are taken as [B, T · G, D], row t · G + g. One matmul multiplies the queries of all heads with the keys of all
+  KV heads, and a mask keeps each query's own (`kv_head`). Where a KV head has few queries this costs no more than a
+  matmul for each, whose rows would be padded to eight, and no head has to be picked out of the tiles of the cache.
+- Heads that do not fill whole rows of 128 lanes lie side by side (`heads_side_by_side`), the queries of each with zeros
+  in the lanes of the others.
 - The shared head attends to the mean of the groups' keys and values. Both are linear: q · mean_g K_g = mean_g q · K_g,
-  so its scores are means over the G neighbouring columns of a token, and its output sums over all columns. The mean is
+  so its scores are means over the neighbouring columns of a token, and its output sums over all columns. The mean is
   exact in float32; nothing is read or stored for it.
 - Blocks before the window and beyond the filled part are neither fetched nor computed: the grid is as long as the
   longest row of the batch needs, and a shorter row's index map stays on its last block.
 
-Axes beyond the usual alphabet: R is rows of queries (position, group, slot), then those of the shared head; L is
-columns of a block, token-major (token · G + group).
+Axes beyond the usual alphabet: N is rows of queries (position, run, slot), then those of the shared head; L is
+columns of a block, token-major (token · rows of a token + row); W and Wv are lanes of such a row of K and of V.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from gqe_jax.kernels.tpu.tiles import LANES, SUBLANES, dot, finite, mark_not_fin
 if typing.TYPE_CHECKING:
     from gqe_jax.kernels.choose import Call
 
-MAX_ROWS = 64  # of all groups together: above it the columns of other groups, computed in vain, begin to cost
+MAX_ROWS = 64  # of all KV heads together: above it the columns of other heads, computed in vain, begin to cost
+MAX_ROWS_OF_ONE = 256  # where there is one KV head, and nothing is computed in vain
 MAX_MEAN_WIDTH = 1024  # of the matrix that takes the means over groups
 BLOCK_BYTES = 2**20  # of K and of V each
 SCORE_BYTES = 2**20  # of all rows against a block
@@ -57,24 +59,23 @@ class _Plan:
     window: int | None
     q_len: int
     kv_len: int
-    num_groups: int
+    num_runs: int
     num_slots: int
-    head_dim: int
-    side_by_side: int  # groups in one row of the cache
+    num_kv_heads: int
+    side_by_side: int  # KV heads in one row of the cache
+    width: int  # of a row of K, in lanes
+    value_width: int
     has_shared: bool
     block_kv: int
 
     @property
-    def wide_groups(self) -> int:
-        return self.num_groups // self.side_by_side
-
-    @property
-    def width(self) -> int:
-        return self.head_dim * self.side_by_side
+    def token_rows(self) -> int:
+        """Rows of K, and of V, that one token has."""
+        return self.num_kv_heads // self.side_by_side
 
     @property
     def routed_rows(self) -> int:
-        return round_up(self.q_len * self.num_groups * self.num_slots, SUBLANES)
+        return round_up(self.q_len * self.num_runs * self.num_slots, SUBLANES)
 
     @property
     def rows(self) -> int:
@@ -82,22 +83,31 @@ class _Plan:
 
     @property
     def columns(self) -> int:
-        return self.block_kv * self.wide_groups
+        return self.block_kv * self.token_rows
+
+
+def heads_side_by_side(num_kv_heads: int, head_dim: int, value_dim: int | None = None) -> int:
+    """How many KV heads lie side by side in a row of the cache: as few as fill whole rows of 128 lanes, or else all.
+
+    A row of whole lanes is read where it lies; any other would be padded, or laid out anew, at every step.
+    """
+    widths = (head_dim, head_dim if value_dim is None else value_dim)
+    for heads in range(1, num_kv_heads):
+        if num_kv_heads % heads == 0 and all(heads * width % LANES == 0 for width in widths):
+            return heads
+    return num_kv_heads
 
 
 def obstacle(call: Call) -> str | None:
     """Why this kernel cannot compute a call on a TPU; None where it can."""
-    rows = call.q_len * call.num_groups * call.num_slots
+    rows, most = call.q_len * call.num_groups * call.num_slots, MAX_ROWS if call.num_kv_heads > 1 else MAX_ROWS_OF_ONE
     if not call.kv_length:
         return "pallas_tpu_decode reads a cache: it needs kv_length"
-    if call.kv_head:
-        return "pallas_tpu_decode has no kv_head: it needs one query run for each KV head"
-    if call.value_dim != call.head_dim:
-        return f"pallas_tpu_decode needs values as wide as keys, not {call.value_dim} and {call.head_dim}"
-    if rows > MAX_ROWS:
-        return f"pallas_tpu_decode takes few new tokens: S · G · K = {rows} exceeds {MAX_ROWS}"
-    if math.lcm(LANES, call.num_groups) > MAX_MEAN_WIDTH:
-        return f"pallas_tpu_decode takes a power of two of KV heads, or up to 7 times one, not {call.num_groups}"
+    if rows > most:
+        return f"pallas_tpu_decode takes few new tokens: S · R · K = {rows} exceeds {most}"
+    token_rows = call.num_kv_heads // heads_side_by_side(call.num_kv_heads, call.head_dim, call.value_dim)
+    if math.lcm(LANES, token_rows) > MAX_MEAN_WIDTH:
+        return f"pallas_tpu_decode takes a power of two of rows for a token, or up to 7 times one, not {token_rows}"
     if call.segments:
         return "pallas_tpu_decode has no segment ids"
     if call.dtype not in ("float32", "bfloat16"):
@@ -133,13 +143,12 @@ def decode(
     Returns:
       o [B, S, G, K, D], lse float32 [B, S, G, K], and with `q_shared` the shared head's output [B, S, D].
     """
-    del kv_head  # an obstacle
     q = prepare_queries(q, expert_index, q_norm, q_rope)
-    batch, q_len, num_groups, num_slots, head_dim = q.shape
+    batch, q_len, num_runs, num_slots, head_dim = q.shape
+    num_kv_heads, value_dim = k.shape[-2], v.shape[-1]
     if q_shared is not None:
         q_shared = prepare_queries(q_shared[:, :, None, None, :], None, q_norm, q_rope)[:, :, 0, 0]
-    # As many groups as fill 128 lanes lie side by side; the queries of each have zeros in the lanes of the others.
-    side_by_side = LANES // head_dim if LANES % head_dim == 0 and num_groups * head_dim % LANES == 0 else 1
+    side_by_side = heads_side_by_side(num_kv_heads, head_dim, value_dim)
     plan = _Plan(
         scale=scale,
         softcap=softcap,
@@ -147,44 +156,49 @@ def decode(
         window=mask.window,
         q_len=q_len,
         kv_len=k.shape[-3],
-        num_groups=num_groups,
+        num_runs=num_runs,
         num_slots=num_slots,
-        head_dim=head_dim,
+        num_kv_heads=num_kv_heads,
         side_by_side=side_by_side,
+        width=side_by_side * head_dim,
+        value_width=side_by_side * value_dim,
         has_shared=q_shared is not None,
-        block_kv=block_kv or _block_kv(q, k),
+        block_kv=block_kv or 0,
     )
-    own_lanes = np.arange(num_groups)[:, None] % side_by_side == np.arange(side_by_side)  # [G, P]
-    rows = jnp.where(own_lanes[:, None, :, None], q[..., None, :], 0).reshape(batch, -1, plan.width)
+    if not block_kv:
+        plan = dataclasses.replace(plan, block_kv=_block_kv(plan, k.dtype))
+    kv_head = jnp.arange(num_runs) if kv_head is None else jnp.clip(kv_head, 0, num_kv_heads - 1)
+    own_lanes = (kv_head[:, None] % side_by_side == np.arange(side_by_side))[:, None, :, None]  # [R, 1, P, 1]
+    rows = jnp.where(own_lanes, q[..., None, :], 0).reshape(batch, -1, plan.width)
     rows = jnp.pad(rows, ((0, 0), (0, plan.routed_rows - rows.shape[1]), (0, 0)))
     if q_shared is not None:
         rows = jnp.concatenate([rows, jnp.tile(q_shared, (1, 1, side_by_side))], axis=1)
         rows = jnp.pad(rows, ((0, 0), (0, plan.rows - rows.shape[1]), (0, 0)))
     first_row = 0 if layer is None else layer * batch
-    k, v = (x.reshape(-1, plan.kv_len * plan.wide_groups, plan.width) for x in (k, v))
-    o, lse = _attend(plan, mask, rows, k, v, first_row)
+    k = k.reshape(-1, plan.kv_len * plan.token_rows, plan.width)
+    v = v.reshape(-1, plan.kv_len * plan.token_rows, plan.value_width)
+    o, lse = _attend(plan, mask, kv_head, rows, k, v, first_row)
 
-    count = q_len * num_groups * num_slots
-    o_routed = o[:, :count].reshape(*q.shape[:-1], side_by_side, head_dim)
-    o_routed = jnp.sum(jnp.where(own_lanes[:, None, :, None], o_routed, 0), axis=-2)
+    count = q_len * num_runs * num_slots
+    o_routed = o[:, :count].reshape(*q.shape[:-1], side_by_side, value_dim)
+    o_routed = jnp.sum(jnp.where(own_lanes, o_routed, 0), axis=-2)
     lse = lse[:, :count, 0].reshape(q.shape[:-1])
     if q_shared is None:
         return o_routed, lse
-    shared = o[:, plan.routed_rows : plan.routed_rows + q_len].reshape(batch, q_len, side_by_side, head_dim)
+    shared = o[:, plan.routed_rows : plan.routed_rows + q_len].reshape(batch, q_len, side_by_side, value_dim)
     return o_routed, lse, jnp.mean(shared, axis=-2, dtype=jnp.float32).astype(q.dtype)
 
 
-def _block_kv(q, k) -> int:
-    """Tokens per block: a multiple of 128, 1 MiB of K and of the scores of all rows at most."""
-    _, q_len, num_groups, num_slots, head_dim = q.shape
-    rows = round_up(q_len * num_groups * num_slots, SUBLANES) + round_up(q_len, SUBLANES)
-    token_bytes = num_groups * max(k.dtype.itemsize * round_up(head_dim, LANES), 4 * rows * SCORE_BYTES // BLOCK_BYTES)
-    return min(max(BLOCK_BYTES // token_bytes // LANES, 1) * LANES, round_up(k.shape[1], LANES))
+def _block_kv(plan: _Plan, dtype) -> int:
+    """Tokens per block: a multiple of 128, 1 MiB at most of K, of V and of the scores of all rows."""
+    row_bytes = dtype.itemsize * round_up(max(plan.width, plan.value_width), LANES)
+    token_bytes = plan.token_rows * max(row_bytes, 4 * plan.rows * BLOCK_BYTES // SCORE_BYTES)
+    return min(max(BLOCK_BYTES // token_bytes // LANES, 1) * LANES, round_up(plan.kv_len, LANES))
 
 
-def _attend(plan: _Plan, mask: Mask, rows, k, v, first_row):
-    """o [B, R, D] in the dtype of rows, and lse float32 [B, R, 128]; batch row b reads row first_row + b of K and V."""
-    batch, wide_groups, width = rows.shape[0], plan.wide_groups, plan.width
+def _attend(plan: _Plan, mask: Mask, kv_head, rows, k, v, first_row):
+    """o [B, N, Wv] in the dtype of rows, and lse float32 [B, N, 128]; batch row b reads row first_row + b of K and V."""
+    batch, token_rows = rows.shape[0], plan.token_rows
     num_blocks = -(-plan.kv_len // plan.block_kv)
     shift = mask.q_offset - mask.kv_offset
     length = jnp.full((batch,), plan.kv_len, jnp.int32) if mask.kv_length is None else mask.kv_length
@@ -199,16 +213,16 @@ def _attend(plan: _Plan, mask: Mask, rows, k, v, first_row):
     steps = jnp.maximum(jnp.max(end - first), 1)
 
     row = np.arange(plan.rows)
-    routed = row < plan.q_len * plan.num_groups * plan.num_slots
+    routed = row < plan.q_len * plan.num_runs * plan.num_slots
     shared = row >= plan.routed_rows
-    position = np.where(shared, row - plan.routed_rows, row // (plan.num_groups * plan.num_slots))
+    position = np.where(shared, row - plan.routed_rows, row // (plan.num_runs * plan.num_slots))
     position = np.where(routed | (shared & (position < plan.q_len)), position, -(2**30))  # padding sees nothing
-    group = np.where(shared, -1, row // plan.num_slots % plan.num_groups // plan.side_by_side)
-    row_data = np.stack([position, group]).astype(np.int32)[:, :, None]
+    own = jnp.where(shared, -1, kv_head[row // plan.num_slots % plan.num_runs] // plan.side_by_side)
+    row_data = jnp.stack([position, own]).astype(jnp.int32)[:, :, None]
     column = np.arange(plan.columns)
-    column_data = np.stack([column // wide_groups, column % wide_groups]).astype(np.int32)[:, None, :]
-    token = np.arange(math.lcm(LANES, wide_groups)) // wide_groups
-    mean = np.equal.outer(token, token) / plan.num_groups
+    column_data = np.stack([column // token_rows, column % token_rows]).astype(np.int32)[:, None, :]
+    token = np.arange(math.lcm(LANES, token_rows)) // token_rows
+    mean = np.equal.outer(token, token) / plan.num_kv_heads
 
     def kv_block(b, j, shift, length, first, end, first_row):
         return first_row[0] + b, jnp.clip(first[b] + j, 0, jnp.maximum(end[b] - 1, 0)), 0
@@ -225,31 +239,31 @@ def _attend(plan: _Plan, mask: Mask, rows, k, v, first_row):
             num_scalar_prefetch=5,
             grid=(batch, steps),
             in_specs=[
-                per_row(plan.rows, width),
-                pl.BlockSpec((1, plan.columns, width), kv_block),
-                pl.BlockSpec((1, plan.columns, width), kv_block),
+                per_row(plan.rows, plan.width),
+                pl.BlockSpec((1, plan.columns, plan.width), kv_block),
+                pl.BlockSpec((1, plan.columns, plan.value_width), kv_block),
                 whole(*row_data.shape),
                 whole(*column_data.shape),
                 whole(*mean.shape),
             ],
-            out_specs=[per_row(plan.rows, width), per_row(plan.rows, LANES)],
+            out_specs=[per_row(plan.rows, plan.value_width), per_row(plan.rows, LANES)],
             scratch_shapes=[
                 pltpu.VMEM((plan.rows, 1), jnp.float32),
                 pltpu.VMEM((plan.rows, 1), jnp.float32),
-                pltpu.VMEM((plan.rows, width), jnp.float32),
+                pltpu.VMEM((plan.rows, plan.value_width), jnp.float32),
             ],
         ),
         out_shape=[
-            result((batch, plan.rows, width), rows.dtype, rows),
+            result((batch, plan.rows, plan.value_width), rows.dtype, rows),
             result((batch, plan.rows, LANES), jnp.float32, rows),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
         ),
         cost_estimate=pl.CostEstimate(
-            flops=4 * batch * plan.rows * plan.kv_len * wide_groups * width,
-            transcendentals=batch * plan.rows * plan.kv_len * wide_groups,
-            bytes_accessed=2 * batch * plan.kv_len * wide_groups * width * k.dtype.itemsize,
+            flops=2 * batch * plan.rows * plan.kv_len * token_rows * (plan.width + plan.value_width),
+            transcendentals=batch * plan.rows * plan.kv_len * token_rows,
+            bytes_accessed=batch * plan.kv_len * token_rows * (plan.width + plan.value_width) * k.dtype.itemsize,
         ),
         name="gqe_decode",
     )(
@@ -261,7 +275,7 @@ def _attend(plan: _Plan, mask: Mask, rows, k, v, first_row):
         rows,
         k,
         v,
-        jnp.asarray(row_data),
+        row_data,
         jnp.asarray(column_data),
         jnp.asarray(mean, jnp.float32),
     )
@@ -276,19 +290,19 @@ def _kernel(
     end_ref,
     first_row_ref,  # [1], of K and V: read by the index maps
     # Inputs
-    q_ref,  # [1, R, D]
-    k_ref,  # [1, L, D]
-    v_ref,  # [1, L, D]
-    row_ref,  # [2, R, 1], position and group (-1: all groups) of a row
-    column_ref,  # [2, 1, L], token and group of a column
+    q_ref,  # [1, N, W]
+    k_ref,  # [1, L, W]
+    v_ref,  # [1, L, Wv]
+    row_ref,  # [2, N, 1], position of a query, and which row of a token it reads (-1: all)
+    column_ref,  # [2, 1, L], token of a column, and which row of the token
     mean_ref,  # [n, n], 1/G where two of n columns are of one token
     # Outputs
-    o_ref,  # [1, R, D]
-    lse_ref,  # [1, R, 128]
+    o_ref,  # [1, N, Wv]
+    lse_ref,  # [1, N, 128]
     # Scratch
-    max_ref,  # [R, 1]
-    sum_ref,  # [R, 1]
-    acc_ref,  # [R, D]
+    max_ref,  # [N, 1]
+    sum_ref,  # [N, 1]
+    acc_ref,  # [N, Wv]
 ):
     del first_row_ref
     b, j = pl.program_id(0), pl.program_id(1)
@@ -306,7 +320,7 @@ def _kernel(
     def _():
         first_token = block * plan.block_kv
         tokens_left = length_ref[b] - first_token  # below block_kv, what lies behind is not data
-        token, column_group = column_ref[0], column_ref[1]
+        token, row_of_token = column_ref[0], column_ref[1]
 
         # Where every row sees every token, nothing is to be hidden from anyone.
         is_whole = tokens_left >= plan.block_kv
@@ -319,7 +333,7 @@ def _kernel(
 
         position = row_ref[0] + first_position  # on the block's own count of tokens
         limit = jnp.full_like(position, tokens_left)
-        seen = (row_ref[1] == column_group) | (row_ref[1] < 0)
+        seen = (row_ref[1] == row_of_token) | (row_ref[1] < 0)
         if plan.causal:
             limit = jnp.minimum(limit, position + 1)
         if plan.window is not None:
@@ -366,7 +380,7 @@ def _capped(plan, s):
 
 
 def _mean_over_groups(s, mean):
-    """[R, L] → [R, L]: each column becomes the mean over the groups of its token."""
+    """[N, L] → [N, L]: each column becomes the mean over the KV heads of its token."""
     num_rows, width = s.shape[0], mean.shape[0]
     starts = range(0, s.shape[1], width)
     stacked = jnp.concatenate([s[:, start : start + width] for start in starts], axis=0)
