@@ -70,10 +70,10 @@ def test_an_empty_cache_is_refused(sizes):
 
 @pytest.mark.parametrize("make", [tiny.gqe, tiny.gqa])
 def test_a_cache_that_is_not_the_layer_s(make):
-    """Of another batch, of another layer (also where heads of 128 hold as many numbers), of a stack of layers."""
-    layer, x = make(2, 2), tiny.inputs()
+    """Of another batch, of another layer (also where one head holds as many numbers), of a stack of layers."""
+    layer, x = make(2, 2, head_dim=128), tiny.inputs()
     stacked = jax.tree.map(lambda leaf: leaf[None], layer.init_cache(2, 16))
-    wide = KVCache.empty(2, 16, 1, 2 * tiny.HEAD_DIM, jnp.float32)
+    wide = KVCache.empty(2, 16, 1, 2 * 128, jnp.float32)
     for cache in (layer.init_cache(3, 16), make(4, 2).init_cache(2, 16), wide, stacked):
         with pytest.raises(ValueError, match=r"cache has keys of shape .* make it by this layer's init_cache\(2"):
             layer(x, cache=cache)
@@ -81,9 +81,9 @@ def test_a_cache_that_is_not_the_layer_s(make):
 
 @pytest.mark.parametrize("make", [tiny.gqe, tiny.gqa])
 def test_the_cache_is_that_of_its_kv_heads(make):
-    """[B, T, G, D] for keys and for values, however many query heads or experts there are."""
+    """G · D numbers of a token for keys and for values, however many query heads or experts there are."""
     cache = make(2, 4).init_cache(3, 7)
-    assert cache.k.shape == cache.v.shape == (3, 7, 2, tiny.HEAD_DIM)
+    assert cache.k.shape == cache.v.shape and cache.k.size == 3 * 7 * 2 * tiny.HEAD_DIM
     np.testing.assert_array_equal(cache.length, [0, 0, 0])
 
 

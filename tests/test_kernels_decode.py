@@ -266,7 +266,8 @@ def model(head_dim, num_groups=8):
 @pytest.mark.slow
 def test_it_compiles_for_tpus_and_reads_the_cache_where_it_lies():
     """XLA puts no copy, transpose or conversion of the cache before the kernel, in a call by itself and in a model of
-    several layers, also with one KV head or heads that do not fill rows of 128: any would be a temporary of a layer's size."""
+    several layers, also with one KV head or heads that do not fill rows of 128: any would be a temporary as large as
+    a layer's cache."""
     pytest.importorskip("libtpu")
     calls = [
         {},

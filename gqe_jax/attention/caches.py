@@ -106,11 +106,11 @@ class KVCache:
         """Raises ValueError unless the cache holds `batch` rows of `heads` = (G, D) that `parts` devices can share."""
         groups, dim = heads
         *leading, held, width = self.k.shape
+        side_by_side = heads_side_by_side(groups // parts, dim)
         fits = (
             len(leading) == (2 if self.layer is None else 3)
             and leading[-2] == batch
-            and held * width == groups * dim
-            and width % dim == 0
+            and (held, width) == (groups // side_by_side, side_by_side * dim)
             and held % parts == 0
         )
         if not fits:

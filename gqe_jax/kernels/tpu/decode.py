@@ -197,7 +197,7 @@ def _block_kv(plan: _Plan, dtype) -> int:
 
 
 def _attend(plan: _Plan, mask: Mask, kv_head, rows, k, v, first_row):
-    """o [B, N, Wv] in the dtype of rows, and lse float32 [B, N, 128]; batch row b reads row first_row + b of K and V."""
+    """o [B, N, Wv] in the dtype of rows, lse float32 [B, N, 128]; batch row b reads row first_row + b of K and V."""
     batch, token_rows = rows.shape[0], plan.token_rows
     num_blocks = -(-plan.kv_len // plan.block_kv)
     shift = mask.q_offset - mask.kv_offset
