@@ -59,6 +59,21 @@ def unread_named(path: Path, remedy: str) -> Iterator[None]:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from error
 
 
+def read_records(path: Path, rules: Mapping[str, Rule], remedy: str) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines, each with just the fields of `rules`.
+
+    Raises:
+      ConfigError: no such file, or a line that is no such object; it is named by its number.
+    """
+    with unread_named(path, remedy):
+        if not path.is_file():
+            raise ConfigError(f"{path} is missing or no plain file: {remedy}")
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                origin = f"{path}, line {number},"
+                yield check_record(parse_json(line, origin, remedy), rules, origin, remedy)
+
+
 Rule = tuple[Callable[[Any], bool], str]
 """What a value must fulfil, and the words for it."""
 FLAG: Rule = (lambda v: type(v) is bool, "true or false")
@@ -109,7 +124,7 @@ def check_fields(
 
 
 def check_record(value: Any, rules: Mapping[str, Rule], origin: object, remedy: str) -> dict[str, Any]:
-    """`value`, if it is an object with just these fields, each of which keeps its rule.
+    """`value`, if it is an object with just the fields of `rules`, each of which keeps its rule.
 
     Raises:
       ConfigError: it is none; fields that it lacks, that nobody knows, or whose values break their rules are all named.

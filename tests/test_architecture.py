@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "gqe_jax"
 # From the bottom up. What stands on one floor may import each other's only within a folder.
 FLOORS = (
     ("lazy", "remat", "config"),
-    ("safe_names", "checked_json"),
+    ("checked_json",),
+    ("safe_names",),
     ("kernels", "parallel", "processes"),
     ("linear",),
     ("attention",),

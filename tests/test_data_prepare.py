@@ -130,6 +130,7 @@ def test_refuses_what_would_be_lost_or_empty(corpus, prepared, tmp_path):
         (files_corpus([small]), {"heldout_fraction": 1e-9}, r"leaves the held-out split empty \(.* 1 documents"),
         (corpus, {"heldout_fraction": 1.5}, r"heldout=1.5 must lie in \[0, 1\)"),
         (corpus, {"seq_len": 0}, r"seq_len=0 must be positive"),
+        (corpus, {"seq_len": 99999999999999}, r"seq_len=99999999999999 must be positive and at most 16777216"),
     ):
         with pytest.raises(ConfigError, match=message):
             prepare(source, tmp_path / "out", **settings | changes)
@@ -257,11 +258,12 @@ def test_damaged_manifests(prepared, tmp_path):
     path = prepared / "manifest.json"
     whole = path.read_text()
     for content, message in (
-        (whole[:200], r"manifest.json is cut off or damaged .*prepare it again"),
-        ("[]", r"has format_version=None, and this version of gqe_jax reads 2"),
+        (whole[:200], r"manifest.json is no JSON .*prepare it again"),
+        ("[]", r"manifest.json holds no JSON object: .*prepare it again"),
+        ("{}", r"has format_version=None, and this version of gqe_jax reads 2"),
         (whole.replace('"format_version": 2', '"format_version": 7'), r"has format_version=7, .*reads 2"),
-        (whole.replace('"seq_len"', '"sequence"'), r"manifest.json is incomplete or altered .*sequence"),
-        (whole.replace('"shards"', '"shard"'), r"manifest.json is incomplete or altered"),
+        (whole.replace('"seq_len"', '"sequence"'), r"manifest.json lacks seq_len; has the unknown 'sequence'"),
+        (whole.replace('"shards"', '"shard"'), r"manifest.json lacks shards"),
     ):
         path.write_text(content)
         with pytest.raises(ConfigError, match=message):
