@@ -224,7 +224,8 @@ _MANIFEST_RULES = {
     **dict.fromkeys(SPLITS, OBJECT),
     "files": OBJECTS,
 }
-_SOURCE_RULES = {"name": TEXT, "bytes": COUNT, "sha256": TEXT}
+_DIGEST = (lambda v: v is None or type(v) is str, "a text, or null")  # null: seqio reads no file of that name
+_SOURCE_RULES = {"name": TEXT, "bytes": COUNT, "sha256": _DIGEST}
 
 
 def prepared_tokenizer(directory: str | Path) -> Tokenizer:
@@ -253,7 +254,8 @@ def heldout_documents(directory: str | Path) -> Iterator[Document]:
 
 def copied_sources(directory: str | Path) -> int:
     """How many source files have the bytes of another one that was read before them."""
-    digests = [record["sha256"] for record in read_records(Path(directory) / SOURCES_FILE, _SOURCE_RULES, _AGAIN)]
+    records = read_records(Path(directory) / SOURCES_FILE, _SOURCE_RULES, _AGAIN)
+    digests = [record["sha256"] for record in records if record["sha256"] is not None]
     return len(digests) - len(set(digests))
 
 

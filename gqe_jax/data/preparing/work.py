@@ -20,6 +20,7 @@ from typing import Any
 from gqe_jax.config import ConfigError
 from gqe_jax.data.preparing.progress import ProgressLine
 from gqe_jax.data.preparing.units import RESULT_FILE, Job
+from gqe_jax.processes.parent import end_with_parent
 
 _PLAN_FILE = "plan.json"
 
@@ -137,6 +138,7 @@ def _run_in_processes(
 
 def _start_worker(job: Job, method: str, read: Any, stop: Any) -> None:
     global _worker
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides, and tells through `stop`
     os.environ["RAYON_NUM_THREADS"] = "1"  # Hugging Face's tokenizers
     _worker = (job, method, read, stop)
