@@ -6,6 +6,7 @@ import json
 import lzma
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -206,8 +207,22 @@ def test_full_disk_is_an_os_error(corpus, tmp_path):
     )
     command = [sys.executable, "-c", script, str(corpus.files[0].path), str(tmp_path / "out")]
     done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-    assert "File too large" in done.stdout, done.stderr
+    needed = r"could not write .*/out \(File too large\): for .*B of text about as much is needed, nothing is kept, "
+    assert re.search(needed + r"and .*B are free: make room, or choose --out on another disk", done.stdout), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_out_may_be_a_link(corpus, tmp_path):
+    """A link to an empty folder, or to one that is still to be made, keeps leading there; one to data is refused."""
+    for name in ("empty", "missing"):
+        if name == "empty":
+            (tmp_path / name).mkdir()
+        link = tmp_path / f"to_{name}"
+        link.symlink_to(tmp_path / name)
+        manifest = prepare(corpus, link, tokenizer=BYTES, seq_len=32)
+        assert link.is_symlink() and verify(tmp_path / name) == manifest
+        with pytest.raises(ConfigError, match=rf"to_{name}' exists and is not empty"):
+            prepare(corpus, link, tokenizer=BYTES, seq_len=32)
 
 
 def damage(path, change) -> None:

@@ -77,7 +77,8 @@ def prepare(
     _refuse_used(target, corpus)
     settings = Settings(seq_len, heldout_fraction, split_rule(corpus, heldout_fraction), packing, deduplicate)
     if "://" not in str(out):
-        return _prepare_locally(corpus, Path(out).absolute(), tokenizer, settings, workers, show_progress)
+        real = Path(os.path.realpath(out))  # a link keeps leading where it leads
+        return _prepare_locally(corpus, real, tokenizer, settings, workers, show_progress)
     local = cache_directory() / "uploads" / hashlib.sha256(str(out).encode()).hexdigest()[:16]
     if not (local / MANIFEST_FILE).is_file():
         _prepare_locally(corpus, local, tokenizer, settings, workers, show_progress)

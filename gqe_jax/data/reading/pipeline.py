@@ -137,7 +137,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         except RuntimeError as error:
             if not (code := _EXIT_CODE.search(str(error))):
                 raise
-            raise OSError(
+            raise ChildProcessError(
                 f"a process that reads data ended with exit code {code[1]}, perhaps for want of memory: start the same "
                 f"command again, which goes on from the last checkpoint, or set data.workers lower (0: threads read)"
             ) from error
