@@ -1,14 +1,19 @@
 """Documents: where they come from, what their names are, and what input is refused."""
 
+import glob
+import gzip
 import json
+import os
+import socket
 import sysconfig
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gqe_jax.config import ConfigError
+from gqe_jax.data.sources import files
 from gqe_jax.data.sources.corpus import files_corpus, stdlib_corpus
 from gqe_jax.data.sources.files import Document, decode_utf8
 
@@ -77,6 +82,105 @@ def test_json_lines(tmp_path):
     assert [document.text for document in files_corpus([other], column="body").documents()] == ["x"]
 
 
+def test_json_lines_with_a_byte_order_mark(tmp_path):
+    """What some editors put before the first line is no part of it (RFC 8259, section 8.1)."""
+    path = write(tmp_path / "a.jsonl", "\ufeff" + json_lines({"text": "\ufeffone"}, {"text": "two"}))
+    assert [document.text for document in files_corpus([path]).documents()] == ["\ufeffone", "two"]
+
+
+def test_a_line_has_a_bound(tmp_path, monkeypatch):
+    """A small compressed file could claim a line of any length, which has to be held whole."""
+    monkeypatch.setattr(files, "LONGEST_LINE", 100)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(json_lines({"text": "a"}).encode() + b" " * 10**6))
+    with pytest.raises(ConfigError, match=r"a.jsonl.gz, line 2 has more than 100 bytes: divide it"):
+        list(files_corpus([path]).documents())
+
+
+def test_each_file_is_read_once(tmp_path):
+    """However many names lead to it: a loop of links, one to a folder above, `..`, the same name twice, a hard link."""
+    write(tmp_path / "a.txt", "a")
+    write(tmp_path / "sub/b.txt", "b")
+    os.link(tmp_path / "sub/b.txt", tmp_path / "sub/hard.txt")
+    for name in ("e", "f", "sub/up"):
+        (tmp_path / name).symlink_to(tmp_path)
+    patterns = ["**/*.txt", "sub/../sub/b.txt", "a.txt", "a.txt", "sub/../a.txt", "**/**/a.txt", "*/a.txt"]
+    for chosen in (patterns, patterns[::-1]):
+        corpus = files_corpus([f"{tmp_path}/{pattern}" for pattern in chosen])
+        assert [file.name for file in corpus.files] == ["a.txt", "sub/b.txt"]
+    assert [file.name for file in files_corpus([tmp_path / "sub/../sub/b.txt", tmp_path / "a.txt"]).files] == [
+        "a.txt",
+        "sub/b.txt",
+    ]
+
+
+@settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(["**", "*", "a", "b*", "*.txt", "a.txt", "[ab]"]), min_size=1, max_size=4))
+def test_patterns_match_what_glob_matches(tree, parts):
+    """Where no link leads back, a pattern finds the files that Python's own `glob` finds."""
+    pattern = str(tree.joinpath(*parts))
+    expected = {os.path.realpath(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
+    try:
+        found = {os.path.realpath(file.path) for file in files_corpus([pattern]).files}
+    except ConfigError:
+        found = set()
+    assert found == expected
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tree")
+    for name in ("a.txt", "b.txt", "a/a.txt", "a/b/a.txt", "b/a/a.txt", "b1/c.txt", ".hidden/a.txt", "a/.a.txt"):
+        write(root / name, name)
+    (root / "bl").symlink_to(root / "a/b")
+    return root
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    """A pipe would block for ever, a device never end: both are named before they are opened, also in a pattern."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "lost.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "circle.txt").symlink_to(tmp_path / "circle.txt")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    write(tmp_path / "good.txt", "good")
+    for pattern, message in (
+        ("pipe.txt", r"pipe.txt is a pipe, and what is read must be a file: write the text to one first"),
+        ("p*.txt", r"pipe.txt is a pipe"),
+        ("socket", r"socket is a socket"),
+        ("/dev/zero", r"/dev/zero is a device"),
+        ("lost.txt", r"lost.txt cannot be read \(No such file"),
+        ("*.txt", r"circle.txt cannot be read \(Too many levels of symbolic links\): repair it, or leave it out"),
+        ("good.txt/x", r"does not exist"),
+        ("x" * 5000, r"does not exist"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            files_corpus([tmp_path / pattern])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("dataset_dict.json", '{"splits": []}', r"is a Hugging Face dataset without splits: save .* again"),
+        ("dataset_dict.json", '{"splits": ["train"', r"dataset_dict.json is no JSON"),
+        ("dataset_dict.json", '{"splits": "train"}', r"splits='train' must be a list of texts"),
+        ("dataset_dict.json", '{"splits": ["train", "test"]}', r"with the splits train, test: name one, such as"),
+        ("state.json", '{"_data_files": [', r"state.json is no JSON .*save the dataset again with save_to_disk"),
+        ("state.json", "[]", r"state.json holds no JSON object"),
+        ("state.json", "{}", r"state.json names no files of the dataset"),
+        ("state.json", '{"_data_files": [5]}', r"_data_files=\[5\] must be a list of objects"),
+        ("state.json", '{"_data_files": [{}]}', r"names the file None, but must name one in its own folder"),
+        ("state.json", '{"_data_files": [{"filename": "../a.arrow"}]}', r"names the file '../a.arrow', but must name"),
+        ("state.json", '{"_data_files": [{"filename": "a.arrow"}]}', r"names a.arrow, which is missing: restore"),
+    ],
+)
+def test_broken_dataset_folders(tmp_path, name, content, message):
+    """A Hugging Face folder that is torn, empty, lacks a shard or leads elsewhere is refused by the file's name."""
+    write(tmp_path / "set" / name, content)
+    with pytest.raises(ConfigError, match=message):
+        files_corpus([tmp_path / "set"])
+
+
 @settings(derandomize=True, deadline=None)
 @given(st.lists(st.sampled_from([b"a", b"\xff", b"\xc3", b"\xa9", b"\xe2\x82", b"\xef\xbf\xbd", b"\xef", b"\xf0\x9f"])))
 def test_replacements_are_counted(pieces):
@@ -103,6 +207,8 @@ def test_replacements_are_counted(pieces):
     [
         ('{"text": "a"}\n{"text": "b"\n', r"a.jsonl, line 2: not valid JSON .*repair or remove the line"),
         ('{"title": "a", "n": 1}\n', r"a.jsonl, line 1: field 'text' is missing \(fields with text: title\).*--column"),
+        ("[" * 100_000, r"line 1: not valid JSON \(maximum recursion depth exceeded.*repair or remove"),
+        ('{"text": ' + "1" * 5000 + "}", r"line 1: not valid JSON \(Exceeds the limit \(4300 digits\)"),
         ('{"text": 5}\n', r"line 1: field 'text' is of type int, not a string \(fields with text: none\)"),
         ('\n["text"]\n', r'line 2: a JSON list stands where an object is expected: write {"text": "..."}'),
     ],

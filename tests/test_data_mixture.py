@@ -12,7 +12,15 @@ from gqe_jax.attention import GQAConfig
 from gqe_jax.config import ConfigError, DataConfig, ModelConfig
 from gqe_jax.data.manifest import Manifest
 from gqe_jax.data.preparing.prepare import prepare
-from gqe_jax.data.reading.mixture import Part, Schedule, parse_mixture, quotas, rounded_shares, write_mixture
+from gqe_jax.data.reading.mixture import (
+    Part,
+    Schedule,
+    parse_mixture,
+    quotas,
+    read_mixture,
+    rounded_shares,
+    write_mixture,
+)
 from gqe_jax.data.reading.pipeline import train_batches
 from gqe_jax.data.reading.prepared import open_data
 from gqe_jax.data.sources.corpus import files_corpus
@@ -168,10 +176,12 @@ def test_rounded_shares(shares):
     assert sum(quotas([Part(str(i), fraction) for i, fraction in enumerate(found)])) <= 10**5 + len(shares)
 
 
-@pytest.mark.parametrize("text", ["a", "a:", ":1", "a:x", "a:0", "a:-1", "a:1,", "a:1/0"])
+@pytest.mark.parametrize(
+    "text", ["a", "a:", ":1", "a:x", "a:0", "a:-1", "a:1,", "a:1/0", "a:1e5000", "a:1e999999999", "a:nan"]
+)
 def test_unreadable_mixtures(text):
     """What cannot be read is shown, with an example."""
-    with pytest.raises(ConfigError, match=r"cannot be read at .*: write prepared folders with positive weights"):
+    with pytest.raises(ConfigError, match=r"cannot be read at .*: write prepared folders, each with a"):
         parse_mixture(text)
 
 
@@ -217,8 +227,37 @@ def test_a_folder_can_be_a_mixture(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"names '.*both', which is a mixture itself"):
         open_data(DataConfig(mixture=f"{tmp_path / 'both'}:1,{folder / 'a'}:1"), MODEL)
     (tmp_path / "both" / "mixture.json").write_text(json.dumps({"sets": [{"path": "a"}]}))
-    with pytest.raises(ConfigError, match=r"mixture.json is damaged \('weight'\): delete the folder"):
+    with pytest.raises(ConfigError, match=r"mixture.json lacks name: delete the folder"):
         open_data(DataConfig(path=str(tmp_path / "both")), MODEL)
+
+
+@pytest.mark.parametrize(
+    "sets, message",
+    [
+        ([], "names no sets"),
+        ([{"path": "a"}], "lacks weight"),
+        ([{"path": "a", "weight": "0"}], "weight='0', which must be a positive decimal number or fraction"),
+        ([{"path": "a", "weight": "1/0"}], "weight='1/0', which must be a positive"),
+        ([{"path": "a", "weight": "1e5000"}], "weight='1e5000', which must be a positive"),
+        ([{"path": "a", "weight": [1]}], r"weight=\[1\], which must be a positive"),
+        ([{"path": "../a", "weight": "1"}], r"names the file '../a', but must name one in its own folder"),
+        ([{"path": "a", "weight": "1"}] * 2, "more than once: add up its weights"),
+        ("a:1", "has sets='a:1', which must be a list of objects"),
+    ],
+)
+def test_unreadable_mixture_files(tmp_path, sets, message):
+    """A mixture.json names sets below its folder, each once, with weights that are numbers: else a sentence with it."""
+    (tmp_path / "mixture.json").write_text(json.dumps({"name": "m", "sets": sets}))
+    with pytest.raises(ConfigError, match=rf"mixture.json.* {message}"):
+        read_mixture(tmp_path)
+
+
+def test_a_mixture_file_may_have_numbers(tmp_path):
+    """0.7 is seven tenths, as it is written, and not the binary number next to it."""
+    (tmp_path / "mixture.json").write_text(
+        json.dumps({"name": "m", "sets": [{"path": "a", "weight": 0.7}, {"path": "b", "weight": 1}]})
+    )
+    assert [part.weight for part in read_mixture(tmp_path)] == [Fraction(7, 10), 1]
 
 
 def flip(path) -> None:

@@ -6,6 +6,7 @@ import json
 import lzma
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,6 +131,7 @@ def test_refuses_what_would_be_lost_or_empty(corpus, prepared, tmp_path):
         (files_corpus([small]), {"heldout_fraction": 1e-9}, r"leaves the held-out split empty \(.* 1 documents"),
         (corpus, {"heldout_fraction": 1.5}, r"heldout=1.5 must lie in \[0, 1\)"),
         (corpus, {"seq_len": 0}, r"seq_len=0 must be positive"),
+        (corpus, {"seq_len": 99999999999999}, r"seq_len=99999999999999 must be positive and at most 16777216"),
     ):
         with pytest.raises(ConfigError, match=message):
             prepare(source, tmp_path / "out", **settings | changes)
@@ -205,8 +207,22 @@ def test_full_disk_is_an_os_error(corpus, tmp_path):
     )
     command = [sys.executable, "-c", script, str(corpus.files[0].path), str(tmp_path / "out")]
     done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-    assert "File too large" in done.stdout, done.stderr
+    needed = r"could not write .*/out \(File too large\): for .*B of text about as much is needed, nothing is kept, "
+    assert re.search(needed + r"and .*B are free: make room, or choose --out on another disk", done.stdout), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_out_may_be_a_link(corpus, tmp_path):
+    """A link to an empty folder, or to one that is still to be made, keeps leading there; one to data is refused."""
+    for name in ("empty", "missing"):
+        if name == "empty":
+            (tmp_path / name).mkdir()
+        link = tmp_path / f"to_{name}"
+        link.symlink_to(tmp_path / name)
+        manifest = prepare(corpus, link, tokenizer=BYTES, seq_len=32)
+        assert link.is_symlink() and verify(tmp_path / name) == manifest
+        with pytest.raises(ConfigError, match=rf"to_{name}' exists and is not empty"):
+            prepare(corpus, link, tokenizer=BYTES, seq_len=32)
 
 
 def damage(path, change) -> None:
@@ -257,11 +273,12 @@ def test_damaged_manifests(prepared, tmp_path):
     path = prepared / "manifest.json"
     whole = path.read_text()
     for content, message in (
-        (whole[:200], r"manifest.json is cut off or damaged .*prepare it again"),
-        ("[]", r"has format_version=None, and this version of gqe_jax reads 2"),
+        (whole[:200], r"manifest.json is no JSON .*prepare it again"),
+        ("[]", r"manifest.json holds no JSON object: .*prepare it again"),
+        ("{}", r"has format_version=None, and this version of gqe_jax reads 2"),
         (whole.replace('"format_version": 2', '"format_version": 7'), r"has format_version=7, .*reads 2"),
-        (whole.replace('"seq_len"', '"sequence"'), r"manifest.json is incomplete or altered .*sequence"),
-        (whole.replace('"shards"', '"shard"'), r"manifest.json is incomplete or altered"),
+        (whole.replace('"seq_len"', '"sequence"'), r"manifest.json lacks seq_len; has the unknown 'sequence'"),
+        (whole.replace('"shards"', '"shard"'), r"manifest.json lacks shards"),
     ):
         path.write_text(content)
         with pytest.raises(ConfigError, match=message):

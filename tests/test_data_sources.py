@@ -47,6 +47,33 @@ def test_parquet_columns(tmp_path, kind):
     assert documents == [Document(f"a.parquet:{n}", value or "") for n, value in enumerate(values, start=1)]
 
 
+def test_text_columns_of_every_form(tmp_path):
+    """Arrow keeps texts as values, as views or as numbers into a dictionary: the text is the same."""
+    values = pa.array([*TEXTS, None])
+    columns = {
+        "dictionary": values.dictionary_encode(),
+        "large": values.cast(pa.large_string()).dictionary_encode(),
+        "view": values.cast(pa.string_view()),
+        "bytes": values.cast(pa.binary()).cast(pa.binary_view()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    batch = pa.record_batch(columns)
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    for name in columns:
+        for file in ("a.parquet", "a.arrow"):
+            assert texts(tmp_path / file, name) == [*TEXTS, ""], (file, name)
+
+
+def test_columns_of_one_name(tmp_path):
+    """Which of two columns is meant nobody can say; another one that has its name alone is read."""
+    arrays = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
+    pq.write_table(pa.Table.from_arrays(arrays, names=["text", "text", "body"]), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet", "body") == ["c"]
+    with pytest.raises(ConfigError, match=r"a.parquet: column 'text' stands there 2 times \(columns with text: text"):
+        texts(tmp_path / "a.parquet")
+
+
 def write_dataset(folder, values, files=2) -> None:
     """The form in which Hugging Face's datasets library saves to disk: Arrow streams and a state.json."""
     folder.mkdir(parents=True)

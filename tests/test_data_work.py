@@ -1,5 +1,6 @@
 """The work of preparation: shared by processes, gone on with after a kill, the same bytes in every case."""
 
+import errno
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from read_back import all_files, texts_of
 
+from gqe_jax.cli import main as cli
 from gqe_jax.config import ConfigError
 from gqe_jax.data.manifest import heldout_documents, verify
 from gqe_jax.data.preparing import units
@@ -85,6 +87,44 @@ def test_duplicates_are_left_out(folder, tmp_path):
     first_names = {document.text: document.name for document in reversed([*corpus_of(folder).documents()])}
     for document in heldout_documents(tmp_path / "out"):
         assert document.name == first_names[document.text]
+    assert not set(found[0]) & set(found[1])  # so no copy of a held-out text is trained on
+
+
+def test_copies_of_files_are_said(tmp_path, capsys):
+    """Files of the same bytes may fall on both sides of the split: preparing says how many, and what helps."""
+    for name in "abc":
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"text {i} "}) + "\n" for i in range(99)))
+    command = ["prepare", "--data", str(tmp_path / "*.jsonl"), "--seq-len", "64", "--workers", "1", "--out"]
+    assert cli.main([*command, str(tmp_path / "out")]) == 0
+    warning = "2 files have the bytes of another one"
+    assert warning in capsys.readouterr().out
+    assert set(texts_of(tmp_path / "out", "train")) & set(texts_of(tmp_path / "out", "heldout"))
+    assert cli.main([*command, str(tmp_path / "without"), "--deduplicate"]) == 0
+    assert warning not in capsys.readouterr().out
+    assert not set(texts_of(tmp_path / "without", "train")) & set(texts_of(tmp_path / "without", "heldout"))
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"name": "a", "text": "b", "tokens": [1]}', r"line 2, has the unknown 'tokens'"),
+        ('{"name": "a"}', r"line 2, lacks text"),
+        ('{"name": "a", "text": 5}', r"line 2, has text=5, which must be a text"),
+        ("[1]", r"line 2,: \[1\] must be an object with name, text"),
+        ("[" * 100_000, r"line 2, is no JSON \(maximum recursion depth"),
+    ],
+)
+def test_altered_heldout_texts(folder, tmp_path, line, message):
+    """heldout.jsonl holds names and texts and nothing else: a line that does not is named by its number."""
+    prepare(corpus_of(folder), tmp_path / "out", **SETTINGS)
+    path = tmp_path / "out/heldout.jsonl"
+    path.write_text(path.read_text().splitlines()[0] + "\n" + line + "\n")
+    with pytest.raises(ConfigError, match=rf"heldout.jsonl, {message}.*prepare it again"):
+        list(heldout_documents(tmp_path / "out"))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match=r"heldout.jsonl is missing or no plain file"):
+        list(heldout_documents(tmp_path / "out"))
 
 
 KILLED = """
@@ -148,6 +188,26 @@ def test_an_error_in_another_process(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"0.jsonl, line 1: a JSON list stands where an object is expected"):
         prepare(corpus_of(folder), tmp_path / "out", **SETTINGS, workers=2)
     assert not (tmp_path / "out").exists()
+
+
+class FullDisk(ByteTokenizer):
+    def encode_batch(self, texts, threads=1):
+        if any(text.startswith("text 301 ") for text in texts):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().encode_batch(texts, threads)
+
+
+def test_a_full_disk_keeps_what_is_finished(folder, tmp_path):
+    """What is needed is judged by the finished units, a half-written one is removed, and the same call goes on."""
+    text = r"out \(No space left on device\): about (\S+) kB are needed, (\S+) kB are written and kept, and .* are free"
+    with pytest.raises(OSError, match=text) as error:
+        prepare(corpus_of(folder), tmp_path / "out", **SETTINGS | {"tokenizer": FullDisk()})
+    assert [*tmp_path.glob(".out.partial-*/unit-*")] and not [*tmp_path.glob(".out.partial-*/unit-*.partial")]
+    needed, written = map(float, re.search(text, str(error.value)).groups())
+    prepare(corpus_of(folder), tmp_path / "out", **SETTINGS)
+    size = sum(map(len, all_files(tmp_path / "out").values())) / 1000
+    assert written < size and 0.5 * size < needed < 2 * size
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts"]
 
 
 class Killing(ByteTokenizer):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from gqe_jax.attention import GQAConfig
+from gqe_jax.checked_json import read_object
 from gqe_jax.cli import main as cli
 from gqe_jax.config import ConfigError
 from gqe_jax.config_files import load_config
@@ -24,7 +25,6 @@ from gqe_jax.pytorch.exporting import export_hf
 from gqe_jax.pytorch.hf_config import from_hf
 from gqe_jax.pytorch.hf_tokenizer import read_tokenizer
 from gqe_jax.pytorch.importing import import_folder, left_behind
-from gqe_jax.pytorch.outside import read_object
 from gqe_jax.pytorch.safetensors_io import INDEX_FILE, read_folder
 from gqe_jax.runs.saved_model import open_model
 

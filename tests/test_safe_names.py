@@ -54,10 +54,10 @@ def altered(prepared, change):
     [
         (lambda m: m["train"]["shards"][0].update(name="../../victim/keys"), "names the file '../../victim/keys'"),
         (lambda m: m["files"][0].update(name="/etc/passwd"), "names the file '/etc/passwd'"),
-        (lambda m: m["train"].update(rows="many"), "rows='many' is no number of rows"),
-        (lambda m: m["train"]["shards"][0].update(bytes=-1), "bytes=-1 of "),
-        (lambda m: m["train"].update(shards=5), "is incomplete or altered"),
-        (lambda m: m["train"].update(unknown=1), "is incomplete or altered"),
+        (lambda m: m["train"].update(rows="many"), "has rows='many', which must be a whole number"),
+        (lambda m: m["train"]["shards"][0].update(bytes=-1), "has bytes=-1, which must be a whole number from 0"),
+        (lambda m: m["train"].update(shards=5), "has shards=5, which must be a list of objects"),
+        (lambda m: m["train"].update(unknown=1), "has the unknown 'unknown'"),
     ],
 )
 def test_an_altered_manifest_ends_in_a_sentence(prepared, change, message):
@@ -69,5 +69,5 @@ def test_an_altered_manifest_ends_in_a_sentence(prepared, change, message):
 def test_a_manifest_nested_deeply_ends_in_a_sentence(prepared):
     target = altered(prepared, lambda content: None)
     (target / "manifest.json").write_text("[" * 100_000 + "]" * 100_000)
-    with pytest.raises(ConfigError, match=r"manifest.json is cut off or damaged"):
+    with pytest.raises(ConfigError, match=r"manifest.json is no JSON"):
         Manifest.load(target)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from gqe_jax.config import ConfigError
-from gqe_jax.data.manifest import MANIFEST_FILE, Manifest, verify
+from gqe_jax.data.manifest import MANIFEST_FILE, Manifest, copied_sources, verify
 from gqe_jax.data.preparing.prepare import prepare
 from gqe_jax.data.preparing.splitting import split_document, split_rule
 from gqe_jax.data.reading.mixture import MIXTURE_FILE, Part, rounded_shares, write_mixture
@@ -37,6 +37,11 @@ def run_prepare(args: argparse.Namespace) -> int:
     tokenizer = _choose_tokenizer(args, corpus, tokenizer)
     manifest = _prepare(args, corpus, args.out, tokenizer)
     print(report(manifest, args.out, time.monotonic() - began))
+    if not args.deduplicate and "://" not in args.out and (copies := copied_sources(args.out)):
+        print(
+            f"warning: {copies:,} files have the bytes of another one, and may be held out where it is trained on: "
+            f"--deduplicate leaves them out"
+        )
     print(next_command(manifest, args.out))
     return 0
 

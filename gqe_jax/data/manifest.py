@@ -17,8 +17,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gqe_jax.checked_json import (
+    COUNT,
+    FLAG,
+    OBJECT,
+    OBJECTS,
+    TEXT,
+    check_record,
+    is_one_of,
+    is_whole,
+    read_object,
+    read_records,
+    shown,
+)
 from gqe_jax.config import ConfigError
-from gqe_jax.data.choices import SPLITS
+from gqe_jax.data.choices import LONGEST_ROW, PACKINGS, SPLITS
 from gqe_jax.data.sources.corpus import Corpus
 from gqe_jax.data.sources.files import Document
 from gqe_jax.data.tokenizer import Tokenizer, tokenizer_from_files
@@ -50,19 +63,14 @@ class FileRecord:
             return cls(name, file.tell(), digest, rows)
 
     @classmethod
-    def read(cls, content: dict[str, Any], source: Path) -> FileRecord:
+    def read(cls, content: Any, source: Path) -> FileRecord:
         """Makes one of its `dataclasses.asdict`, as the file `source` has it.
 
         Raises:
-          ConfigError: a name that leads out of the data set's folder, or a count that is none.
-          TypeError: it is no such dictionary.
+          ConfigError: it is no such dictionary, or has a name that leads out of the data set's folder.
         """
-        record = cls(**content)
+        record = cls(**check_record(content, _FILE_RULES, source, _AGAIN))
         checked_name(record.name, source)
-        for field in ("bytes", "rows"):
-            value = getattr(record, field)
-            if type(value) is not int or value < 0:
-                raise ConfigError(f"{source}: {field}={value!r} of {record.name} is no number of {field}: {_AGAIN}")
         return record
 
 
@@ -86,18 +94,20 @@ class SplitInfo:
     shards: tuple[FileRecord, ...]
 
     @classmethod
-    def read(cls, content: dict[str, Any], source: Path) -> SplitInfo:
+    def read(cls, content: Any, source: Path) -> SplitInfo:
         """Makes one of its `dataclasses.asdict`, as the file `source` has it.
 
         Raises:
-          ConfigError: a shard's name or a count that cannot be.
-          KeyError, TypeError: it is no such dictionary.
+          ConfigError: it is no such dictionary, or its counts contradict each other.
         """
+        check_record(content, _SPLIT_RULES, source, _AGAIN)
         split = cls(**content | {"shards": tuple(FileRecord.read(shard, source) for shard in content["shards"])})
-        for field in ("documents", "bytes", "words", "tokens", "rows"):
-            value = getattr(split, field)
-            if type(value) is not int or value < 0:
-                raise ConfigError(f"{source}: {field}={value!r} is no number of {field}: {_AGAIN}")
+        rows = sum(shard.rows for shard in split.shards)
+        if split.rows != rows or len({split.rows > 0, split.tokens > 0, split.bytes > 0}) > 1:
+            raise ConfigError(
+                f"{source}: rows={split.rows}, tokens={split.tokens} and bytes={split.bytes} do not fit each other, or "
+                f"not the {rows} rows of the shards: {_AGAIN}"
+            )
         return split
 
 
@@ -144,7 +154,7 @@ class Manifest:
     def load(cls, directory: str | Path) -> Manifest:
         """Reads `directory/manifest.json`.
 
-        Raises ConfigError if it is missing, cut off, of another format version or incomplete.
+        Raises ConfigError if it is missing, cut off, of another format version, incomplete or contradicts itself.
         """
         path = Path(directory) / MANIFEST_FILE
         if not path.is_file():
@@ -152,21 +162,22 @@ class Manifest:
                 f"data.path={str(directory)!r} holds no {MANIFEST_FILE}, so it is no prepared data set: make one with "
                 f"`gqe prepare --data 'path/**/*.txt' --out {directory}`"
             )
-        try:
-            content = json.loads(path.read_text("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is cut off or damaged ({error}): {_AGAIN}") from error
-        version = content.get("format_version") if isinstance(content, dict) else None
+        content = read_object(path, _AGAIN)
+        version = content.get("format_version")
         if version != FORMAT_VERSION:
             raise ConfigError(
-                f"{path} has format_version={version}, and this version of gqe_jax reads {FORMAT_VERSION}: {_AGAIN}, "
-                "or use the version of gqe_jax that wrote it"
+                f"{path} has format_version={shown(version)}, and this version of gqe_jax reads {FORMAT_VERSION}: "
+                f"{_AGAIN}, or use the version of gqe_jax that wrote it"
             )
-        try:
-            splits = {split: SplitInfo.read(content[split], path) for split in SPLITS}
-            return cls(**content | splits | {"files": tuple(FileRecord.read(file, path) for file in content["files"])})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} is incomplete or altered ({error}): {_AGAIN}") from error
+        check_record(content, _MANIFEST_RULES, path, _AGAIN)
+        splits = {split: SplitInfo.read(content[split], path) for split in SPLITS}
+        manifest = cls(**content | splits | {"files": tuple(FileRecord.read(file, path) for file in content["files"])})
+        if max(manifest.eos_id, manifest.pad_id) >= manifest.vocab_size:
+            raise ConfigError(
+                f"{path}: eos_id={manifest.eos_id} and pad_id={manifest.pad_id} must be below vocab_size="
+                f"{manifest.vocab_size}: {_AGAIN}"
+            )
+        return manifest
 
     def split(self, name: str) -> SplitInfo:
         """The split "train" or "heldout"."""
@@ -196,6 +207,27 @@ class Manifest:
             )
 
 
+_FILE_RULES = {"name": TEXT, "bytes": COUNT, "sha256": TEXT, "rows": COUNT}
+_SPLIT_RULES = dict.fromkeys(("documents", "bytes", "words", "tokens", "rows"), COUNT) | {"shards": OBJECTS}
+_FRACTION = (lambda v: type(v) in (int, float) and 0 <= v < 1, "a number of at least 0 and below 1")
+_MANIFEST_RULES = {
+    "format_version": is_whole(1),
+    **dict.fromkeys(("source", "tokenizer", "tokenizer_digest"), TEXT),
+    **dict.fromkeys(("source_files", "source_bytes", "replaced", "empty_documents", "duplicates"), COUNT),
+    "heldout_fraction": _FRACTION,
+    "split_rule": is_one_of("source", "document", "tail"),
+    "packing": is_one_of(*PACKINGS),
+    "deduplicated": FLAG,
+    "vocab_size": is_whole(1),
+    **dict.fromkeys(("eos_id", "pad_id"), is_whole(0)),
+    "seq_len": is_whole(1, LONGEST_ROW),
+    **dict.fromkeys(SPLITS, OBJECT),
+    "files": OBJECTS,
+}
+_DIGEST = (lambda v: v is None or type(v) is str, "a text, or null")  # null: seqio reads no file of that name
+_SOURCE_RULES = {"name": TEXT, "bytes": COUNT, "sha256": _DIGEST}
+
+
 def prepared_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer that the data set was made with. Raises ConfigError if its files are missing or altered."""
     directory = Path(directory)
@@ -216,17 +248,21 @@ def prepared_tokenizer(directory: str | Path) -> Tokenizer:
 def heldout_documents(directory: str | Path) -> Iterator[Document]:
     """The held-out documents, in the order of the held-out rows."""
     path = Path(directory) / HELDOUT_FILE
-    if not path.is_file():
-        raise ConfigError(f"{path} with the held-out documents is missing: {_AGAIN}")
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for line in file:
-            yield Document(**json.loads(line))
+    for record in read_records(path, {"name": TEXT, "text": TEXT}, _AGAIN):
+        yield Document(**record)
+
+
+def copied_sources(directory: str | Path) -> int:
+    """How many source files have the bytes of another one that was read before them."""
+    records = read_records(Path(directory) / SOURCES_FILE, _SOURCE_RULES, _AGAIN)
+    digests = [record["sha256"] for record in records if record["sha256"] is not None]
+    return len(digests) - len(set(digests))
 
 
 def changed_sources(directory: Path, corpus: Corpus) -> list[str]:
     """Names of the corpus's files that differ from those the data set was made of: changed, new or gone."""
-    with (directory / SOURCES_FILE).open() as file:
-        before = {record["name"]: (record["sha256"], record["bytes"]) for record in map(json.loads, file)}
+    records = read_records(directory / SOURCES_FILE, _SOURCE_RULES, _AGAIN)
+    before = {record["name"]: (record["sha256"], record["bytes"]) for record in records}
     now = {file.name: file.content_digest for file in corpus.files}
     return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
 

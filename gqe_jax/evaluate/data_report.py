@@ -18,7 +18,7 @@ from gqe_jax.data.tokenizer import Tokenizer
 
 _BAR = 40  # characters of the longest bar
 _SAMPLED_ROWS = 20_000  # of a split, evenly spread, for the histogram
-_READ_AT_ONCE = 256
+_TOKENS_AT_ONCE = 2**20  # read together
 _SHOWN_TOKENS = 12  # at the beginning of a segment, and a third of it at its end
 
 
@@ -79,8 +79,9 @@ def segment_lengths(rows: PreparedRows) -> np.ndarray:
 
 
 def _lengths(rows: PreparedRows, chosen: np.ndarray) -> Iterator[np.ndarray]:
-    for begin in range(0, len(chosen), _READ_AT_ONCE):
-        ids = rows.read(chosen[begin : begin + _READ_AT_ONCE])["segment_ids"]
+    together = max(1, _TOKENS_AT_ONCE // rows.manifest.seq_len)
+    for begin in range(0, len(chosen), together):
+        ids = rows.read(chosen[begin : begin + together])["segment_ids"]
         keys = (ids + np.arange(len(ids))[:, None] * (ids.shape[1] + 1))[ids > 0]
         yield np.unique(keys, return_counts=True)[1]
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gqe_jax.checked_json import check_fields, parse_json, read_object
 from gqe_jax.config import ConfigError
 from gqe_jax.data.tokenizer import (
     ByteTokenizer,
@@ -24,7 +25,7 @@ from gqe_jax.data.tokenizer import (
     load_tokenizer,
     tokenizer_from_files,
 )
-from gqe_jax.pytorch.outside import GENERATION_RULES, TOKENIZER_RULES, check_fields, parse_json, read_object
+from gqe_jax.pytorch.outside import GENERATION_RULES, TOKENIZER_RULES
 
 if TYPE_CHECKING:
     import tokenizers

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from gqe_jax.checked_json import read_object
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build
 from gqe_jax.data.manifest import prepared_tokenizer
@@ -25,7 +26,6 @@ from gqe_jax.pytorch.hf_config import CODE_FILES, PHI3, from_hf
 from gqe_jax.pytorch.hf_tokenizer import CHAT_TEMPLATE, GENERATION, read_tokenizer
 from gqe_jax.pytorch.model import TorchTensor, abstract_parameters, fill, parameter_bytes, torch_tensors
 from gqe_jax.pytorch.names import ATTENTION_PREFIX, STACKED, split_fused
-from gqe_jax.pytorch.outside import read_object
 from gqe_jax.pytorch.safetensors_io import FLOATING, StoredTensor, read_file, read_folder, refuse_pickle
 from gqe_jax.runs.new_run import TOKENIZER, save_run
 from gqe_jax.runs.state import initial_keys

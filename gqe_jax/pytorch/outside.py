@@ -5,71 +5,13 @@ Each refusal names the file, the field, the value and the rule, and comes before
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
+from gqe_jax.checked_json import FLAG, LARGEST, OBJECT, TEXT, TEXTS, Rule, check_fields, is_number, is_whole, shown
 from gqe_jax.config import ConfigError
 
-LONGEST_JSON = 10**8  # bytes; a tokenizer.json has some 10 MB
-LARGEST = 2**31 - 1  # of a size
-
-
-def parse_json(content: bytes, origin: object) -> Any:
-    """The value of JSON text; ConfigError where there is none, or one nested too deeply to be real."""
-    try:
-        value = json.loads(content)
-        if b"\\u" in content:  # which may spell half a character, that no file can hold
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{origin} is no JSON ({error}): copy or download it again") from error
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      ConfigError: no such file, a file that is too long to be one of these, no JSON, or JSON that is no object.
-    """
-    try:
-        size = path.stat().st_size
-        if not path.is_file() or size > LONGEST_JSON:
-            raise ConfigError(f"{path} is no file of at most {LONGEST_JSON:,} bytes: copy or download it again")
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}): copy or download it again") from error
-    value = parse_json(content, path)
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds no JSON object: copy or download it again")
-    return value
-
-
-def is_whole(least: int) -> tuple[Callable[[Any], bool], str]:
-    """The rule of a whole number of at least `least`."""
-    return lambda v: type(v) is int and least <= v <= LARGEST, f"a whole number from {least} to {LARGEST}"
-
-
-def is_number(least: float, *, above: bool = False) -> tuple[Callable[[Any], bool], str]:
-    """The rule of a finite number that is at least, or above, `least`."""
-
-    def fits(value: Any) -> bool:
-        if type(value) not in (int, float) or abs(value) > 1e30 or not math.isfinite(value):
-            return False
-        return value > least if above else value >= least
-
-    return fits, f"a finite number {'above' if above else 'of at least'} {least}"
-
-
-Rule = tuple[Callable[[Any], bool], str]
-"""What a value must fulfil, and the words for it."""
-FLAG: Rule = (lambda v: type(v) is bool, "true or false")
-TEXT = (lambda v: type(v) is str, "a text")
-OBJECT = (lambda v: type(v) is dict, "an object")
-TEXTS = (lambda v: type(v) is list and all(type(item) is str for item in v), "a list of texts")
-IDS = (
+IDS: Rule = (
     lambda v: all(type(item) is int and 0 <= item <= LARGEST for item in (v if type(v) is list else [v])),
     "a token's id, or a list of them",
 )
@@ -112,22 +54,6 @@ TOKENIZER_RULES = {"chat_template": (lambda v: type(v) is str or type(v) is list
 GENERATION_RULES = {"eos_token_id": IDS}
 
 
-def check_fields(values: Mapping[str, Any], rules: Mapping[str, Rule], origin: str) -> None:
-    """Raises ConfigError that names every field whose value breaks its rule; null is as good as absent."""
-    problems = [
-        f"{name}={_short(values[name])} must be {rule}"
-        for name, (fits, rule) in rules.items()
-        if values.get(name) is not None and not fits(values[name])
-    ]
-    if problems:
-        raise ConfigError(f"{origin}: {'; '.join(problems)}: copy it again from where the folder came from")
-
-
-def _short(value: Any) -> str:
-    text = repr(value) if type(value) is not int or abs(value) <= 10**30 else "a huge number"
-    return text if len(text) <= 60 else text[:60] + " …"
-
-
 def checked_config(config: dict[str, Any], origin: object) -> dict[str, Any]:
     """A config.json whose fields keep their rules, with one dictionary of rotary parameters: `rope_parameters`.
 
@@ -156,7 +82,7 @@ def checked_config(config: dict[str, Any], origin: object) -> dict[str, Any]:
         one = (old.keys() ^ new.keys()) - {"rope_theta"}
         if both or one:
             raise ConfigError(
-                f"{origin} has both rope_scaling={_short(old)} and rope_parameters={_short(new)}, which differ in "
+                f"{origin} has both rope_scaling={shown(old)} and rope_parameters={shown(new)}, which differ in "
                 f"{', '.join(sorted(both | one))}: remove the one that is wrong"
             )
     # Null switches the rotary embedding off in a folder of gqe export's, in either place.

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from gqe_jax.checked_json import read_object
 from gqe_jax.config import ConfigError
-from gqe_jax.pytorch.outside import read_object
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

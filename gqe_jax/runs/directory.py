@@ -119,7 +119,7 @@ def write_failures_named(directory: epath.Path) -> Iterator[None]:
     """Says of a failed write in the run's directory what it means and what helps; checkpoints say so themselves."""
     try:
         yield
-    except (CheckpointFailed, BrokenPipeError):
+    except (CheckpointFailed, BrokenPipeError, ChildProcessError):  # which name what failed
         raise
     except OSError as error:
         newest = Checkpoints(directory / CHECKPOINTS).latest()

@@ -17,7 +17,7 @@ from pathlib import Path
 from etils import epath
 
 from gqe_jax.config import ConfigError
-from gqe_jax.data.choices import DEFAULT_HELDOUT_FRACTION, DEFAULT_PACKING, PACKINGS, SPLITS
+from gqe_jax.data.choices import DEFAULT_HELDOUT_FRACTION, DEFAULT_PACKING, LONGEST_ROW, PACKINGS, SPLITS
 from gqe_jax.data.manifest import (
     FORMAT_VERSION,
     HELDOUT_FILE,
@@ -62,8 +62,11 @@ def prepare(
     empty; OSError if the disk is full or `out` cannot be written. In each case `out` is not made; what is finished of a
     larger corpus is kept beside it, and the same call goes on with that.
     """
-    if seq_len < 1:
-        raise ConfigError(f"seq_len={seq_len} must be positive: choose the input tokens of a row, such as 512")
+    if not 1 <= seq_len <= LONGEST_ROW:
+        raise ConfigError(
+            f"seq_len={seq_len} must be positive and at most {LONGEST_ROW}: choose the input tokens of a row, such as "
+            f"512"
+        )
     if not 0 <= heldout_fraction < 1:
         raise ConfigError(f"heldout={heldout_fraction} must lie in [0, 1): choose a fraction such as 0.05")
     if packing not in PACKINGS:
@@ -74,7 +77,8 @@ def prepare(
     _refuse_used(target, corpus)
     settings = Settings(seq_len, heldout_fraction, split_rule(corpus, heldout_fraction), packing, deduplicate)
     if "://" not in str(out):
-        return _prepare_locally(corpus, Path(out).absolute(), tokenizer, settings, workers, show_progress)
+        real = Path(os.path.realpath(out))  # a link keeps leading where it leads
+        return _prepare_locally(corpus, real, tokenizer, settings, workers, show_progress)
     local = cache_directory() / "uploads" / hashlib.sha256(str(out).encode()).hexdigest()[:16]
     if not (local / MANIFEST_FILE).is_file():
         _prepare_locally(corpus, local, tokenizer, settings, workers, show_progress)

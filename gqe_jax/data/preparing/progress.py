@@ -43,10 +43,11 @@ def progress_text(what: str, before: int, done: int, total: int, seconds: float)
     rate = (done - before) / max(seconds, 1e-9)
     left = f", {_duration((total - done) / rate)} left" if rate else ""
     share = done / total if total else 1.0
-    return f"{what}: {share:4.0%} of {_bytes(total)}, {_bytes(rate)}/s{left}"
+    return f"{what}: {share:4.0%} of {size_text(total)}, {size_text(rate)}/s{left}"
 
 
-def _bytes(count: float) -> str:
+def size_text(count: float) -> str:
+    """A number of bytes for people, to three digits."""
     for unit in ("B", "kB", "MB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"

@@ -7,7 +7,9 @@ processes, and those that are finished stay finished.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +29,7 @@ from gqe_jax.data.sources.files import Document, Progress, SourceFile
 from gqe_jax.data.tokenizer import Tokenizer
 
 RESULT_FILE = "unit.json"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _UNIT_BYTES = 2**25  # least size of a unit's files together; of a larger corpus, 1/256
 _MOST_UNITS = 256
@@ -243,7 +246,9 @@ class _SplitWriter:
             try:
                 writer.close()
             except RuntimeError as error:  # the library's form of a full disk, told only here
-                raise OSError(f"cannot write {self._split} rows to {self._folder}: {error}") from error
+                full = (number for number in FULL_DISK if os.strerror(number) in str(error))
+                message = f"cannot write {self._split} rows to {self._folder}: {error}"
+                raise OSError(next(full, errno.EIO), message) from error
 
     def _shard_name(self, index: int) -> str:
         return f"{self._split}-{index:05d}.arrayrecord"

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from gqe_jax.config import ConfigError
-from gqe_jax.data.preparing.progress import ProgressLine
-from gqe_jax.data.preparing.units import RESULT_FILE, Job
+from gqe_jax.data.manifest import SOURCES_FILE
+from gqe_jax.data.preparing.progress import ProgressLine, size_text
+from gqe_jax.data.preparing.units import FULL_DISK, RESULT_FILE, Job
+from gqe_jax.processes.parent import end_with_parent
 
 _PLAN_FILE = "plan.json"
 
@@ -45,20 +47,46 @@ def work_folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
             if difference and any(stale.glob(f"unit-*/{RESULT_FILE}")):
                 print(f"{out}: begun before, but {difference}: starting anew", file=sys.stderr)
             shutil.rmtree(stale, ignore_errors=True)
-    if not folder.exists():
-        folder.mkdir()
-        (folder / _PLAN_FILE).write_text(json.dumps(plan))
+    kept = False
     try:
+        if not folder.exists():
+            folder.mkdir()
+            (folder / _PLAN_FILE).write_text(json.dumps(plan))
         yield folder
     except BaseException as error:
+        for partial in folder.glob("unit-*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
         finished = len([*folder.glob(f"unit-*/{RESULT_FILE}")])
         refused = isinstance(error, ConfigError) and finished == plan["units"]  # as a whole: going on would not help
-        if finished and not refused:
-            folder.rename(out.parent / f"{prefix}stopped-{secrets.token_hex(4)}")
+        kept = bool(finished) and not refused
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            raise _full_disk(out, folder, plan, error, kept) from error
+        if kept:
             print(f"{out}: {finished} finished part(s) are kept; the same command goes on from there", file=sys.stderr)
         raise
     finally:
+        if kept:
+            folder.rename(out.parent / f"{prefix}stopped-{secrets.token_hex(4)}")
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _full_disk(out: Path, folder: Path, plan: dict[str, Any], error: OSError, kept: bool) -> OSError:
+    """The error of a full disk: what is needed, judged by the finished units, and what is free."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    written = sum(path.stat().st_size for path in files)
+    finished = [path.with_name(SOURCES_FILE) for path in files if path.name == RESULT_FILE]
+    read = sum(json.loads(line)["bytes"] for path in finished for line in path.read_text().splitlines())
+    total = sum(size for size, _ in plan["sources"].values())
+    free = shutil.disk_usage(out.parent).free
+    if kept:
+        needed = f"about {size_text(written * total / read)} are needed, {size_text(written)} are written and kept"
+        remedy = "make room, and the same command goes on from there; or choose --out on another disk"
+    else:
+        needed, free = f"for {size_text(total)} of text about as much is needed, nothing is kept", free + written
+        remedy = "make room, or choose --out on another disk"
+    return OSError(
+        f"could not write {out} ({os.strerror(error.errno)}): {needed}, and {size_text(free)} are free: {remedy}"
+    )
 
 
 def _difference(stale: Path, plan: dict[str, Any]) -> str | None:
@@ -137,6 +165,7 @@ def _run_in_processes(
 
 def _start_worker(job: Job, method: str, read: Any, stop: Any) -> None:
     global _worker
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides, and tells through `stop`
     os.environ["RAYON_NUM_THREADS"] = "1"  # Hugging Face's tokenizers
     _worker = (job, method, read, stop)

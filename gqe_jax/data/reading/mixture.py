@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import heapq
 import json
 import math
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from gqe_jax.checked_json import OBJECTS, TEXT, check_record, read_object
 from gqe_jax.config import ConfigError
+from gqe_jax.safe_names import checked_name
 
 MIXTURE_FILE = "mixture.json"
 
 _LONGEST_PERIOD = 10**6  # positions; a table of them is held
+# Fraction would also take "1e999999999", a number of a billion digits.
+_WEIGHT = re.compile(r"(?=\.?\d)\d{0,12}(\.\d{0,30})?(e[+-]?\d{1,2})?|\d{1,12}/\d{1,12}", re.ASCII | re.IGNORECASE)
+_WEIGHTS = "a positive decimal number or fraction"
+_AGAIN = "delete the folder and prepare it again with `gqe prepare`"
 
 
 class Schedule:
@@ -66,25 +75,31 @@ def parse_mixture(text: str) -> list[Part]:
     """The parts of "DIR:WEIGHT,DIR:WEIGHT"; a weight is a decimal number or a fraction. Raises ConfigError."""
     parts = []
     for item in text.split(","):
-        path, colon, weight = item.strip().rpartition(":")
-        try:
-            parts.append(Part(path, Fraction(weight)))
-            usable = bool(path and colon) and parts[-1].weight > 0
-        except (ValueError, ZeroDivisionError):
-            usable = False
-        if not usable:
+        path, _, written = item.strip().rpartition(":")
+        weight = _weight(written)
+        if not path or weight is None:
             raise ConfigError(
-                f"data.mixture={text!r} cannot be read at {item!r}: write prepared folders with positive weights, such "
+                f"data.mixture={text!r} cannot be read at {item!r}: write prepared folders, each with {_WEIGHTS}, such "
                 "as 'data/web:0.7,data/books:0.3'"
             )
-    _refuse_repeated(text, [part.path for part in parts])
+        parts.append(Part(path, weight))
+    _refuse_repeated(f"data.mixture={text!r}", parts)
     return parts
 
 
-def _refuse_repeated(text: str, paths: list[str]) -> None:
-    repeated = sorted({path for path in paths if paths.count(path) > 1})
-    if repeated:
-        raise ConfigError(f"data.mixture={text!r} names {repeated[0]!r} more than once: add up its weights")
+def _weight(value: Any) -> Fraction | None:
+    """The number that a text, or a number of JSON, stands for; None where it is none above 0."""
+    text = str(value) if type(value) in (str, int, float) else ""
+    try:
+        return Fraction(text) or None if _WEIGHT.fullmatch(text) else None
+    except ZeroDivisionError:
+        return None
+
+
+def _refuse_repeated(origin: str, parts: Sequence[Part]) -> None:
+    (path, count), *_ = collections.Counter(part.path for part in parts).most_common(1)
+    if count > 1:
+        raise ConfigError(f"{origin} names {path!r} more than once: add up its weights")
 
 
 def quotas(parts: Sequence[Part]) -> list[int]:
@@ -116,14 +131,20 @@ def write_mixture(directory: Path, name: str, parts: Sequence[Part]) -> None:
 
 
 def read_mixture(directory: Path) -> list[Part] | None:
-    """The parts that `directory/mixture.json` names; None if there is no such file. Raises ConfigError."""
+    """The parts that `directory/mixture.json` names; None if there is no such file. Raises ConfigError.
+
+    Weights may also stand there as numbers.
+    """
     path = directory / MIXTURE_FILE
     if not path.exists():
         return None
-    try:
-        sets = json.loads(path.read_text())["sets"]
-        return [Part(str(directory / entry["path"]), Fraction(entry["weight"])) for entry in sets]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path} is damaged ({error}): delete the folder and prepare it again with `gqe prepare`"
-        ) from error
+    content = check_record(read_object(path, _AGAIN), {"name": TEXT, "sets": OBJECTS}, path, _AGAIN)
+    parts = []
+    for entry in content["sets"]:
+        weight = _weight(entry.get("weight"))
+        check_record(entry, {"path": TEXT, "weight": (lambda _, w=weight: w is not None, _WEIGHTS)}, path, _AGAIN)
+        parts.append(Part(str(directory / checked_name(entry["path"], path)), weight))
+    if not parts:
+        raise ConfigError(f"{path} names no sets: {_AGAIN}")
+    _refuse_repeated(str(path), parts)
+    return parts

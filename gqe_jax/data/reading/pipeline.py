@@ -10,7 +10,9 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import re
 import resource
+import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -24,10 +26,12 @@ from gqe_jax.data.manifest import Manifest, check_sizes
 from gqe_jax.data.reading.mixture import Schedule
 from gqe_jax.data.reading.prepared import PreparedData, PreparedSet
 from gqe_jax.data.rows import decode_rows
+from gqe_jax.processes.parent import end_with_parent
 
 _THREADS = 2
 _PREFETCHED_BATCHES = 8
 _BATCHES_PER_WORKER = 2
+_EXIT_CODE = re.compile(r"terminated unexpectedly with exit code (-?\d+)")  # as grain says it
 
 
 class PreparedRows:
@@ -123,11 +127,20 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         batches = grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options)
         if workers:
             _parse_absl_flags()
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, _BATCHES_PER_WORKER))
+            options = grain.MultiprocessingOptions(workers, _BATCHES_PER_WORKER)
+            batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
         self._iterator = iter(batches)
 
     def __next__(self) -> dict[str, np.ndarray]:
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:
+            if not (code := _EXIT_CODE.search(str(error))):
+                raise
+            raise ChildProcessError(
+                f"a process that reads data ended with exit code {code[1]}, perhaps for want of memory: start the same "
+                f"command again, which goes on from the last checkpoint, or set data.workers lower (0: threads read)"
+            ) from error
         # What comes from another process lies in shared memory, which is handed back when the next batch is asked for.
         return {name: np.array(rows) for name, rows in batch.items()} if self._copies else batch
 
@@ -140,6 +153,11 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def _start_worker(index: int, count: int) -> None:
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process decides
 
 
 def _parse_absl_flags() -> None:

@@ -26,13 +26,17 @@ from gqe_jax.config import ConfigError, nearest
 
 # A text file that is larger is read as several documents, so that memory has a bound; bytes.
 TEXT_PART = 2**26
+LONGEST_LINE = 2**30  # bytes of JSON: a line is held whole, and a small compressed file could claim any length
 
 _KINDS = {".jsonl": "json lines", ".ndjson": "json lines", ".json": "json lines", ".parquet": "parquet"}
 _KINDS |= {".arrow": "arrow"}
 _COMPRESSIONS = frozenset({".gz", ".zst"})
 _UNREAD_SUFFIXES = frozenset({".bz2", ".xz", ".zip", ".tar", ".tgz", ".arrayrecord", ".tfrecord"})
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_BYTE_ORDER_MARK = "\ufeff"
 _RECORDS_AT_ONCE = 64  # rows of a column that are decoded together
+_TEXT_TYPES = frozenset({"string", "large_string", "string_view"})  # of Arrow, by name, for old versions lack some
+_BYTES_TYPES = frozenset({"binary", "large_binary", "binary_view"})
 
 Progress = Callable[[int], None]
 
@@ -143,19 +147,24 @@ class SourceFile:
             number, part = number + 1, following
 
     def _json_lines(self, file: io.BufferedReader | gzip.GzipFile, column: str) -> Iterator[Document]:
-        for number, line in enumerate(file, start=1):
+        lines = iter(functools.partial(file.readline, LONGEST_LINE + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            where = f"{self.path}, line {number}"
+            if len(line) > LONGEST_LINE:
+                raise ConfigError(f"{where} has more than {LONGEST_LINE:,} bytes: divide it, or leave the file out")
             if line.strip():
-                yield Document(f"{self.name}:{number}", *self._json_text(line, f"{self.path}, line {number}", column))
+                yield Document(f"{self.name}:{number}", *self._json_text(line, where, column))
 
     def _json_text(self, line: bytes, where: str, column: str) -> tuple[str, int]:
         """(text of the column, number of U+FFFD put into it)."""
         text, replaced = decode_utf8(line)
         try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
+            record = json.loads(text.removeprefix(_BYTE_ORDER_MARK))
+        except (ValueError, RecursionError) as error:  # too many digits or brackets, too
+            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             raise ConfigError(
-                f"{where}: not valid JSON ({error.msg} at column {error.colno}): every line of a "
-                f"{self.path.suffix} file must be one JSON object; repair or remove the line"
+                f"{where}: not valid JSON ({reason}): every line of a {self.path.suffix} file must be one JSON object; "
+                f"repair or remove the line"
             ) from error
         if not isinstance(record, dict):
             raise ConfigError(
@@ -167,7 +176,7 @@ class SourceFile:
             strings = [key for key, value in record.items() if isinstance(value, str)]
             found = f"is of type {type(value).__name__}, not a string" if column in record else "is missing"
             raise ConfigError(
-                f"{where}: field {column!r} {found} (fields with text: {', '.join(strings) or 'none'}): choose "
+                f"{where}: field {column!r} {found} (fields with text: {_some(strings)}): choose "
                 "the field with --column, or repair the line"
             )
         try:
@@ -183,11 +192,11 @@ class SourceFile:
             if self.kind == "parquet":
                 file = require_pyarrow("parquet", str(self.path)).ParquetFile(raw, buffer_size=2**20)
                 schema = file.schema_arrow
-                self._require_text_column(arrow, schema, column)
+                self._require_text_column(schema, column)
                 batches = file.iter_batches(batch_size=_RECORDS_AT_ONCE, columns=[column])
             else:
                 batches = require_pyarrow("ipc", str(self.path)).open_stream(raw)
-                self._require_text_column(arrow, batches.schema, column)
+                self._require_text_column(batches.schema, column)
             number = 0
             for batch in batches:
                 values = batch.column(column)
@@ -195,22 +204,31 @@ class SourceFile:
                     for value in values.slice(begin, _RECORDS_AT_ONCE).cast(arrow.large_binary()).to_pylist():
                         number += 1
                         yield Document(f"{self.name}:{number}", *decode_utf8(value or b""))
-        except arrow.ArrowInvalid as error:
+        except (arrow.ArrowException, UnicodeDecodeError) as error:
             raise self._damaged(error) from error
 
-    def _require_text_column(self, arrow: ModuleType, schema, column: str) -> None:
-        types = {field.name: field.type for field in schema}
-        texts = [name for name, kind in types.items() if kind in (arrow.string(), arrow.large_string())]
-        if column not in types:
-            raise ConfigError(
-                f"{self.path}: column {column!r} does not exist ({nearest(column, types)}; columns with text: "
-                f"{', '.join(texts) or 'none'}): choose the column with --column"
-            )
-        if types[column] not in (arrow.string(), arrow.large_string(), arrow.binary(), arrow.large_binary()):
-            raise ConfigError(
-                f"{self.path}: column {column!r} is of type {types[column]}, not text (columns with text: "
-                f"{', '.join(texts) or 'none'}): choose the column with --column"
-            )
+    def _require_text_column(self, schema, column: str) -> None:
+        names, kinds = list(schema.names), [_value_type(field.type) for field in schema]
+        known = f"columns with text: {_some([name for name, k in zip(names, kinds, strict=True) if k in _TEXT_TYPES])}"
+        if names.count(column) > 1:
+            problem = f"stands there {names.count(column)} times ({known})"
+        elif column not in names:
+            problem = f"does not exist ({nearest(column, names)}; {known})"
+        elif (kind := kinds[names.index(column)]) not in _TEXT_TYPES | _BYTES_TYPES:
+            problem = f"is of type {kind}, not text ({known})"
+        else:
+            return
+        raise ConfigError(f"{self.path}: column {column!r} {problem}: choose the column with --column")
+
+
+def _value_type(kind) -> str:
+    """The name of an Arrow type; of a dictionary that of its values."""
+    return str(getattr(kind, "value_type", kind)) if str(kind).startswith("dictionary<") else str(kind)
+
+
+def _some(names: list[str]) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "none"
 
 
 def _text_part(file: io.BufferedReader | gzip.GzipFile) -> bytes:
