@@ -402,6 +402,7 @@ class TrainConfig:
     wandb: bool = False
     compilation_cache: str | None = None  # directory (gs:// too) of compiled steps, for the next start of the same run
     profile_steps: str | None = None  # "10:13": steps 10 to 13 are traced into the run's profile/
+    stall_seconds: float | None = None  # a longer step ends the process, as stuck; None: from the steps so far
 
     @property
     def profile_window(self) -> tuple[int, int] | None:
@@ -419,6 +420,11 @@ class TrainConfig:
             self.profile_steps is None or (bool(window) and int(window[1]) <= int(window[2])),
             f"train.profile_steps={self.profile_steps!r} is no window of steps: write FIRST:LAST, counted from 1, such "
             f"as 10:13",
+        )
+        require(
+            self.stall_seconds is None or self.stall_seconds > 0,
+            f"train.stall_seconds={self.stall_seconds} must be positive: set it to well above the seconds of a step, "
+            f"or to None to derive it from the steps so far",
         )
         for name in ("eval_every", "eval_batches"):
             value = getattr(self, name)

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny_run import QUICK_FLAGS, losses, prepare_tiny, write_config
@@ -18,6 +19,7 @@ from tiny_run import QUICK_FLAGS, losses, prepare_tiny, write_config
 from gqe_jax.cli import train as train_cli
 from gqe_jax.config import ConfigError
 from gqe_jax.processes import roll_call
+from gqe_jax.processes.joined import joined
 from gqe_jax.processes.place import Place, StartFailed
 from gqe_jax.runs.checkpoint import Checkpoints
 from gqe_jax.runs.metrics import read_metrics
@@ -57,10 +59,11 @@ def messages(outcomes, kind):
 
 
 def test_all_meet(tmp_path):
-    """With equal configurations and a directory that all see, everybody goes on, and nothing is left there."""
+    """With equal configurations and a directory that all see, everybody goes on; much may still be refused, so nothing
+    is left there."""
     peers = roll([0, 1, 2, 3], directory=tmp_path / "run")
     assert [sorted(one.lines) for one in peers] == [[1, 2, 3], [0], [0], [0]]
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_processes_are_named(tmp_path):
@@ -77,23 +80,61 @@ def test_missing_coordinator_is_named(tmp_path):
     assert "Connection refused" in message and "set JAX_COORDINATOR_PORT=8476" in message
 
 
-def test_strangers_are_not_counted(tmp_path):
-    """Whoever else finds the port, and says nothing, speaks otherwise or leaves, changes nothing."""
+STRANGERS = (
+    b"PRI * HTTP/2.0\r\n\r\n",
+    b"",
+    b"[1]\n",
+    b'{"other": 1}\n',
+    b'{"process": 1}\n',
+    b'{"process": 1, "of": 2, "host": 5, "versions": {}, "config": {}}\n',
+    b'{"process": 1, "of": 2, "host": "h", "versions": {"jax": 1}, "config": {}}\n',
+    b'{"process": true, "of": 2, "host": "h", "versions": {}, "config": {}}\n',
+    b'{"process": 7, "of": 2, "host": "h", "versions": {}, "config": {}}\n',
+    b'{"process": 1, "of": 2, "host": "\\u001b[2J", "versions": {}, "config": {}}\n',
+    b"[" * 100_000 + b"\n",
+    b'{"process": ' + b"9" * 5000 + b"}\n",
+    b"x" * (1 << 21),
+)
+
+
+def test_strangers_are_not_counted(tmp_path, capfd):
+    """Whoever else finds the port, and says nothing, speaks otherwise or leaves, changes nothing, and is told of."""
     port = free_port()
     place = Place(f"127.0.0.1:{port}", 1 + 1, 0)
     hello = {"process": 0, "of": 2, "host": "host0", "config": {}, "versions": {}}
     with ThreadPoolExecutor(1) as threads, contextlib.ExitStack() as stack:
         first = threads.submit(roll_call._call, place, hello, tmp_path, time.monotonic() + 30)
-        for words in (b"PRI * HTTP/2.0\r\n\r\n", b"", b"[1]\n", b'{"other": 1}\n'):
+        for words in STRANGERS:
             while True:
                 with contextlib.suppress(OSError):
                     stranger = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
                     break
-            stranger.sendall(words)
-            stranger.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # it was hung up on before the end
+                stranger.sendall(words)
+                stranger.shutdown(socket.SHUT_WR)
         second = Place(place.coordinator, 2, 1)
         roll_call._answer(second, hello | {"process": 1}, tmp_path, time.monotonic() + 30)
         assert list(first.result().lines) == [1]
+    said = f"gqe: dropped a call from 127.0.0.1 at 127.0.0.1:{port}: it is not from a process of a run\n"
+    assert capfd.readouterr().err == said * len(STRANGERS)
+
+
+def test_it_listens_where_the_others_need_it(tmp_path):
+    """At the coordinator's own address, if that is a number of this machine; at all for a name, which other machines
+    may know as another address, and for an address that is translated on the way (192.0.2.1 is nobody's)."""
+    places = {host: Place(f"{host}:{free_port()}", 2, 0) for host in ("127.0.0.1", "localhost", "name", "192.0.2.1")}
+    assert [place.listening_host for place in places.values()] == ["127.0.0.1", "127.0.0.1", None, None]
+    for host, everywhere in (("127.0.0.1", False), ("192.0.2.1", True)):
+        with roll_call._listen(places[host]) as listener:
+            assert (listener.getsockname()[0] in ("::", "0.0.0.0")) == everywhere
+
+
+def test_the_preemption_service_is_needed(tmp_path, monkeypatch):
+    """Without it the processes could not agree on the step at which they stop."""
+    monkeypatch.setattr(jax.config, "jax_enable_preemption_service", False)
+    with pytest.raises(ConfigError, match=r"^JAX_ENABLE_PREEMPTION_SERVICE=false leaves out .*: unset it, or"):
+        with joined(Place("127.0.0.1:1", 2, 0), {}, tmp_path, timeout=1, report=lambda error: 1):
+            pass
 
 
 def test_what_differs_is_named(tmp_path):
@@ -269,7 +310,7 @@ def test_others_end_when_one_is_killed(tmp_path, victim):
         children[victim].kill()
         for number in {0, 1, 2} - {victim}:
             code, text = ends(children[number])
-            expected = f"process {victim} on {socket.gethostname()} is gone (killed, out of memory, or its"
+            expected = f"process {victim} on {socket.gethostname()} is gone (killed, out of memory, stuck, or its"
             if victim == 0:  # JAX's own abort may come first; it says the same at length
                 assert (code == 1 and expected in text) or (code == -signal.SIGABRT and "leader" in text), text
             else:
@@ -303,6 +344,9 @@ from gqe_jax.train import loop
 record, pause = sys.argv[1], float(sys.argv[2])
 train_batches = loop.train_batches
 
+def hang():
+    time.sleep(3600)
+
 class Recorded:
     def __init__(self, batches, step, process):
         self.batches, self.step, self.process = batches, step, process
@@ -314,6 +358,8 @@ class Recorded:
         return self
     def __next__(self):
         time.sleep(pause)
+        if self.step == 4 and os.environ.get("HANGS") == str(self.process):
+            hang()
         batch = next(self.batches)
         self.step += 1
         name = f"{record}/{self.step}.{self.process}"
@@ -344,8 +390,9 @@ class Runs:
         }
 
     @contextlib.contextmanager
-    def start(self, name, count, *words, run="run", pause=0.0):
-        """The processes; `name` is that of the record of batches. The pause lets a signal arrive before the end."""
+    def start(self, name, count, *words, run="run", pause=0.0, hangs=None):
+        """The processes; `name` is that of the record of batches. The pause lets a signal arrive before the end; the
+        process of number `hangs` waits for ever for the rows of its fifth step."""
         record = self.directory / name
         record.mkdir()
         settings = {"train.steps": STEPS, "data.batch_size": 4, "train.checkpoint_every": 5, "train.keep": 9}
@@ -355,9 +402,10 @@ class Runs:
         words += [f"--config.{name}={value}" for name, value in settings.items()]
         if count > 1:
             words += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", count, "--process-id"]
+        environment = self.environment | {"HANGS": str(hangs)}
         with killed_at_the_end(
             [
-                start(TRAIN, *words, *([i] if count > 1 else []), devices=4 // count, **self.environment)
+                start(TRAIN, *words, *([i] if count > 1 else []), devices=4 // count, **environment)
                 for i in range(count)
             ]
         ) as children:

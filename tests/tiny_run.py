@@ -25,6 +25,7 @@ from gqe_jax.data.sources.corpus import files_corpus
 from gqe_jax.data.tokenizer import ByteTokenizer
 from gqe_jax.runs.checkpoint import Checkpoints
 from gqe_jax.runs.metrics import read_metrics
+from gqe_jax.train import loop
 
 CONTEXT = 64
 QUICK_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items())
@@ -75,7 +76,7 @@ def tiny_config(data: Path, *overrides: str, argument: str = "") -> RunConfig:
 
 @contextlib.contextmanager
 def quick_compiles(cache: Path):
-    """Compiles with little effort, and only once, what is compiled inside: most of a tiny run's time."""
+    """Traces each configuration once, and compiles once and with little effort: most of a tiny run's time is that."""
     settings = {
         "jax_compilation_cache_dir": str(cache),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -83,11 +84,12 @@ def quick_compiles(cache: Path):
     }
     before = {name: getattr(jax.config, name) for name in settings}
     quick = mock.patch.object(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
+    once = mock.patch.object(loop, "Step", functools.cache(loop.Step))  # pure functions: its arrays come as arguments
     try:
         for name, value in settings.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
-        with quick:
+        with quick, once:
             yield
     finally:
         for name, value in before.items():

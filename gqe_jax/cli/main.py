@@ -1,6 +1,7 @@
 """The command `gqe`: reads arguments, calls one function, turns errors into a paragraph and an exit code.
 
-Exit codes: 0 done; 1 the run failed (disk, numbers); 2 input that cannot be used; 128 + n stopped by signal n, saved.
+Exit codes: 0 done; 1 the run failed (disk, numbers); 2 input that cannot be used; 75 stuck, and ended by its watchdog;
+128 + n stopped by signal n, saved unless the signal was repeated.
 """
 
 import argparse

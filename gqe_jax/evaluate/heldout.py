@@ -23,6 +23,7 @@ from gqe_jax.parallel.rules import replicated
 
 LOSS_CHUNK = 512  # tokens of each row whose logits exist at one time
 
+_AHEAD = 2  # batches that are dispatched before the device has computed them
 _COMPRESSED_BYTES = 2**27  # beyond this much text, compressors take longer than a model
 
 
@@ -89,15 +90,17 @@ def evaluate(
     *,
     batch_size: int,
     limit: int | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> HeldOut:
     """Sums the losses over the held-out split, or over the first `limit` batches (of a mixture: equally many of each).
 
     Args:
       evaluate_batch: `batch_loss` of a model, compiled.
       batch_size: rows of the global batch.
+      between: called before each batch; what it raises ends the evaluation.
     """
     each = None if limit is None else -(-limit // len(data.sets))
-    sums = [_sums(evaluate_batch, part, mesh, batch_size, each) for part in data.sets]
+    sums = [_sums(evaluate_batch, part, mesh, batch_size, each, between) for part in data.sets]
     infos = [part.manifest.heldout for part in data.sets]
     results = [_result([total], [info]) for total, info in zip(sums, infos, strict=True)]
     if len(results) == 1:
@@ -123,10 +126,14 @@ def _sums(
     mesh: jax.sharding.Mesh,
     batch_size: int,
     limit: int | None,
+    between: Callable[[], None],
 ) -> _Sums:
     results: list[dict[str, Any]] = []
     with heldout_batches(data, batch_size, jax.process_index(), jax.process_count()) as batches:
-        for batch in itertools.islice(batches, limit):  # dispatch runs ahead of the device; all is fetched at the end
+        for batch in itertools.islice(batches, limit):
+            if len(results) >= _AHEAD:
+                results[-_AHEAD] = jax.device_get(results[-_AHEAD])
+            between()
             results.append(evaluate_batch(shard_batch(mesh, batch)))
     results = jax.device_get(results)
     tokens = [int(result["tokens"]) for result in results]

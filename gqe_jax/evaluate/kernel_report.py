@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from gqe_jax.config import ModelConfig, RunConfig
+from gqe_jax.config import ConfigError, ModelConfig, RunConfig
 from gqe_jax.kernels.choose import Call, choose, obstacle, target_platform
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -53,10 +53,20 @@ def grouped(model: ModelConfig, platform: str, calls: dict[str, Call]) -> dict[t
 
 
 def training_line(model: ModelConfig, *, batch: int, q_len: int) -> str:
-    """What training takes on the devices of this process, in one line."""
+    """What training takes on the devices of this process, in one line.
+
+    Raises:
+      ConfigError: the configuration names an implementation that cannot run on them.
+    """
     platform = target_platform()
     calls = layer_calls(model, batch=batch, q_len=q_len, cached=False, partitioned=jax.device_count() > 1)
     choices = grouped(model, platform, calls)
+    for name, why in choices:
+        if name == "-":
+            raise ConfigError(
+                f"model.attention.implementation={model.attention.implementation!r} cannot run: "
+                f"{why.partition(', but ')[2]}: set it to None, which takes the fastest that can"
+            )
     return "; ".join(f"{' and '.join(kinds)} by {name} ({why})" for (name, why), kinds in choices.items())
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gqe_jax.config import ConfigError
-from gqe_jax.processes.place import Place
+from gqe_jax.processes.place import Place, socket_address
 from gqe_jax.processes.roll_call import difference, meet
 
 
@@ -38,12 +38,19 @@ def joined(
       report: prints an exception and gives the exit code.
 
     Raises:
-      ConfigError: versions, configurations or directories differ; every process raises the same.
+      ConfigError: versions, configurations or directories differ; every process raises the same. Or JAX is told to
+        leave out what the processes need to stop together.
       StartFailed: a process, or process 0, is missing.
     """
     if place is None:
         yield
         return
+    if not jax.config.jax_enable_preemption_service:
+        raise ConfigError(
+            "JAX_ENABLE_PREEMPTION_SERVICE=false leaves out the service through which the processes of a run agree on "
+            "the step at which they stop: unset it, or start one process"
+        )
+    host = place.listening_host
     peers = meet(place, config, directory, timeout)
     try:
         jax.distributed.initialize(
@@ -53,6 +60,7 @@ def joined(
             place.local_device_ids,
             cluster_detection_method="deactivate",
             initialization_timeout=round(timeout),
+            coordinator_bind_address=None if host is None else socket_address(host, place.address[1]),
         )
         yield
         peers.finish()

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from gqe_jax.config import ConfigError
 
 _KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # seconds; a silent machine: 15 + 3 * 5
+_LONGEST = 1 << 20  # bytes of a line; those of a configuration are thousands
 _GRACE = 5.0  # seconds for a process to fail by itself of what another one has failed of, before it ends
 
 
@@ -42,17 +43,19 @@ class Line:
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def read(self, timeout: float | None) -> dict[str, Any] | None:
-        """The next object; None: the other side is gone, or silent for `timeout` seconds, or speaks otherwise."""
-        self.connection.settimeout(timeout)
+        """The next object; None: the other side is gone, or has said none in `timeout` seconds, or speaks otherwise."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         try:
             while b"\n" not in self._buffer:
+                if deadline is not None:
+                    self.connection.settimeout(max(deadline - time.monotonic(), 0.001))
                 more = self.connection.recv(1 << 16)
                 self._buffer += more
-                if not more or len(self._buffer) > 1 << 24:
+                if not more or len(self._buffer) > _LONGEST:
                     return None
             line, _, self._buffer = self._buffer.partition(b"\n")
             message = json.loads(line)
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         finally:
             self.connection.settimeout(None)
@@ -117,7 +120,7 @@ class Peers:
         if message is None and process not in self._ended:
             self._ended.add(process)
             message = {"gone": process, "host": self.hosts[process]}
-        if message is None:
+        if message is None or not _is_notice(message):
             return
         if "done" in message or "failed" in message:
             self._ended.add(message["process"])
@@ -136,11 +139,12 @@ class Peers:
             if self._failing.is_set():
                 return
             text = (
-                f"process {message['gone']} on {message['host']} is gone (killed, out of memory, or its machine lost)"
+                f"process {message['gone']} on {message['host']} is gone (killed, out of memory, stuck, or its machine "
+                f"lost)"
             )
         line = (
             f"gqe: {text}. Process {self.process_id} cannot go on without it and ends too; nothing saved is "
-            f"lost: the same command, on all machines, goes on from the newest checkpoint\n"
+            f"lost: the same command, on all machines, goes on from the newest checkpoint, if there is one\n"
         )
         os.write(2, line.encode())
         if self.process_id == 0:
@@ -165,3 +169,10 @@ class Peers:
         """Process 0, before it ends: the others have ended, or had twice the grace for it."""
         if self.process_id == 0:
             self._all_ended.wait(2 * _GRACE)
+
+
+def _is_notice(message: Mapping[str, Any]) -> bool:
+    """Whether a line says that a process is done, has failed or is gone, and which."""
+    process = message.get("gone", message.get("process"))
+    said = message.get("done") is True or "gone" in message or isinstance(message.get("failed"), str)
+    return said and type(process) is int and isinstance(message.get("host"), str)

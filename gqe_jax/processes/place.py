@@ -1,8 +1,10 @@
 """Which process of a run this one is, and where process 0 is reached: from arguments, or from the platform."""
 
 import dataclasses
+import ipaddress
 import math
 import os
+import socket
 from collections.abc import Sequence
 
 from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() asks, which tells only JAX the answer
@@ -49,6 +51,27 @@ class Place:
     def address(self) -> tuple[str, int]:
         host, _, port = self.coordinator.rpartition(":")
         return host.strip("[]"), int(port)
+
+    @property
+    def listening_host(self) -> str | None:
+        """The one address at which process 0 listens; None: at all of its machine, since the others may need any.
+
+        It is the coordinator's where that is a number that the machine has, and 127.0.0.1 for localhost. A name may
+        mean another address on another machine.
+        """
+        host = "127.0.0.1" if self.address[0] == "localhost" else self.address[0]
+        try:
+            family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+            with socket.socket(family) as probe:
+                probe.bind((host, 0))
+        except (ValueError, OSError):
+            return None
+        return host
+
+
+def socket_address(host: str, port: int) -> str:
+    """HOST:PORT, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def find_place(timeout: float) -> Place:

@@ -10,8 +10,10 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from gqe_jax.processes.place import Place, StartFailed
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
+_MARK = re.compile(r"\.shared-[0-9a-f]{16}")  # the file that process 0 leaves in the run's directory
 _RETRY = 0.2  # seconds between calls to a coordinator that does not answer yet
 _SHARED_DIRECTORY = 20.0  # seconds that a new file may take to be seen by all (network file systems cache)
 _NO_ANSWER = (
@@ -106,6 +109,26 @@ def _compare(hellos: Mapping[int, Mapping[str, Any]]) -> str | None:
     return None
 
 
+def _is_hello(message: Mapping[str, Any]) -> bool:
+    """Whether a line is what `meet` sends: its types and ranges, and text that may be printed."""
+
+    def is_text(value: Any) -> bool:
+        return isinstance(value, str) and value.isprintable()
+
+    def are_texts(value: Any) -> bool:
+        return isinstance(value, dict) and all(is_text(key) and is_text(text) for key, text in value.items())
+
+    number, count = message.get("process"), message.get("of")
+    return (
+        type(number) is int
+        and type(count) is int
+        and 0 < number < count
+        and is_text(message.get("host"))
+        and are_texts(message.get("versions"))
+        and are_texts(message.get("config"))
+    )
+
+
 def _call(place: Place, hello: dict[str, Any], directory: str | Path, deadline: float) -> Peers:
     """Process 0: waits for all calls, compares, and lets all go on or none."""
     peers = Peers(0, hello["host"])
@@ -114,7 +137,7 @@ def _call(place: Place, hello: dict[str, Any], directory: str | Path, deadline: 
         while len(hellos) < place.num_processes:
             listener.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
-                line = Line(listener.accept()[0])
+                connection, caller = listener.accept()
             except TimeoutError:
                 missing = sorted(set(range(place.num_processes)) - hellos.keys())
                 peers.refuse(
@@ -124,9 +147,15 @@ def _call(place: Place, hello: dict[str, Any], directory: str | Path, deadline: 
                         f"command and --coordinator, or raise --start-timeout"
                     )
                 )
+            line = Line(connection)
             called = line.read(5.0)
-            if not called or "process" not in called:
-                line.close()  # not one of us
+            if called is None or not _is_hello(called):
+                print(
+                    f"gqe: dropped a call from {caller[0]} at {place.coordinator}: it is not from a process of a run",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                line.close()
                 continue
             number, host = called["process"], called["host"]
             problem = None
@@ -164,16 +193,17 @@ def _answer(place: Place, hello: dict[str, Any], directory: str | Path, deadline
             answer, trouble = None, str(error)
         else:
             trouble = "it answers, but not as the process 0 that is waited for; does an older run still use the port?"
-        if answer is not None:
+        if answer is not None and isinstance(answer.get("host"), str):
             peers = Peers(place.process_id, hello["host"])
             peers.add(0, answer["host"], line)
             if "look" in answer:
-                line.send({"seen": _appears(Path(directory) / answer["look"])})
+                name = str(answer["look"])
+                line.send({"seen": bool(_MARK.fullmatch(name)) and _appears(Path(directory) / name)})
                 answer = line.read(None) or {}
             if "go" in answer:
                 return peers
             if "refused" in answer:
-                raise (ConfigError if answer["input"] else StartFailed)(answer["refused"])
+                raise (ConfigError if answer.get("input") else StartFailed)(answer["refused"])
             raise StartFailed(f"process 0 on {peers.hosts[0]} ended while the processes were starting: see its output")
         time.sleep(_RETRY)
     raise StartFailed(
@@ -183,11 +213,11 @@ def _answer(place: Place, hello: dict[str, Any], directory: str | Path, deadline
 
 
 def _listen(place: Place) -> socket.socket:
-    port, dual = place.address[1], socket.has_dualstack_ipv6()
+    host, port = place.listening_host, place.address[1]
+    dual = host is None and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual or ":" in (host or "") else socket.AF_INET
     try:
-        return socket.create_server(
-            ("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual, backlog=1024
-        )
+        return socket.create_server((host or "", port), family=family, dualstack_ipv6=dual, backlog=1024)
     except OSError as error:
         raise StartFailed(
             f"process 0 cannot listen on port {port} of --coordinator={place.coordinator} ({error.strerror}): is an "
@@ -200,7 +230,7 @@ def _check_shared(peers: Peers, directory: str | Path) -> None:
     if "://" in str(directory):
         return
     root = Path(directory)
-    made = not root.exists()
+    made = [path for path in (root, *root.parents) if not path.exists()]
     mark = root / f".shared-{secrets.token_hex(8)}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -214,10 +244,10 @@ def _check_shared(peers: Peers, directory: str | Path) -> None:
         blind = [process for process, answer in peers.ask(2 * _SHARED_DIRECTORY).items() if not answer.get("seen")]
     finally:
         mark.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # much may still be refused
+            for path in made:
+                path.rmdir()
     if blind:
-        if made:
-            with contextlib.suppress(OSError):
-                root.rmdir()
         peers.refuse(
             ConfigError(
                 f"--run={str(directory)!r} is not shared: what process 0 on {peers.hosts[0]} wrote there is not seen "

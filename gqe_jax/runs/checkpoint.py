@@ -48,7 +48,7 @@ class Checkpoints:
     Args:
       directory: where the steps are; made by the first save.
       keep: how many of the newest stay; None: all.
-      every: interval, in steps, of `should_save`; None: only on preemption.
+      every: interval, in steps, of `should_save`; None: never.
       sparing: save one array after the other, in pieces and into files of their own, by one process. It takes little
         memory beyond the arrays; otherwise all are compressed at a time and collected in few files.
     """
@@ -62,7 +62,7 @@ class Checkpoints:
         self._keep = keep
         self._every = every
         self._sparing = sparing
-        self._writer: ocp.CheckpointManager | None = None
+        self._writer: _Writer | None = None
         self._saving: int | None = None
 
     def __enter__(self) -> Checkpoints:
@@ -81,14 +81,18 @@ class Checkpoints:
         """Step of the newest complete checkpoint, or None."""
         return max(self.steps(), default=None)
 
-    def should_save(self, step: int) -> bool:
-        """Whether `step` is due: by the interval, or because the platform gave notice of preemption.
+    def newest_in_words(self) -> str:
+        """What there is to go on from, for a message."""
+        newest = self.latest()
+        if newest is None:
+            return "there is no complete checkpoint yet, so the same command starts from the beginning"
+        return f"the checkpoint of step {newest} is complete, and the same command goes on from it"
 
-        With several processes every one has to ask at every step, for they agree on the step of a preemption.
-        """
+    def should_save(self, step: int) -> bool:
+        """Whether `step` is due by the interval; what makes saving impossible shows here, at the first step."""
         with self._failures_named(step):
-            preempted = self._open_writer().reached_preemption(step)
-        return preempted or (self._every is not None and step % self._every == 0)
+            self._open_writer()
+        return self._every is not None and step % self._every == 0
 
     def save(
         self,
@@ -277,7 +281,7 @@ class Checkpoints:
             self._writer.reload()
         return source.with_name(name)
 
-    def _open_writer(self) -> ocp.CheckpointManager:
+    def _open_writer(self) -> _Writer:
         if self._writer is None:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self._keep,
@@ -290,7 +294,7 @@ class Checkpoints:
             if self._sparing:
                 handlers = {name: _sparing_handler() for name in ("params", "opt_state", "train")}
                 handlers |= {name: ocp.JsonCheckpointHandler() for name in ("data", "config", "tokenizer", "format")}
-            self._writer = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+            self._writer = _Writer(self.directory, options=options, item_handlers=handlers)
         return self._writer
 
     def _pieces(self, tree: Any) -> Any:
@@ -316,13 +320,12 @@ class Checkpoints:
         except Exception as error:
             system = re.search(r"os_error_code='(\d+)'", str(error))  # at the end of a page from the storage library
             cause = os.strerror(int(system.group(1))) if system else (str(error) or repr(error)).splitlines()[0]
-            last = "there is no complete checkpoint yet"
+            last = "the directory cannot be read"
             with contextlib.suppress(OSError):
-                if (latest := self.latest()) is not None:
-                    last = f"the checkpoint of step {latest} is complete and untouched"
+                last = self.newest_in_words()
             raise CheckpointFailed(
                 f"could not save the checkpoint of step {step} in {self.directory}: {cause}; {last}. Free disk space "
-                f"or make the directory writable, and start the same command again: it goes on from the newest one"
+                f"or make the directory writable first"
             ) from error
 
     def _read(self, step: int, **items: Any) -> Any:
@@ -360,6 +363,13 @@ class Checkpoints:
         return CheckpointDamaged(
             f"the checkpoint of step {step} in {self.directory} is damaged: {'; '.join(problems[:5])}{more}: {remedy}"
         )
+
+
+class _Writer(ocp.CheckpointManager):
+    """Does not ask JAX about preemption at each save: `train/stop.py` does, by numbers of its own."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 def _sparing_handler() -> ocp.StandardCheckpointHandler:

@@ -122,12 +122,10 @@ def write_failures_named(directory: epath.Path) -> Iterator[None]:
     except (CheckpointFailed, BrokenPipeError, ChildProcessError):  # which name what failed
         raise
     except OSError as error:
-        newest = Checkpoints(directory / CHECKPOINTS).latest()
-        last = "there is no checkpoint yet" if newest is None else f"the checkpoint of step {newest} is complete"
         raise OSError(
             f"could not write {error.filename or 'the metrics'} of the run {directory}: {error.strerror or error}; "
-            f"{last}. Free disk space or make the directory writable, and start the same command again: it goes on "
-            f"from the newest checkpoint"
+            f"{Checkpoints(directory / CHECKPOINTS).newest_in_words()}. Free disk space or make the directory writable "
+            f"first"
         ) from error
 
 

@@ -27,6 +27,8 @@ class MetricWriter:
     is given to the operating system at once, so a killed run loses at most the half of its last line. Objects in a
     bucket (gs://) cannot grow: there the file is kept locally, and `upload` replaces the object by it.
 
+    `evaluations` has the step and the tokens of each evaluation that the run goes on with.
+
     Args:
       directory: of the run; made if it is not there.
       resume_step: step that the run goes on from (0: from the start). Lines of later steps, which the run will write
@@ -50,15 +52,16 @@ class MetricWriter:
         config: Mapping[str, Any],
     ):
         self._file = self._board = self._run = self._object = None
+        self.evaluations: set[tuple[int, int]] = set()
         if jax.process_index() != 0:
             return
         remote = "://" in str(directory)
         directory = epath.Path(directory)
-        board_class = _import_extra("tensorboard", "tensorboardX").SummaryWriter if tensorboard else None
-        wandb_module = _import_extra("wandb", "wandb") if wandb else None
+        board_class, wandb_module = import_extras(tensorboard=tensorboard, wandb=wandb)
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
-        _drop_after(path, resume_step)
+        kept = _drop_after(path, resume_step)
+        self.evaluations = {(line["step"], line.get("eval/tokens")) for line in kept if "eval/loss" in line}
         if remote:
             self._object = path
             self._file = tempfile.TemporaryFile("w+", encoding="utf-8")
@@ -135,19 +138,21 @@ def _complete_lines(path: epath.Path) -> list[bytes]:
     return path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was cut off by a kill
 
 
-def _drop_after(path: epath.Path, step: int) -> None:
-    """Keeps the lines of steps up to `step`, replacing the file in one rename."""
+def _drop_after(path: epath.Path, step: int) -> list[dict[str, Any]]:
+    """Keeps the lines of steps up to `step`, replacing the file in one rename; returns what they say."""
     if not path.exists():
-        return
+        return []
     try:
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
+        read = [(line, json.loads(line)) for line in _complete_lines(path)]
+        kept = [(line, record) for line, record in read if record["step"] <= step]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} has a line that is not one JSON object with a step ({error}): repair or move the file away"
         ) from error
     new = path.with_name(path.name + ".new")
-    new.write_bytes(b"".join(line + b"\n" for line in kept))
+    new.write_bytes(b"".join(line + b"\n" for line, _ in kept))
     new.replace(path)
+    return [record for _, record in kept]
 
 
 def _plain(value: Any) -> Value:
@@ -158,6 +163,16 @@ def _plain(value: Any) -> Value:
         return [_plain(part) for part in np.asarray(value)]
     number = np.asarray(value).item()
     return number if math.isfinite(number) else None
+
+
+def import_extras(*, tensorboard: bool, wandb: bool) -> tuple[Any, Any]:
+    """The class of TensorBoard's writer and the module of Weights & Biases; None in place of what is not asked for.
+
+    Raises:
+      ConfigError: the package that `tensorboard` or `wandb` needs is not installed.
+    """
+    board_class = _import_extra("tensorboard", "tensorboardX").SummaryWriter if tensorboard else None
+    return board_class, _import_extra("wandb", "wandb") if wandb else None
 
 
 def _import_extra(extra: str, module: str) -> Any:

@@ -12,6 +12,7 @@ from gqe_jax import flops
 from gqe_jax.config import RunConfig
 from gqe_jax.data.reading.prepared import PreparedData
 from gqe_jax.evaluate.heldout import HeldOut, format_perplexity
+from gqe_jax.runs.checkpoint import Checkpoints
 from gqe_jax.runs.metrics import MetricWriter, Stopwatch, progress_line
 from gqe_jax.train.step import STEP_METRICS
 
@@ -19,7 +20,7 @@ SECONDS = ("step", "data_wait", "checkpoint", "evaluation", "compile")
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss or the gradient is no longer a number; the run has stopped, its last checkpoint is from before."""
+    """The loss or the gradient is no longer a number; the run has stopped, and all its checkpoints are from before."""
 
 
 def say(line: str) -> None:
@@ -31,9 +32,12 @@ def say(line: str) -> None:
 class Log:
     """Progress lines, metrics file and the check for finite numbers, one step behind the device."""
 
-    def __init__(self, config: RunConfig, writer: MetricWriter, data: PreparedData, *, start: int):
+    def __init__(
+        self, config: RunConfig, writer: MetricWriter, checkpoints: Checkpoints, data: PreparedData, *, start: int
+    ):
         self.config = config
         self.writer = writer
+        self.checkpoints = checkpoints
         self.seq_len = data.seq_len
         self.bits_per_nat = data.tokens_per_byte("train") / math.log(2)
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -63,9 +67,9 @@ class Log:
         loss, norm, tokens = jax.device_get([metrics[name] for name in ("loss", "gradient_norm", "tokens")])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteLoss(
-                f"step {step}: loss={loss}, gradient norm={norm}. The run has stopped; its last checkpoint is from "
-                f"before this step. Lower optimizer.learning_rate (now {self.config.optimizer.learning_rate}) or "
-                f"lengthen optimizer.warmup_steps, and start it again"
+                f"step {step}: loss={loss}, gradient norm={norm}. The run has stopped; "
+                f"{self.checkpoints.newest_in_words()}. Lower optimizer.learning_rate (now "
+                f"{self.config.optimizer.learning_rate}) or lengthen optimizer.warmup_steps first"
             )
         self.tokens += int(tokens)
         if step % self.config.train.log_every == 0 or step in (1, self.config.train.steps):
@@ -88,10 +92,13 @@ class Log:
         self.seconds["data_wait"] += time.monotonic() - began
 
     def evaluated(self, step: int, result: HeldOut) -> None:
+        """Tells the result of an evaluation, and records it unless the run's record has it already."""
         say(
             f"step {step}: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits/byte, perplexity "
             f"{format_perplexity(result.perplexity)} per token, over {result.tokens:,} tokens"
         )
+        if (step, result.tokens) in self.writer.evaluations:
+            return
         record: dict[str, Any] = {"eval/loss": result.loss, "eval/bits_per_byte": result.bits_per_byte}
         record |= {"eval/tokens": result.tokens, "eval/load": result.load}
         self.writer.write(step, record | self._split("checkpoint", "evaluation"))

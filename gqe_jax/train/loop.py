@@ -12,7 +12,7 @@ from etils import epath
 from gqe_jax import flops
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build, to_dict
-from gqe_jax.data.reading.pipeline import train_batches
+from gqe_jax.data.reading.pipeline import check_readable, train_batches
 from gqe_jax.data.reading.prepared import PreparedData, open_data
 from gqe_jax.data.tokenizer import tokenizer_from_files
 from gqe_jax.evaluate import kernel_report
@@ -22,12 +22,13 @@ from gqe_jax.processes.joined import check_equal, first_says
 from gqe_jax.runs import directory as runs
 from gqe_jax.runs.checkpoint import CheckpointDamaged, Checkpoints
 from gqe_jax.runs.load import abstract_items
-from gqe_jax.runs.metrics import MetricWriter
+from gqe_jax.runs.metrics import MetricWriter, import_extras
 from gqe_jax.runs.state import TrainState, items_of, state_of
 from gqe_jax.train.log import Log, say
 from gqe_jax.train.profile import Profile, memory_line
 from gqe_jax.train.step import Step
 from gqe_jax.train.stop import Interrupted, stop_requests
+from gqe_jax.train.watchdog import Watchdog
 
 
 def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool = False) -> HeldOut:
@@ -49,7 +50,10 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
       NonFiniteLoss: loss or gradient became infinite or NaN.
       Interrupted: SIGTERM or SIGINT, after saving.
     """
+    # Whatever can be refused is refused before the first write.
     directory = runs.check_directory(directory)
+    if jax.process_index() == 0:
+        import_extras(tensorboard=config.train.tensorboard, wandb=config.train.wandb)
     steps = config.train.steps
 
     # ---------------------------------------------------------------- mesh
@@ -62,6 +66,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
     # ---------------------------------------------------------------- data
     data = open_data(config.data, config.model)
     check_batch(mesh, config.data.batch_size // config.train.accumulate, data.seq_len)
+    check_readable(data, config.data.batch_size // config.train.accumulate, jax.process_count())
     say(f"data: {data.describe()}")
     check_equal("the prepared data", data.digest[:12], "point data.path at one directory that all machines share")
 
@@ -106,18 +111,48 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
         if state is None:
             state = step.initial_state()
 
-        def evaluate_state(limit: int | None) -> HeldOut:
-            compiled = functools.partial(step.evaluate, state.params, state.buffers)
-            rows = config.data.batch_size // config.train.accumulate
-            return evaluate(compiled, data, mesh, batch_size=rows, limit=limit)
+        log = Log(config, writer, checkpoints, data, start=start)
+        watchdog = Watchdog(config.train.stall_seconds)
 
-        log = Log(config, writer, data, start=start)
+        def stop_request() -> int | None:
+            watchdog.alive()
+            return asked_to_stop()  # the same answer on every process
+
+        def save(now: int, *, wait: bool) -> None:
+            with watchdog.patient(), log.pause("checkpoint"):  # reads this step's metrics: only a finite step is saved
+                writer.upload()
+                checkpoints.save(
+                    now,
+                    **items_of(state),
+                    data={"seed": config.data.seed, "step": now, "prepared": data.digest},
+                    config=to_dict(config),
+                    tokenizer=data.tokenizer.files(),
+                    wait=wait,
+                )
+
+        def evaluate_state(now: int) -> HeldOut:
+            def between() -> None:
+                if (stop := stop_request()) is not None:  # the next start makes this evaluation
+                    save(now, wait=True)
+                    raise Interrupted(stop, now)
+
+            with watchdog.patient(), log.pause("evaluation"):
+                result = evaluate(
+                    functools.partial(step.evaluate, state.params, state.buffers),
+                    data,
+                    mesh,
+                    batch_size=config.data.batch_size // config.train.accumulate,
+                    limit=None if now == steps else config.train.eval_batches or None,
+                    between=between,
+                )
+            log.evaluated(now, result)
+            return result
+
         if start == steps:
             say(f"step {start} is the last: nothing to train (raise train.steps to continue)")
-            with log.pause("evaluation"):
-                result = evaluate_state(None)
-            log.evaluated(start, result)
-            return result
+            asked_to_stop = stack.enter_context(stop_requests())
+            stack.enter_context(watchdog)
+            return evaluate_state(start)
 
         # ------------------------------------------------------------ step
         rows = train_batches(
@@ -139,40 +174,37 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
 
         log.start_clock()
         asked_to_stop = stack.enter_context(stop_requests())
+        stack.enter_context(watchdog)
+        if _evaluation_is_missing(config, writer, start):  # a kill or a signal came between it and its checkpoint
+            evaluate_state(start)
         for now in range(start + 1, steps + 1):
             profile.before(now)
             state, metrics = take_step(state, batch)
             log.dispatched(now, metrics)  # reads the metrics of the step before
             profile.after(now, metrics)
-            stop = asked_to_stop(now)  # the same answer on every process
-            final = now == steps
-            leaving = final or stop is not None
+            stop = stop_request()
+            leaving = stop is not None or now == steps
             if not leaving:
                 with log.waiting():
                     batch = next(batches)
 
             # -------------------------------------------------------- save
             if leaving or checkpoints.should_save(now):
-                with log.pause("checkpoint"):  # reads this step's metrics first: only a finite step is saved
-                    writer.upload()
-                    checkpoints.save(
-                        now,
-                        **items_of(state),
-                        data={"seed": config.data.seed, "step": now, "prepared": data.digest},
-                        config=to_dict(config),
-                        tokenizer=data.tokenizer.files(),
-                        wait=leaving,
-                    )
+                save(now, wait=leaving)
+            if stop is not None:
+                raise Interrupted(stop, now)
 
             # -------------------------------------------------------- eval
-            if final or (config.train.eval_every and now % config.train.eval_every == 0 and not leaving):
-                with log.pause("evaluation"):
-                    result = evaluate_state(None if final else config.train.eval_batches or None)
-                log.evaluated(now, result)
-
-            if leaving and not final:
-                raise Interrupted(stop, now)
+            if now == steps or (config.train.eval_every and now % config.train.eval_every == 0):
+                result = evaluate_state(now)
     return result
+
+
+def _evaluation_is_missing(config: RunConfig, writer: MetricWriter, step: int) -> bool:
+    """Whether the step that a run goes on from was to be evaluated, but process 0, which records, has no result."""
+    if step == 0 or not config.train.eval_every or step % config.train.eval_every:
+        return False
+    return not first_says("recorded" if any(step == evaluated for evaluated, _ in writer.evaluations) else "")
 
 
 def _restore(

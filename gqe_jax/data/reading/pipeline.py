@@ -269,6 +269,14 @@ def heldout_batches(data: PreparedSet, batch_size: int, process_index: int = 0, 
     return Batches(lambda number: rows.read([number * batch_size + i for i in mine]), 0, num_batches)
 
 
+def check_readable(data: PreparedData, batch_size: int, process_count: int) -> None:
+    """Opens all that training and evaluation will read. Raises as `train_batches`, before anything depends on it."""
+    _share(batch_size, 0, process_count)
+    for part in data.sets:
+        for split in ("train", "heldout"):
+            PreparedRows(part.directory, split, part.damaged)
+
+
 def _share(batch_size: int, process_index: int, process_count: int) -> range:
     """The slots of a global batch that this process reads."""
     if not 0 <= process_index < process_count:
