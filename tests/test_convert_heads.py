@@ -1,4 +1,4 @@
-"""Conversions of one layer, in float64 against the equations: what is exact is exact, what is fitted is a least square."""
+"""Conversions of one layer, in float64 against the equations: what is exact, and what is fitted, a least square."""
 
 import itertools
 
@@ -109,7 +109,8 @@ def test_moments_of_pairs_are_those_of_the_heads_outputs():
     moments = dense_layers.calibration(layer, model, X).moments
     a = X.reshape(-1, WIDTH) @ layer["k_proj.kernel"].reshape(WIDTH, -1) + layer["k_proj.bias"].ravel()
     expected = (a.T @ a).reshape(2, DIM, 2, DIM).transpose(0, 2, 1, 3)
-    np.testing.assert_allclose(pair_moments(moments, layer["k_proj.kernel"], layer["k_proj.bias"]), expected, rtol=1e-10)
+    found = pair_moments(moments, layer["k_proj.kernel"], layer["k_proj.bias"])
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
 def test_turns_are_the_nearest():
@@ -238,7 +239,8 @@ def test_a_fitted_gqe_layer_predicts_better_than_its_start(experts):
 def test_random_weights_are_those_of_the_seed():
     model = dense_layers.config(heads=4, kv_heads=2)
     layer = dense_layers.params(model)
-    kernels = [dense_layers.converted(to_gqe, model, layer, X, seed=seed)[1]["router.proj.kernel"] for seed in (3, 3, 4)]
+    layers = [dense_layers.converted(to_gqe, model, layer, X, seed=seed)[1] for seed in (3, 3, 4)]
+    kernels = [each["router.proj.kernel"] for each in layers]
     assert np.array_equal(kernels[0], kernels[1]) and not np.array_equal(kernels[0], kernels[2])
     assert kernels[0].std() == pytest.approx(RouterConfig().init_std, rel=0.3)
 
