@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Imports and says what came of it; returns the exit code 0. Raises as `import_folder`."""
     from gqe_jax import flops
     from gqe_jax.config_files import load_config
-    from gqe_jax.pytorch.importing import CONFIG_FILE, import_folder, import_layers, left_behind
-    from gqe_jax.runs.new_run import TOKENIZER
+    from gqe_jax.pytorch.importing import import_folder, import_layers, left_behind
+    from gqe_jax.runs.new_run import CONFIG_FILE, TOKENIZER
 
     if (args.pattern is None) != (args.config is None):
         given, other = ("--pattern", "--config") if args.config is None else ("--config", "--pattern")

@@ -25,6 +25,7 @@ VERBS = {
     "prepare": ("Turn text into rows of tokens to train on.", "prepare"),
     "export": ("Write a trained model for PyTorch, without PyTorch.", "export"),
     "import": ("Make a run from a PyTorch model's folder, without PyTorch.", "import_"),
+    "convert": ("Make a run with another kind of attention of a dense model's run.", "convert"),
     "plan": ("See whether a configuration fits a slice of TPUs, and how fast it could be, without a TPU.", "plan"),
     "inspect": ("Look at a run, at prepared data, or at the kernels that a configuration takes.", "inspect"),
     "bench": ("Measure this machine.", "bench"),

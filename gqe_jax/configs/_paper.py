@@ -24,7 +24,7 @@ def paper_config(name, argument, attention, **arguments):
     if 1024 % (2 * arguments.head_dim):
         raise ConfigError(f"head_dim={arguments.head_dim} does not divide 512, half of d_model: set it to 64 or 128")
     heads = 1024 // arguments.head_dim
-    config = defaults(num_kv_heads=heads // 2, **attention(arguments, heads, heads // 2))
+    config = defaults(**{"num_kv_heads": heads // 2} | attention(arguments, heads, heads // 2))
     config.name = name
 
     model, data, optimizer, train = config.model, config.data, config.optimizer, config.train

@@ -1,5 +1,23 @@
-"""Parameters to PyTorch and back, without torch."""
+"""One kind of attention into another; and parameters to PyTorch's names and back, without torch."""
 
-from gqe_jax.pytorch.layer import layer_from_torch, layer_to_torch
+from typing import TYPE_CHECKING
 
-__all__ = ["layer_from_torch", "layer_to_torch"]
+from gqe_jax.lazy import lazy_names
+
+if TYPE_CHECKING:  # the same names as in `lazy_names` below
+    from gqe_jax.convert.layers import Converted
+    from gqe_jax.convert.pool import gqa
+    from gqe_jax.convert.upcycle import gqe
+    from gqe_jax.pytorch.layer import layer_from_torch, layer_to_torch
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "gqe_jax.convert.layers": ("Converted",),
+            "gqe_jax.convert.pool": ("gqa",),
+            "gqe_jax.convert.upcycle": ("gqe",),
+            "gqe_jax.pytorch.layer": ("layer_from_torch", "layer_to_torch"),
+        },
+    )
+
+__all__ = ["Converted", "gqa", "gqe", "layer_from_torch", "layer_to_torch"]

@@ -185,13 +185,15 @@ def _by_position(parts: Sequence[_Sums], weights: Sequence[float]) -> tuple[Posi
     return tuple(ranges)
 
 
-def evaluate_model(model: Transformer, data: PreparedData, mesh: jax.sharding.Mesh, *, batch_size: int) -> HeldOut:
+def evaluate_model(
+    model: Transformer, data: PreparedData, mesh: jax.sharding.Mesh, *, batch_size: int, limit: int | None = None
+) -> HeldOut:
     """`evaluate` of a model that stands on its own."""
     graphdef, state = nnx.split(model)
     compiled = jax.jit(
         lambda state, batch: batch_loss(nnx.merge(graphdef, state), batch), out_shardings=replicated(mesh)
     )
-    return evaluate(functools.partial(compiled, state), data, mesh, batch_size=batch_size)
+    return evaluate(functools.partial(compiled, state), data, mesh, batch_size=batch_size, limit=limit)
 
 
 def report(result: HeldOut) -> str:

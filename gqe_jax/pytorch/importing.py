@@ -27,10 +27,9 @@ from gqe_jax.pytorch.hf_tokenizer import CHAT_TEMPLATE, GENERATION, read_tokeniz
 from gqe_jax.pytorch.model import TorchTensor, abstract_parameters, fill, parameter_bytes, torch_tensors
 from gqe_jax.pytorch.names import ATTENTION_PREFIX, STACKED, split_fused
 from gqe_jax.pytorch.safetensors_io import FLOATING, StoredTensor, read_file, read_folder, refuse_pickle
-from gqe_jax.runs.new_run import TOKENIZER, save_run
+from gqe_jax.runs.new_run import CONFIG_FILE, TOKENIZER, config_file, save_run
 from gqe_jax.runs.state import initial_keys
 
-CONFIG_FILE = "config.py"
 # What folders hold beside the parameters: tables that can be computed, the head where it is tied to the embedding.
 COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
 HEAD = "lm_head.weight"
@@ -95,7 +94,8 @@ def import_folder(
     with new_folder(run, "--run", parameter_bytes(abstract)) as folder:
         arrays = _fill_finite(abstract, tensors, stored, source, allow_nonfinite)
         save_run(folder, config, spoken, arrays)
-        (folder / CONFIG_FILE).write_text(_config_file(source, run, settings), encoding="utf-8")
+        text = config_file("A model that gqe import read.", settings, SOURCE=str(source), RUN=str(run))
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     return config
 
 
@@ -312,25 +312,3 @@ def left_behind(source: Path) -> list[str]:
 def _some_names(source: Path) -> str:
     names = list(read_folder(source) if source.is_dir() else read_file(source))
     return f"its names are {', '.join(names[:4])} …" if names else "it holds none"
-
-
-def _config_file(source: Path, run: Path, settings: Mapping[str, Any]) -> str:
-    model = dict(settings["model"])
-
-    def arguments(values: Mapping[str, Any], indent: int) -> str:
-        return "".join(f"{' ' * indent}{key}={value!a},\n" for key, value in values.items())
-
-    attention = arguments(model.pop("attention"), 8)
-    # What comes from outside stands here as values only: a folder's name may hold quotes, and so code.
-    return (
-        '"""A model that gqe import read.\n\n'
-        f"  gqe train --config RUN/{CONFIG_FILE} --run RUN --config.data.path=DIR\n"
-        f'"""\n\nfrom gqe_jax.config_dict import defaults\n\nSOURCE = {str(source)!a}\nRUN = {str(run)!a}\n\n\n'
-        f"def get_config(argument=None):\n"
-        f"    config = defaults(\n{attention}    )\n"
-        f"    config.name = {settings['name']!a}\n"
-        f"    config.model.update(\n{arguments(model, 8)}    )\n"
-        f"    config.data.update(\n{arguments(settings['data'], 8)}    )\n"
-        f"    config.optimizer.update(\n{arguments(settings['optimizer'], 8)}    )\n"
-        f"    return config\n"
-    )

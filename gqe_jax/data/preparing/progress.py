@@ -41,7 +41,7 @@ class ProgressLine:
 def progress_text(what: str, before: int, done: int, total: int, seconds: float) -> str:
     """The line; before: bytes that were done when the clock of `seconds` started."""
     rate = (done - before) / max(seconds, 1e-9)
-    left = f", {_duration((total - done) / rate)} left" if rate else ""
+    left = f", {duration((total - done) / rate)} left" if rate else ""
     share = done / total if total else 1.0
     return f"{what}: {share:4.0%} of {size_text(total)}, {size_text(rate)}/s{left}"
 
@@ -55,7 +55,8 @@ def size_text(count: float) -> str:
     return f"{count:,.1f} GB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words: "2 h 05 min", "3 min 20 s", "7 s"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

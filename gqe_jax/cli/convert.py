@@ -1,0 +1,166 @@
+"""`gqe convert`."""
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from gqe_jax.cli.options import add_mesh, add_run
+from gqe_jax.config import ConfigError
+
+EPILOG = """examples:
+  gqe convert --run runs/llama --to gqa --num-kv-heads 2 --out runs/llama_kv2
+  gqe convert --run runs/llama --to gqa --num-query-heads 8 --out runs/llama_sqa
+  gqe convert --run runs/llama --to gqe --top-k 1 --out runs/llama_gqe
+
+The run is one that gqe train or gqe import made of a dense model. The result is a run of step 0 that gqe train, eval,
+generate and export take; docs/convert.md says which conversion is for what."""
+
+# Option → the kinds that it is for.
+OPTIONS = {
+    "num_kv_heads": ("gqa",),
+    "num_query_heads": ("gqa",),
+    "pool": ("gqa",),
+    "align": ("gqa",),
+    "top_k": ("gqe",),
+    "experts": ("gqe",),
+    "experts_per_group": ("gqe",),
+    "reconstruct": ("gqe",),
+    "exact": ("gqe",),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `gqe convert`."""
+    parser.epilog = EPILOG
+    add_run(parser)
+    parser.add_argument("--to", required=True, choices=("gqa", "gqe"), help="kind of attention to convert to")
+    parser.add_argument("--out", required=True, metavar="DIR", help="run to make; must not exist, or be empty")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="prepared data: training rows to calibrate with, held-out rows to compare on (default: the run's)",
+    )
+    parser.add_argument("--calibration-rows", type=int, default=32, metavar="ROWS", help="default: %(default)s")
+    parser.add_argument(
+        "--heldout-rows",
+        type=int,
+        default=256,
+        metavar="ROWS",
+        help="that the losses are taken over; 0: all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="of the source's training steps, for the new configuration (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of calibration rows and random weights (default: 0)")
+    parser.add_argument("--no-refit", action="store_true", help="do not fit the output projections")
+    add_mesh(parser, "data=-1")
+
+    group = parser.add_argument_group("--to gqa: fewer KV heads, fewer query heads")
+    group.add_argument("--num-kv-heads", type=int, metavar="N", help="a divisor of the run's (default: the run's)")
+    group.add_argument(
+        "--num-query-heads", type=int, metavar="N", help="to keep: equally many of each KV head's (default: all)"
+    )
+    group.add_argument("--pool", choices=("mean", "first", "random"), help="KV heads of a group (default: mean)")
+    group.add_argument(
+        "--align",
+        action=argparse.BooleanOptionalAction,
+        help="turn the KV heads of a group towards each other first (default: yes)",
+    )
+
+    group = parser.add_argument_group("--to gqe: Grouped Query Experts")
+    group.add_argument("--top-k", type=int, metavar="K", help="experts selected in each KV group (default: 1)")
+    group.add_argument(
+        "--experts",
+        choices=("copies", "own"),
+        help="copies of the best head of each group, or the group's own heads (default: copies where --top-k is 1)",
+    )
+    group.add_argument("--experts-per-group", type=int, metavar="M", help="copies (default: the group's query heads)")
+    group.add_argument(
+        "--reconstruct", type=int, metavar="STEPS", help="of training each layer towards the dense one's (default: 0)"
+    )
+    group.add_argument(
+        "--exact",
+        action="store_true",
+        default=None,
+        help="the dense function itself: all heads selected by a fixed router, or copies of an MHA's heads",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts, and says what came of it; returns the exit code 0. Raises as `convert_run`."""
+    import functools
+
+    from gqe_jax.convert.converting import convert_run, loss_table
+    from gqe_jax.convert.pool import to_gqa
+    from gqe_jax.convert.upcycle import to_gqe
+    from gqe_jax.parallel.mesh import make_mesh, parse_mesh
+    from gqe_jax.runs.new_run import CONFIG_FILE
+
+    options = _options_of(args)
+    to = {"gqa": to_gqa, "gqe": to_gqe}[args.to]
+    done = convert_run(
+        args.run,
+        args.out,
+        functools.partial(to, seed=args.seed, **options),
+        make_mesh(parse_mesh(args.mesh)),
+        step=args.step,
+        data=args.data,
+        calibration_rows=args.calibration_rows,
+        heldout_rows=args.heldout_rows,
+        alpha=args.alpha,
+        refit=not args.no_refit,
+        seed=args.seed,
+        progress=_Progress(),
+    )
+    for note in done.notes:
+        print(f"note: {note}")
+    print("layer  relative error of its attention's output")
+    for index, (error, note) in enumerate(zip(done.converted.errors, done.converted.notes, strict=True)):
+        print(f"{index:5}  {error:.4f}  {note}")
+    print(loss_table(done.losses))
+    attention, config = done.config.model.attention, done.config
+    print(
+        f"step {done.step} of {args.run} as {attention.kind} ({attention.summary}), written to {args.out}. "
+        f"{config.train.steps:,} steps train it on:"
+    )
+    out = shlex.quote(args.out)
+    print(f"  gqe train --config {shlex.quote(str(Path(args.out) / CONFIG_FILE))} --run {out}")
+    return 0
+
+
+def _options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the kind that were given. Raises ConfigError for those of another kind."""
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    for name in given:
+        if args.to not in OPTIONS[name]:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{option} says nothing of a conversion to {args.to}: leave it out, or use --to {OPTIONS[name][0]}"
+            )
+    if args.to == "gqa" and not {"num_kv_heads", "num_query_heads"} & given.keys():
+        raise ConfigError("--to gqa needs to know how many heads are left: add --num-kv-heads or --num-query-heads")
+    return given
+
+
+class _Progress:
+    """A bar on the terminal, or a line for each layer in a log: layers done, and the time left."""
+
+    def __init__(self):
+        self.began = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        from gqe_jax.data.preparing.progress import duration
+
+        left = (time.monotonic() - self.began) / done * (total - done)
+        bar = "#" * (20 * done // total)
+        line = f"[{bar:<20}] layer {done} of {total}, {duration(left)} left"
+        terminal = sys.stderr.isatty()
+        sys.stderr.write(f"\r{line}\x1b[K" if terminal and done < total else "\r\x1b[K" if terminal else f"{line}\n")
+        sys.stderr.flush()
