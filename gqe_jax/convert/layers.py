@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gqe_jax.attention import Attention, Buffer
+from gqe_jax.attention import Buffer
 from gqe_jax.config import AttentionConfig, ModelConfig, OptimizerConfig
 from gqe_jax.convert.refit import Regression
 from gqe_jax.models.block import Block
@@ -215,7 +215,10 @@ class _Blocks:
     def _attend(self, params: Mapping[str, Any], x: jax.Array, batch: Batch) -> jax.Array:
         """[B, S, d] → the stream behind the attention, [B, S, d]."""
         block = self.block(params)
-        return x + block.attention(block.attention_norm(x), **_places(batch))[0]
+        y, _ = block.attention(
+            block.attention_norm(x), segment_ids=batch["segment_ids"], positions=batch["positions"]
+        )
+        return x + y
 
     def _features(self, params: Mapping[str, Any], x: jax.Array, batch: Batch) -> jax.Array:
         """[B, S, d] → what the attention's output projection multiplies, [B, S, f]."""
@@ -228,8 +231,8 @@ class _Blocks:
         return x + block.mlp(block.mlp_norm(x))
 
 
-def features(layer: Attention, x: jax.Array, batch: Batch) -> jax.Array:
-    """What a layer's output projection multiplies, [B, S, f]: its output y = F W_o where W_o is the identity."""
+def features(layer: Any, x: jax.Array, batch: Batch) -> jax.Array:
+    """F [B, S, f] that the output projection of an `Attention` multiplies: its output where W_o is the identity."""
     outputs = [getattr(layer, name) for name in OUTPUTS if hasattr(layer, name)]
     sizes = [output.kernel.size // output.kernel.shape[-1] for output in outputs]
     ends = list(itertools.accumulate(sizes))
@@ -237,11 +240,7 @@ def features(layer: Attention, x: jax.Array, batch: Batch) -> jax.Array:
         rows = jnp.eye(size, ends[-1], k=end - size, dtype=jnp.float32)
         output.kernel = nnx.Param(rows.reshape(*output.kernel.shape[:-1], ends[-1]))
     layer.o_proj.bias = None
-    return layer(x, **_places(batch))[0]
-
-
-def _places(batch: Batch) -> dict[str, jax.Array]:
-    return {name: batch[name] for name in ("segment_ids", "positions")}
+    return layer(x, segment_ids=batch["segment_ids"], positions=batch["positions"])[0]
 
 
 def _split(params: Mapping[str, Any], buffers: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:

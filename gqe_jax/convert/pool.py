@@ -91,6 +91,7 @@ def to_gqa(
         if pools:
             members = np.arange(source.num_kv_heads).reshape(kv_heads, -1)
             if aligns:
+                assert calibration.moments is not None  # asked for below
                 params = aligned(params, members, calibration.moments, source)
             rng = np.random.default_rng([seed, index])
             params = pooled(params, members, pool, model.init_std, rng)
@@ -152,7 +153,7 @@ def kept_heads(params: Params, chosen: np.ndarray) -> Params:
 
 
 def aligned(
-    params: Params, groups: Sequence[Sequence[int]] | np.ndarray, moments: np.ndarray | None, config: AttentionConfig
+    params: Params, groups: Sequence[Sequence[int]] | np.ndarray, moments: np.ndarray, config: AttentionConfig
 ) -> Params:
     """The same layer, the KV heads of each group turned towards each other.
 

@@ -45,7 +45,7 @@ def joined(
     if place is None:
         yield
         return
-    if not jax.config.jax_enable_preemption_service:
+    if not jax.config.jax_enable_preemption_service:  # pyright: ignore[reportAttributeAccessIssue]
         raise ConfigError(
             "JAX_ENABLE_PREEMPTION_SERVICE=false leaves out the service through which the processes of a run agree on "
             "the step at which they stop: unset it, or start one process"
