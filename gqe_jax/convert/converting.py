@@ -16,7 +16,7 @@ from gqe_jax.data.reading.pipeline import TrainingStream
 from gqe_jax.data.reading.prepared import PreparedData, open_data
 from gqe_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from gqe_jax.evaluate.heldout import HeldOut, evaluate_model
-from gqe_jax.models.transformer import abstract_model
+from gqe_jax.models.transformer import Transformer, abstract_model
 from gqe_jax.parallel.mesh import check_batch, check_model, shard_batch
 from gqe_jax.parallel.rules import state_shardings
 from gqe_jax.pytorch.folder import new_folder
@@ -104,7 +104,7 @@ def convert_run(
     def advanced(layer: int, _: int) -> None:
         progress(done + layer, stages)
 
-    def loss_of(model: nnx.Module) -> HeldOut:
+    def loss_of(model: Transformer) -> HeldOut:
         return evaluate_model(model, rows, mesh, batch_size=size, limit=limit)
 
     with new_folder(out, "--out", parameter_bytes(abstract_parameters(config.model))) as folder, jax.set_mesh(mesh):
@@ -176,13 +176,13 @@ def _calibration(
     return batches, [read(first, EXAMPLES) for first in range(count, need, EXAMPLES)]
 
 
-def _arrays(model: nnx.Module) -> dict[str, jax.Array]:
+def _arrays(model: Transformer) -> dict[str, jax.Array]:
     """Parameters and buffers by path."""
     state = nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, Buffer)))
     return {".".join(map(str, path)): variable.get_value() for path, variable in state}
 
 
-def _model(converted: Converted, mesh: jax.sharding.Mesh) -> tuple[nnx.Module, dict[str, jax.Array]]:
+def _model(converted: Converted, mesh: jax.sharding.Mesh) -> tuple[Transformer, dict[str, jax.Array]]:
     """The model, and its parameters and buffers by path, placed on the mesh."""
     abstract = abstract_model(converted.config)
     nested: dict[str, Any] = nnx.traversals.unflatten_mapping(
