@@ -90,6 +90,22 @@ def test_exports_of_converted_runs(place, name):
     np.testing.assert_allclose(logits(load_model(place / name).model, ids), wanted, atol=2e-4)
 
 
+@pytest.mark.slow
+def test_several_devices_compute_the_same_conversion(place):
+    """Parameters over `fsdp`, tokens over `context` in another order: the sums over tokens, and so the fitted output
+    projections, are the same up to the order of float32 additions."""
+    assert convert(place, "one", "--to", "gqe") == 0
+    options = ["--calibration-rows", "8", "--heldout-rows", "16", "--to", "gqe", "--mesh", "fsdp=2,context=2"]
+    flags = f"{tiny_run.QUICK_FLAGS} --xla_force_host_platform_device_count=4"
+    process = tiny_run.start_gqe("convert", "--run", place / "dense", "--out", place / "four", *options, flags=flags)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    one, four = read_run(place / "one"), read_run(place / "four")
+    assert one.keys() == four.keys()
+    for path, x in one.items():
+        np.testing.assert_allclose(four[path], x, atol=2e-4, err_msg=path)
+
+
 def test_conversion_to_the_same_sizes_returns_the_same_bits(place, capsys):
     assert convert(place, "same", "--to", "gqa", "--num-kv-heads", "2") == 0
     assert "unchanged" in capsys.readouterr().out

@@ -176,7 +176,7 @@ def _calibration(
     return batches, [read(first, EXAMPLES) for first in range(count, need, EXAMPLES)]
 
 
-def _arrays(model: nnx.Module) -> dict[str, jax.Array]:
+def _arrays(model: Transformer) -> dict[str, jax.Array]:
     """Parameters and buffers by path."""
     state = nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, Buffer)))
     return {".".join(map(str, path)): variable.get_value() for path, variable in state}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gqe_jax.attention import Buffer
+from gqe_jax.attention import Attention, Buffer
 from gqe_jax.config import AttentionConfig, ModelConfig, OptimizerConfig
 from gqe_jax.convert.refit import Regression
 from gqe_jax.models.block import Block
@@ -72,14 +72,14 @@ class Calibration:
 
     Attributes:
       moments: Σ (u, 1)(u, 1)ᵀ over the real tokens of the source's stream, u [d] being the layer's normed input:
-        float64 [d + 1, d + 1]; None unless asked for.
+        float64 [d + 1, d + 1]; zeros unless asked for.
       regress: an attention's configuration and parameters → sums of its features on the converted layers' stream, and
         of the target, the source's stream behind this layer minus the converted one before it, minus the output bias.
       examples: (normed input, target with the bias, batch) of rows that `regress` does not see, without end; the first
         two float32 [B, S, d].
     """
 
-    moments: np.ndarray | None
+    moments: np.ndarray
     regress: Callable[[AttentionConfig, Params], Regression]
     examples: Iterator[tuple[jax.Array, jax.Array, Batch]]
 
@@ -215,10 +215,7 @@ class _Blocks:
     def _attend(self, params: Mapping[str, Any], x: jax.Array, batch: Batch) -> jax.Array:
         """[B, S, d] → the stream behind the attention, [B, S, d]."""
         block = self.block(params)
-        y, _ = block.attention(
-            block.attention_norm(x), segment_ids=batch["segment_ids"], positions=batch["positions"]
-        )
-        return x + y
+        return x + _attention_of(block.attention, block.attention_norm(x), batch)
 
     def _features(self, params: Mapping[str, Any], x: jax.Array, batch: Batch) -> jax.Array:
         """[B, S, d] → what the attention's output projection multiplies, [B, S, f]."""
@@ -232,7 +229,7 @@ class _Blocks:
 
 
 def features(layer: Any, x: jax.Array, batch: Batch) -> jax.Array:
-    """F [B, S, f] that the output projection of an `Attention` multiplies: its output where W_o is the identity."""
+    """What a layer's output projection multiplies, [B, S, f]: its output y = F W_o where W_o is the identity."""
     outputs = [getattr(layer, name) for name in OUTPUTS if hasattr(layer, name)]
     sizes = [output.kernel.size // output.kernel.shape[-1] for output in outputs]
     ends = list(itertools.accumulate(sizes))
@@ -240,6 +237,11 @@ def features(layer: Any, x: jax.Array, batch: Batch) -> jax.Array:
         rows = jnp.eye(size, ends[-1], k=end - size, dtype=jnp.float32)
         output.kernel = nnx.Param(rows.reshape(*output.kernel.shape[:-1], ends[-1]))
     layer.o_proj.bias = None
+    return _attention_of(layer, x, batch)
+
+
+def _attention_of(layer: Attention, x: jax.Array, batch: Batch) -> jax.Array:
+    """The layer's output, [B, S, d]."""
     return layer(x, segment_ids=batch["segment_ids"], positions=batch["positions"])[0]
 
 
@@ -267,14 +269,15 @@ class _Streams:
     dense: list[jax.Array]
     converted: list[jax.Array]
 
-    def pass_attention(self, source: _Blocks, params: Mapping[str, Any], moments: bool) -> np.ndarray | None:
-        """Takes the source's stream through the layer's attention; returns the moments of its input if asked."""
-        total = None
+    def pass_attention(self, source: _Blocks, params: Mapping[str, Any], moments: bool) -> np.ndarray:
+        """Takes the source's stream through the layer's attention; returns `Calibration.moments`."""
+        width = self.dense[0].shape[-1] + 1
+        total = np.zeros((width, width))
         for number, (x, batch) in enumerate(zip(self.dense, self.batches, strict=True)):
             if moments and number < self.fitted:
                 u = _real(source.norm(params, x), batch)
                 u = np.concatenate([u, np.ones((len(u), 1))], axis=1)
-                total = u.T @ u if total is None else total + u.T @ u
+                total += u.T @ u
             self.dense[number] = source.attend(params, x, batch)
         return total
 
