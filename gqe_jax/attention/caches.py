@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gqe_jax.kernels.mesh_axes import debug_check, vary, varying_axes
-
-LANES = 128  # of a TPU: an array whose last axis is shorter is padded there, or transposed
+from gqe_jax.tpu import LANES
 
 
 class Cache(Protocol):
