@@ -7,21 +7,15 @@ its query heads attending, the measure by which models of different k are compar
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Literal
 
 from gqe_jax.config import ModelConfig
+from gqe_jax.tpu import find_generation
 
-# Peak dense bf16 FLOP/s of what JAX counts as one device, by the start of its `device_kind`; the longest match holds.
+# Peak dense bf16 FLOP/s of a GPU by the start of its `device_kind`, the longest match holds; TPUs are in gqe_jax.tpu.
 PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v4 lite": 138e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,  # a chip is two devices
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H100 PCIe": 756e12,
@@ -115,6 +109,8 @@ def flops_per_step(
 
 def peak_flops(device_kind: str) -> float | None:
     """Returns the peak dense bfloat16 FLOP/s of one device (`jax.Device.device_kind`); None where it is not known."""
+    with contextlib.suppress(ValueError):
+        return find_generation(device_kind).peak_flops["bfloat16"]
     known = [name for name in PEAK_FLOPS if device_kind.lower().startswith(name.lower())]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 

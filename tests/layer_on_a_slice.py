@@ -1,14 +1,11 @@
 """What `test_parallel` compiles in a child process for a slice of eight TPUs: one attention layer over `expert`."""
 
-import json
-import sys
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
+from gqe_jax.aot.topologies import topology
 from gqe_jax.attention import GQAttention, GQEAttention
 from gqe_jax.config import MeshConfig
 from gqe_jax.parallel.mesh import make_mesh
@@ -28,7 +25,7 @@ def make_layer(kind):
 
 def collectives(kind, backward):
     """[kind, axes, bytes] of the collectives in one layer, forward or forward and backward."""
-    devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+    devices = topology("v5e:2x4").devices()
     mesh = make_mesh(MeshConfig(data=1, expert=8), devices)
     layer = nnx.eval_shape(lambda: make_layer(kind))
     graph, state = nnx.split(layer)
@@ -52,8 +49,3 @@ def collectives(kind, backward):
             lowered = jax.jit(forward, out_shardings=tokens).lower(state, x)
         hlo = lowered.compile().as_text()
     return [(found.kind, found.axes, found.size) for found in read_collectives(hlo, dict(mesh.shape))]
-
-
-if __name__ == "__main__":
-    kinds = [(kind, backward) for kind in ("gqe", "gqa") for backward in (False, True)]
-    json.dump([[kind, backward, collectives(kind, backward)] for kind, backward in kinds], sys.stdout)

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "gqe_jax"
 
 # From the bottom up. What stands on one floor may import each other's only within a folder.
 FLOORS = (
-    ("lazy", "remat", "config"),
+    ("lazy", "remat", "config", "tpu", "rounding"),
     ("checked_json",),
     ("safe_names",),
     ("kernels", "parallel", "processes"),

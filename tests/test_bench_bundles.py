@@ -1,10 +1,15 @@
 """How kernels are counted: dumps of bundles are taken apart, and the scalar unit's instructions executed."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from gqe_jax.aot import bundles
 from gqe_jax.aot.scalar_unit import count_visits, words
+from gqe_jax.aot.traced_kernels import kernel_calls
 
 # In libtpu's format: for each i < 4 a loop of rows[i] trips with a matmul, left out where rows[i] == 0; v4 has one
 # delay slot behind each branch.
@@ -123,3 +128,29 @@ def test_rows_of_scalars():
 def test_unknown_places_of_scalars_are_refused():
     with pytest.raises(ValueError, match=r"where s16\[4\] lies in scalar memory is not known"):
         words(np.zeros(4, np.int16), "s16[4]")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_kernels_in_a_scan(reverse):
+    """A kernel in a scan runs once for each trip, with that trip's scalar: a constant of the scan, 10, times what is
+    carried on, the sum of the rows before, plus the trip's own row. What depends on arguments is not evaluated."""
+
+    def kernel(scalar, x, o):
+        o[...] = x[...] + scalar[0]
+
+    def function(x):
+        constant = jnp.full(1, 10)
+
+        def trip(carry, row):
+            total, x = carry
+            grid = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=())
+            x = pl.pallas_call(kernel, grid_spec=grid, out_shape=x, name="add")(constant * total + row, x)
+            return (total + row, x), None
+
+        return jax.lax.scan(trip, (jnp.zeros(1, jnp.int32), x), jnp.arange(1, 5)[:, None], reverse=reverse)[0][1]
+
+    x = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+    (call,) = kernel_calls(jax.make_jaxpr(function)(x))
+    rows = [4, 3, 2, 1] if reverse else [1, 2, 3, 4]
+    assert call.name == "add" and call.shapes == ("s32[1]", "s32[8,128]")
+    assert [int(scalars[0][0]) for scalars in call.scalars] == [10 * sum(rows[:n]) + rows[n] for n in range(4)]

@@ -95,7 +95,7 @@ def test_a_comparison_is_put_together_from_its_compiles(monkeypatch, capsys):
                 job.options["part"] == "attention" and job.options["rival"]["name"] in kernel_cycles
             )
             xla = (("fusion", 30 if job.options["part"] == "layer" else 5),)
-            results.append(Compiled("0.0", 0, 0, 0, (Kernel("k", (block,)),) if job.schedules else (), xla))
+            results.append(Compiled("0.0", 0, 0, 0, "", (Kernel("k", (block,)),) if job.schedules else (), xla))
             on_result(n, results[-1], 1.0)
         return results
 
@@ -119,7 +119,7 @@ def test_quantities_of_a_known_kernel():
     assert kernel.tiles == (whole, masked)
     assert kernel.prologues == (row,)
     assert kernel.total == 5 + 1000 + 1000 + 990 * 20 + 900 * 60
-    compiled = Compiled("0.0", 0, 0, 0, (kernel,), (("copy", 7),))
+    compiled = Compiled("0.0", 0, 0, 0, "", (kernel,), (("copy", 7),))
     assert compiled.total == kernel.total + 7
     result = static.Static("v5e", 128, {("attention", False, OURS.name, 8192): compiled}, tuple(cells()))
     found = static.quantities(result)
@@ -132,7 +132,7 @@ def test_quantities_of_a_known_kernel():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--target", "v9"], "--target v9 is unknown: use one of v5e, v5p, v6e, tpu7x"),
+        (["--target", "v9"], "--target v9 is unknown: use one of v4, v5e, v5p, v6e, tpu7x"),
         (["--target", "v6e", "--heads", "8"], "--heads is for CPUs: on a TPU it is 16 query heads in 8 groups"),
         (["--plot", "x.png"], "--plot is for TPUs and GPUs: name a TPU with --target"),
         (["--target", "v6e", "--seq-len", "0"], "--seq-len=0 must be at least 1"),

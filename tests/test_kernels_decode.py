@@ -14,14 +14,15 @@ from float64_attention import attention, relative_error, visible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
-from tpu_targets import TOPOLOGIES, compile_for_tpus
 
+from gqe_jax.aot.tpu_compile import Compiled, Job, compile_all
 from gqe_jax.attention import GQEConfig
 from gqe_jax.config import ModelConfig
 from gqe_jax.kernels import EMPTY_LSE, attend
 from gqe_jax.kernels.mask import Mask, make_mask
 from gqe_jax.kernels.tpu.decode import decode
 from gqe_jax.models.transformer import Transformer
+from gqe_jax.tpu import GENERATIONS
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3}
 
@@ -226,7 +227,7 @@ def test_a_shared_head_and_a_layer_of_a_stack_mean_the_same_to_every_implementat
 def attention_alone(
     dtype="bfloat16", num_groups=8, head_dim=128, value_dim=None, q_len=1, num_slots=1, runs=None, **options
 ):
-    """One call against a cache of 2 x 32768 tokens, for `compile_for_tpus`; with `runs` query runs of any KV heads."""
+    """One call against a cache of 2 x 32768 tokens, for `Job.factory`; with `runs` query runs of any KV heads."""
 
     def function(q, q_shared, k, v, expert_index, length, kv_head):
         return attend(
@@ -242,11 +243,11 @@ def attention_alone(
     index = jax.ShapeDtypeStruct((2, q_len, runs_or_groups, num_slots), jnp.int32)
     length, kv_head = (jax.ShapeDtypeStruct((size,), jnp.int32) for size in (2, runs_or_groups))
     q = array(2, q_len, runs_or_groups, 2 * num_slots, head_dim)
-    return function, (q, array(2, q_len, head_dim), k, v, index, length, kv_head), ()
+    return function, (q, array(2, q_len, head_dim), k, v, index, length, kv_head)
 
 
 def model(head_dim, num_groups=8):
-    """One step of a model of three layers, each with a cache of 2 x 32768 tokens, for `compile_for_tpus`."""
+    """One step of a model of three layers, each with a cache of 2 x 32768 tokens, for `Job.factory`."""
     attention_config = GQEConfig(num_query_experts=2 * num_groups, num_kv_heads=num_groups, head_dim=head_dim)
     config = ModelConfig(d_model=256, num_layers=3, d_ff=256, context=32768, attention=attention_config)
 
@@ -260,7 +261,8 @@ def model(head_dim, num_groups=8):
         x, _, cache = nnx.merge(graphdef, state)(token, cache=cache)
         return x, cache
 
-    return function, (state, jax.ShapeDtypeStruct((2, 1), jnp.int32), cache), (2,)
+    token = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    return jax.jit(function, donate_argnums=2), (state, token, cache)
 
 
 @pytest.mark.slow
@@ -276,10 +278,12 @@ def test_it_compiles_for_tpus_and_reads_the_cache_where_it_lies():
         {"num_groups": 1, "head_dim": 576, "value_dim": 512, "num_slots": 32},
         {"runs": 12},
     ]
-    jobs = [(target, "test_kernels_decode:attention_alone", call) for target in TOPOLOGIES for call in calls]
-    jobs += [(target, "test_kernels_decode:model", {"head_dim": dim}) for target in ("v5e", "v6e") for dim in (64, 128)]
+    jobs = [(target, "attention_alone", call) for target in GENERATIONS for call in calls]
+    jobs += [(target, "model", {"head_dim": dim}) for target in ("v5e", "v6e") for dim in (64, 128)]
     others = [{"head_dim": 128, "num_groups": 1}, {"head_dim": 64, "num_groups": 3}, {"head_dim": 96}]
-    jobs += [("v5e", "test_kernels_decode:model", heads) for heads in others]
-    for job, compiled in zip(jobs, compile_for_tpus(jobs), strict=True):
-        assert len(re.findall(r"gqe_decode[.\w]* = .*custom-call", compiled["hlo"])) == 1, job
-        assert compiled["temporaries"] < 2**22, job
+    jobs += [("v5e", "model", heads) for heads in others]
+    results = compile_all([Job(x, f"test_kernels_decode:{name}", given, schedules=False) for x, name, given in jobs])
+    for job, result in zip(jobs, results, strict=True):
+        assert isinstance(result, Compiled), result
+        assert len(re.findall(r"gqe_decode[.\w]* = .*custom-call", result.hlo)) == 1, job
+        assert result.temporaries < 2**22, job

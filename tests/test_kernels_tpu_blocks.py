@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tpu_targets import compile_for_tpus
 
 from gqe_jax import BlockSizes, attend
+from gqe_jax.aot.tpu_compile import Compiled, Job, compile_all
 from gqe_jax.kernels.choose import Call, check, choose
 from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.tpu import pallas_tpu as pallas_tpu_module
@@ -18,6 +18,7 @@ from gqe_jax.kernels.tpu.blocks import forward_blocks
 from gqe_jax.kernels.tpu.pallas_tpu import pallas_tpu
 from gqe_jax.kernels.tpu.plan import MaskKind, Plan
 from gqe_jax.kernels.tpu.vmem import backward_bytes, forward_bytes
+from gqe_jax.tpu import GENERATIONS
 
 NEAR_LIMIT = {"block_kv": 90112}
 """Of keys and values alone: just within the 100 MiB of v5e and v6e."""
@@ -121,7 +122,7 @@ def test_blocks_that_exceed_vmem(sizes, length, kernel):
 
 def test_tuned_blocks_shrink_until_they_fit():
     """Many experts, wide heads, float32: whoever gives no sizes gets some that fit, on the smallest TPU too."""
-    for generation in ("v4", "v5e", "v5p", "v6e", "7x"):
+    for generation in GENERATIONS:
         for sizes in ({"num_experts": 16, "num_slots": 8}, {"head_dim": 256, "norm_dim": 256, "dtype": np.dtype("f4")}):
             plan = make_plan(generation, **sizes)
             assert forward_bytes(plan, plan.blocks) <= plan.vmem_limit_bytes
@@ -159,7 +160,7 @@ def call_with(sizes, experts, slots, dtype, backward):
         o, vjp = jax.vjp(attention, q, k, v)
         return vjp(o) if backward else o
 
-    return call, (q, k, k, index, angles, angles), ()
+    return call, (q, k, k, index, angles, angles)
 
 
 @pytest.mark.slow
@@ -179,10 +180,12 @@ def test_estimates_agree_with_the_compiler():
     ]
     names = ("sizes", "experts", "slots", "dtype", "backward")
     jobs = [
-        (target, "test_kernels_tpu_blocks:call_with", dict(zip(names, case, strict=True))) for target, *case in cases
+        Job(target, "test_kernels_tpu_blocks:call_with", dict(zip(names, case, strict=True)), schedules=False)
+        for target, *case in cases
     ]
-    for (target, sizes, experts, slots, dtype, backward), result in zip(cases, compile_for_tpus(jobs), strict=True):
-        kernels = [line for line in result["hlo"].splitlines() if "tpu_custom_call" in line]
+    for (target, sizes, experts, slots, dtype, backward), result in zip(cases, compile_all(jobs), strict=True):
+        assert isinstance(result, Compiled), result
+        kernels = [line for line in result.hlo.splitlines() if "tpu_custom_call" in line]
         size = re.compile(r'"used_scoped_memory_configs":\[{"memory_space":"1","offset":"0","size":"(\d+)"')
         used = [int(size.search(kernel).group(1)) for kernel in kernels]
         plan = make_plan(target, sizes=sizes, num_experts=experts, num_slots=slots, dtype=jnp.dtype(dtype))

@@ -16,6 +16,7 @@ from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.tpu.blocks import BlockSizes, forward_blocks
 from gqe_jax.kernels.tpu.pallas_tpu import pallas_tpu
 from gqe_jax.kernels.tpu.schedule import make_schedule
+from gqe_jax.tpu import GENERATIONS
 
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
 TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3}
@@ -180,7 +181,7 @@ def test_a_folded_schedule_visits_every_block_below_the_diagonal_once(num_blocks
     assert rows * columns - blocks <= rows + columns
 
 
-@pytest.mark.parametrize("generation", ["v4", "v5e", "v5p", "v6e", "7x"])
+@pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("length", [1, 128, 1000, 8192, 12345])
 @pytest.mark.parametrize("slots", [1, 2, 8])
 @pytest.mark.parametrize("bounded", [False, True])

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from gqe_jax.aot.tpu_compile import child_environment
+from gqe_jax.aot.child import Child
 from gqe_jax.attention import GQAConfig, GQEConfig
 from gqe_jax.config import ConfigError, MeshConfig, ModelConfig
 from gqe_jax.kernels.mask import Mask
@@ -240,10 +240,9 @@ def test_a_layer_names_what_a_mesh_cannot_do(layer_alone):
 def layer_collectives():
     """(kind of layer, with backward) → collectives of the layer over 8 TPUs, as [kind, axes, bytes]."""
     pytest.importorskip("libtpu", reason="not made for this Python")
-    command = [sys.executable, layer_on_a_slice.__file__]
-    child = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
-    assert child.returncode == 0, child.stderr[-4000:]
-    return {(kind, backward): found for kind, backward, found in json.loads(child.stdout.splitlines()[-1])}
+    keys = [(kind, backward) for kind in ("gqe", "gqa") for backward in (False, True)]
+    with Child() as child:
+        return {key: child.call("layer_on_a_slice:collectives", kind=key[0], backward=key[1]) for key in keys}
 
 
 @pytest.mark.slow

@@ -1,12 +1,12 @@
 """`gqe plan`: what is read from a compiled program, the estimates beside it, and what cannot be planned."""
 
 import dataclasses
-import importlib.metadata
+import importlib.util
 import math
 
 import pytest
 
-from gqe_jax.aot.topologies import CHIPS, GIB, topology
+from gqe_jax.aot.topologies import topology
 from gqe_jax.attention import GQAConfig
 from gqe_jax.cli import main as cli
 from gqe_jax.config import ConfigError, MeshConfig
@@ -20,6 +20,7 @@ from gqe_jax.plan.dense_twin import dense_twin
 from gqe_jax.plan.memory import estimate
 from gqe_jax.plan.roofline import Roofline, ici_seconds, roofline
 from gqe_jax.plan.search import remedies, search
+from gqe_jax.tpu import GIB
 
 MESH = {"data": 2, "fsdp": 4, "expert": 1, "context": 1}  # device = 4 · data + fsdp
 
@@ -173,7 +174,7 @@ def test_seconds_of_collectives(name, extents, links):
     where = topology(name)
     collective = Collective(kind="all-reduce", axes=("data",), count=1, hidden=0, size=10**9, sent=2 * 10**9)
     assert ici_seconds(where, {"data": extents, "fsdp": (1,) * len(extents)}, [collective]) == {
-        ("data",): pytest.approx(2e9 / (links * where.chip.link_bandwidth))
+        ("data",): pytest.approx(2e9 / (links * where.generation.link_bandwidth))
     }
 
 
@@ -264,12 +265,9 @@ def test_errors(arguments, text, capsys):
 def test_without_libtpu(monkeypatch):
     """The message names the extra that brings it."""
 
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"libtpu, which compiles for TPUs, is not installed: pip install"):
-        plan_compile._devices("v5e:2x2")
+        compile_plan(request(load_config("smoke", [])))
 
 
 @pytest.mark.parametrize(
@@ -294,12 +292,14 @@ def test_the_compilers_message():
     assert (found["needed"] / GIB, found["available"] / GIB) == (pytest.approx(30.34), pytest.approx(15.75))
 
 
-def test_chips_agree_with_the_peaks_of_mfu():
-    """One chip must not have two peaks in one program."""
-    from gqe_jax.flops import peak_flops
-
-    kinds = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
-    assert {name: chip.peak_flops for name, chip in CHIPS.items()} == {n: peak_flops(k) for n, k in kinds.items()}
+def test_slices_of_one_chip(capsys):
+    """The smallest machine that one can rent: the whole step is compiled for it, with nothing to communicate."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install 'jax[tpu]'")
+    small = ["model.vocab_size=512", "model.num_layers=2", "data.batch_size=8"]
+    overrides = [f"--config.{x}" for x in small]
+    assert cli.main(["plan", "--config", "smoke", "--topology", "TPU v5 lite:1x1", "--mode", "decode", *overrides]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("smoke_gqe on v5e:1x1, ") and "fits" in text and "no collectives" in text
 
 
 @pytest.mark.slow

@@ -11,11 +11,8 @@ only in that runs of empty bundles have become delays of the bundle before them.
 import dataclasses
 import re
 
-MATRIX_UNITS = {"v4": (4, 1), "v5e": (4, 1), "v5p": (4, 1), "v6e": (2, 2), "tpu7x": (2, 2)}
-"""Target → matrix units of a core, and left-hand rows that each takes in a cycle (128 or 256 wide)."""
-
-DELAY_SLOTS = {"v4": 1, "v5e": 4, "v5p": 4, "v6e": 4, "tpu7x": 6}
-"""Bundles behind a branch that execute whether it is taken or not."""
+from gqe_jax.rounding import ceil_div
+from gqe_jax.tpu import GENERATIONS
 
 _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) *([A-Z]{2})? *: ", re.MULTILINE)
 _EMPTY = re.compile(r"[> ]*\{\s*\}")
@@ -107,7 +104,7 @@ def parse(text: str, target: str) -> Program:
 
     Args:
       text: the dump.
-      target: generation, a key of `MATRIX_UNITS`.
+      target: generation, a key of `gqe_jax.tpu.GENERATIONS`.
 
     Raises:
       ValueError: the text is not laid out as expected (another libtpu, perhaps).
@@ -116,7 +113,7 @@ def parse(text: str, target: str) -> Program:
     ends = [head.start() for head in heads[1:]] + [len(text)]
     bundles = [text[head.end() : end] for head, end in zip(heads, ends, strict=True)]
     scalar = _numbered_pops([_scalar_instructions(bundle) for bundle in bundles])
-    delay = DELAY_SLOTS[target]
+    delay = GENERATIONS[target].delay_slots
 
     branches = {}
     for i, instructions in enumerate(scalar):
@@ -145,14 +142,14 @@ def parse(text: str, target: str) -> Program:
 
 
 def _block(address: str, bundles: list[str], delay_slots: int, target: str) -> Block:
-    units, rate = MATRIX_UNITS[target]
+    generation = GENERATIONS[target]
     rows = sum(16 if "bf16" in op else 8 for bundle in bundles for op in _MATMUL.findall(bundle))
     empty = sum(bool(_EMPTY.match(bundle)) for bundle in bundles[: len(bundles) - delay_slots])
     return Block(
         address=address,
         bundles=len(bundles) - empty,
         scheduled=len(bundles),
-        mxu_cycles=-(-rows // (units * rate)),
+        mxu_cycles=ceil_div(rows, generation.matrix_units * generation.matrix_unit_rows),
         spills=sum(len(_SPILL.findall(bundle)) for bundle in bundles),
         selects=sum(len(_VECTOR_SELECT.findall(bundle)) for bundle in bundles),
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from gqe_jax.aot.bundles import Block, Instruction, Program
+from gqe_jax.tpu import LANES, SUBLANES
 
 _S32, _U32 = "(({} & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000", "({} & 0xFFFFFFFF)"
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -24,6 +25,7 @@ _ARITHMETIC = {
     "smin.u32": f"min({_U32.format('{0}')}, {_U32.format('{1}')})",
     "smax.u32": f"max({_U32.format('{0}')}, {_U32.format('{1}')})",
     "smov": "{0}",
+    "smov.u32": "{0}",  # libtpu 0.0.50 and later
     "scalar_select": "{1} if {0} else {2}",
     "por": "{0} or {1}",
     "pand": "{0} and {1}",
@@ -221,8 +223,8 @@ def words(values: np.ndarray, shape: str) -> list[int]:
     if values.ndim <= 1 or values.dtype.itemsize not in (1, 4):
         raise ValueError(f"where {shape} lies in scalar memory is not known: use 32-bit values")
     *_, rows, columns = values.shape
-    padded = np.pad(values.reshape(-1, rows, columns), [(0, 0), (0, -rows % 8), (0, -columns % 128)])
-    tiles = padded.reshape(len(padded), -1, 8, padded.shape[2] // 128, 128).swapaxes(2, 3)
+    padded = np.pad(values.reshape(-1, rows, columns), [(0, 0), (0, -rows % SUBLANES), (0, -columns % LANES)])
+    tiles = padded.reshape(len(padded), -1, SUBLANES, padded.shape[2] // LANES, LANES).swapaxes(2, 3)
     if values.dtype.itemsize == 1:
-        tiles = np.ascontiguousarray(tiles.reshape(*tiles.shape[:3], 2, 4, 128).swapaxes(-1, -2)).view(np.int32)
+        tiles = np.ascontiguousarray(tiles.reshape(*tiles.shape[:3], 2, 4, LANES).swapaxes(-1, -2)).view(np.int32)
     return tiles.ravel().tolist()

@@ -1,71 +1,11 @@
-"""TPU generations and the slices of them that can be compiled for: memory, peaks, links.
+"""Slices of TPUs that can be compiled for: their chips, how these are linked, and their devices without a TPU."""
 
-Peak FLOPs, HBM and its bandwidth: the pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x" of cloud.google.com/tpu/docs,
-per chip. Bandwidth of a link, each way: "How to Scale Your Model" (jax-ml.github.io/scaling-book), chapter 2; the Cloud
-pages state the sum over a chip's links, both ways (v5e 400 GB/s, v5p 1200, v6e 800, TPU7x 1200), a little more.
-"""
-
+import contextlib
 import dataclasses
 import math
 
 from gqe_jax.config import ConfigError
-
-GIB = 1 << 30
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-    """A generation, by what JAX counts as one device.
-
-    Attributes:
-      hbm: bytes of the chip's memory that belong to a device; programs get a little less (the compiler says how much).
-      peak_flops: dense bf16 FLOP/s.
-      hbm_bandwidth: bytes/s.
-      link_bandwidth: bytes/s of one link between neighbouring chips, each way.
-      matrix_unit: width of the matrix unit; a product over fewer elements leaves the rest of it idle.
-      devices_per_chip: 2 where JAX sees a chip's two cores apart.
-      wraps: chips along a dimension of a slice from which on, in multiples of it, the last is linked to the first.
-      slices: sizes of the slices, in chips.
-      options: further options of libtpu's topology.
-    """
-
-    hbm: int
-    peak_flops: float
-    hbm_bandwidth: float
-    link_bandwidth: float
-    matrix_unit: int
-    devices_per_chip: int = 1
-    wraps: int
-    slices: tuple[str, ...]
-    options: tuple[tuple[str, str], ...] = ()
-
-
-_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
-
-CHIPS = {
-    "v4": Chip(
-        hbm=32 * GIB, peak_flops=275e12, hbm_bandwidth=1228e9, link_bandwidth=45e9, matrix_unit=128, wraps=4,
-        slices=_CUBES, options=(("chip_config_name", "megacore"),),
-    ),
-    "v5e": Chip(
-        hbm=16 * GIB, peak_flops=197e12, hbm_bandwidth=819e9, link_bandwidth=45e9, matrix_unit=128, wraps=16,
-        slices=_FLAT,
-    ),
-    "v5p": Chip(
-        hbm=95 * GIB, peak_flops=459e12, hbm_bandwidth=2765e9, link_bandwidth=90e9, matrix_unit=128, wraps=4,
-        slices=_CUBES,
-    ),
-    "v6e": Chip(
-        hbm=32 * GIB, peak_flops=918e12, hbm_bandwidth=1638e9, link_bandwidth=90e9, matrix_unit=256, wraps=16,
-        slices=_FLAT,
-    ),
-    "tpu7x": Chip(
-        hbm=96 * GIB, peak_flops=2307e12 / 2, hbm_bandwidth=7380e9 / 2, link_bandwidth=90e9, matrix_unit=256,
-        devices_per_chip=2, wraps=4, slices=_CUBES[:8],
-    ),
-}  # fmt: skip
-"""Generation → what its devices are."""
+from gqe_jax.tpu import GENERATIONS, Generation, find_generation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +13,21 @@ class Topology:
     """A slice: so many chips of a generation, linked as a torus.
 
     Attributes:
-      name: as libtpu has it, "v5p:4x4x4".
+      generation: of the chips.
       shape: chips along each dimension.
     """
 
-    name: str
-    chip: Chip
+    generation: Generation
     shape: tuple[int, ...]
 
     @property
+    def name(self) -> str:
+        """As libtpu has it, "v5p:4x4x4"."""
+        return f"{self.generation.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
     def num_devices(self) -> int:
-        return math.prod(self.shape) * self.chip.devices_per_chip
+        return math.prod(self.shape) * self.generation.devices_per_chip
 
     def axis_bandwidth(self, extents: tuple[int, ...]) -> float:
         """Bytes/s that a device can send along an axis of the mesh.
@@ -96,27 +40,38 @@ class Topology:
         share its links; what they say to each other is taken to cost as much.
         """
         sizes = zip(extents, self.shape, strict=True)
-        both_ways = [extent == size and extent % self.chip.wraps == 0 for extent, size in sizes]
+        both_ways = [extent == size and extent % self.generation.wraps == 0 for extent, size in sizes]
         if tuple(extents) == self.shape:
             links = sum(1 + both for both in both_ways)
         else:
             links = 2 if any(both_ways) or sum(extent > 1 for extent in extents) > 1 else 1
-        return links * self.chip.link_bandwidth / self.chip.devices_per_chip
+        return links * self.generation.link_bandwidth / self.generation.devices_per_chip
+
+    def devices(self) -> list:
+        """JAX's devices of the slice, as they are on a machine that has it. In a child process only (`aot.child`)."""
+        from jax.experimental import topologies
+
+        options: dict[str, object] = {"chip_config_name": "megacore"} if self.generation.megacore else {}
+        if math.prod(self.shape) == 1:  # libtpu's hosts have four chips otherwise
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        return topologies.get_topology_desc(self.name, platform="tpu", **options).devices
 
 
-def known_topologies() -> str:
-    """The names, a generation on each line."""
-    return "\n".join(f"  {name}: {', '.join(chip.slices)}" for name, chip in CHIPS.items())
+def smallest_slice(generation: str) -> Topology:
+    """The slice of one chip of a generation, by its name."""
+    return topology(f"{generation}:{GENERATIONS[generation].slices[0]}")
 
 
 def topology(name: str) -> Topology:
-    """The slice of that name.
+    """The slice of that name, GENERATION:CHIPS.
 
     Raises:
       ConfigError: unknown; lists those that are known.
     """
-    generation, _, size = name.partition(":")
-    chip = CHIPS.get(generation)
-    if chip is None or size not in chip.slices:
-        raise ConfigError(f"--topology={name} is unknown: choose GENERATION:CHIPS from\n{known_topologies()}")
-    return Topology(name, chip, tuple(map(int, size.split("x"))))
+    spelled, _, shape = name.partition(":")
+    with contextlib.suppress(ValueError):
+        generation = find_generation(spelled)
+        if shape in generation.slices:
+            return Topology(generation, tuple(map(int, shape.split("x"))))
+    known = "\n".join(f"  {each.name}: {', '.join(each.slices)}" for each in GENERATIONS.values())
+    raise ConfigError(f"--topology={name} is unknown: choose GENERATION:CHIPS from\n{known}")

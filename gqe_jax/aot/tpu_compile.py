@@ -5,22 +5,18 @@ From these and from the values of a kernel's prefetched scalars follows how many
 for each straight run of instructions the bundles in it or the matrix unit's cycles for them, whichever is more, times
 the number of its executions (`gqe_jax.aot.bundles`). Waiting for HBM is not in it. It is a model, not a clock.
 
-The compilers of different TPU generations read the same environment variables before JAX starts, so compiling happens
-in a child process: `compile_all` describes functions by name.
+Compiling happens in child processes (`gqe_jax.aot.child`): `compile_all` describes functions by name.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
-import importlib.util
-import json
 import os
 import pathlib
-import queue
 import re
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -30,11 +26,11 @@ from typing import Any
 import numpy as np
 
 from gqe_jax.aot import bundles, scalar_unit
+from gqe_jax.aot.child import Child, CompileError
+from gqe_jax.aot.topologies import smallest_slice
 from gqe_jax.aot.traced_kernels import KernelCall, kernel_calls
 from gqe_jax.config import ConfigError
-
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-"""Target → the smallest topology of that generation that libtpu knows. The functions run on one device of it."""
+from gqe_jax.tpu import GENERATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +38,9 @@ class Job:
     """One function to compile.
 
     Attributes:
-      target: a key of `TOPOLOGIES`.
-      factory: "package.module:name" of a function that returns (function, tuple of jax.ShapeDtypeStruct trees).
+      target: a key of `gqe_jax.tpu.GENERATIONS`: the function is for one device of its smallest slice.
+      factory: "package.module:name" of a function that returns (function, tuple of jax.ShapeDtypeStruct trees); what is
+        jitted already keeps its donated arguments.
       options: the factory's keyword arguments; values that JSON can hold.
       schedules: read the kernels too. libtpu takes several times as long to compile where it writes out schedules.
       compiler_options: for XLA.
@@ -95,6 +92,7 @@ class Compiled:
     Attributes:
       libtpu: version of the compiler.
       arguments, outputs, temporaries: bytes of HBM.
+      hlo: the optimised program.
       kernels: Pallas kernels, in the order of their execution; none where a job does not ask for schedules.
       xla: cycles that XLA estimates for each operation outside the kernels, largest first.
     """
@@ -103,6 +101,7 @@ class Compiled:
     arguments: int
     outputs: int
     temporaries: int
+    hlo: str
     kernels: tuple[Kernel, ...]
     xla: tuple[tuple[str, int], ...]
 
@@ -123,10 +122,6 @@ class Compiled:
         """The only kernel whose name contains `name`."""
         (found,) = (kernel for kernel in self.kernels if name in kernel.name)
         return found
-
-
-class CompileError(ConfigError):
-    """The compiler refuses a function: its message."""
 
 
 def compile_for(target: str, factory: str, **options: Any) -> Compiled:
@@ -157,25 +152,27 @@ def compile_all(
       CompileError: a target is unknown, or libtpu is missing.
     """
     for job in jobs:
-        if job.target not in TOPOLOGIES:
-            raise CompileError(f"target {job.target!r} is unknown: choose one of {', '.join(TOPOLOGIES)}")
-    if importlib.util.find_spec("libtpu") is None:
-        raise CompileError("libtpu is not installed: pip install 'gqe_jax[tpu]'")
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for n in sorted(range(len(jobs)), key=lambda n: not jobs[n].schedules):  # a child starts anew where this changes
-        waiting.put(n)
+        if job.target not in GENERATIONS:
+            raise CompileError(f"target {job.target!r} is unknown: choose one of {', '.join(GENERATIONS)}")
+    # libtpu reads its flags as it starts: a child of each sort, first those that write schedules.
+    waiting = {
+        schedules: collections.deque(n for n, job in enumerate(jobs) if job.schedules is schedules)
+        for schedules in (True, False)
+    }
     results: list[Compiled | CompileError | None] = [None] * len(jobs)
     one_at_a_time = threading.Lock()
 
     def work(_: int) -> None:
-        with _Child() as child, contextlib.suppress(queue.Empty):
-            while True:
-                n = waiting.get_nowait()
-                start = time.monotonic()
-                results[n] = child.compile(jobs[n])
-                if on_result is not None:
-                    with one_at_a_time:
-                        on_result(n, results[n], time.monotonic() - start)
+        for schedules, numbers in waiting.items():
+            with tempfile.TemporaryDirectory(prefix="gqe_bundles_") as dump:
+                with Child(_dump_flags(dump) if schedules else None) as child, contextlib.suppress(IndexError):
+                    while True:
+                        n = numbers.popleft()
+                        start = time.monotonic()
+                        results[n] = _compile_in(child, jobs[n], dump)
+                        if on_result is not None:
+                            with one_at_a_time:
+                                on_result(n, results[n], time.monotonic() - start)
 
     processes = min(processes or min(4, len(os.sched_getaffinity(0))), len(jobs))
     if not processes:
@@ -184,87 +181,27 @@ def compile_all(
         try:
             list(pool.map(work, range(processes)))
         finally:  # interrupted: the threads finish what they have, and take no more
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    waiting.get_nowait()
+            for numbers in waiting.values():
+                numbers.clear()
     return results
 
 
-def child_environment(libtpu_flags: str | None = None) -> dict[str, str]:
-    """Environment variables of a Python process that compiles for TPUs on a machine that has none."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    return environment if libtpu_flags is None else environment | {"LIBTPU_INIT_ARGS": libtpu_flags}
+def _dump_flags(dump: str) -> str:
+    return (
+        f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
+        f"--xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra"
+    ).strip()
 
 
-class _Child:
-    """A process that compiles one function after the other; another takes its place where the compiler kills it."""
-
-    def __enter__(self) -> "_Child":
-        self.directory = tempfile.TemporaryDirectory(prefix="gqe_bundles_")
-        self.process: subprocess.Popen | None = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-        self.directory.cleanup()
-
-    def compile(self, job: Job) -> Compiled | CompileError:
-        if self.process is not None and job.schedules != self.schedules:  # libtpu reads its flags as it starts
-            self._end()
-        if self.process is None:
-            self._start(job.schedules)
-        try:
-            self.process.stdin.write(json.dumps(dataclasses.asdict(job)) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            answer = ""
-        else:
-            answer = self.process.stdout.readline()
-        if answer:
-            return _decode(json.loads(answer))
-        code = self._end()
-        log = pathlib.Path(self.directory.name, "log").read_text(errors="replace")
-        return CompileError(
-            f"{job.factory} for {job.target}: the compiler's process ended with exit code {code}:\n{log[-4000:]}"
-        )
-
-    def _start(self, schedules: bool) -> None:
-        self.schedules = schedules
-        dump = pathlib.Path(self.directory.name, "dump")
-        dump.mkdir(exist_ok=True)
-        flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-        if schedules:
-            flags += (
-                f" --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
-                f"--xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra"
-            )
-        with open(pathlib.Path(self.directory.name, "log"), "w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "gqe_jax.aot.tpu_compile", str(dump)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                env=child_environment(flags.strip()),
-            )  # fmt: skip
-
-    def _end(self) -> int | None:
-        if self.process is None:
-            return None
-        process, self.process = self.process, None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-        process.stdout.close()
-        return process.wait()
+def _compile_in(child: Child, job: Job, dump: str) -> Compiled | CompileError:
+    try:
+        entry = child.call("gqe_jax.aot.tpu_compile:compile_job", dump=dump, **dataclasses.asdict(job))
+    except ConfigError as error:
+        return CompileError(f"{job.factory} for {job.target}: {error}")
+    return _decode(entry)
 
 
-def _decode(entry: dict[str, Any]) -> Compiled | CompileError:
-    if "error" in entry:
-        return CompileError(entry["error"])
+def _decode(entry: dict[str, Any]) -> Compiled:
     kernels = tuple(Kernel(name, tuple(bundles.Block(**b) for b in blocks)) for name, blocks in entry.pop("kernels"))
     return Compiled(kernels=kernels, xla=tuple((name, cycles) for name, cycles in entry.pop("xla")), **entry)
 
@@ -272,36 +209,23 @@ def _decode(entry: dict[str, Any]) -> Compiled | CompileError:
 # ---- in the child process
 
 
-def _main() -> None:
-    dump = pathlib.Path(sys.argv[1])
-    with os.fdopen(os.dup(1), "w") as answers:
-        os.dup2(2, 1)  # whatever else prints is not an answer
-        for line in sys.stdin:
-            job = json.loads(line)
-            for file in dump.iterdir():
-                file.unlink()
-            try:
-                entry = _compile(dump, **job)
-            except Exception as error:  # a kernel that does not fit, or is not supported: the caller's to judge
-                entry = {"error": f"{job['factory']} for {job['target']}: {type(error).__name__}: {error}"[:4000]}
-            print(json.dumps(entry), file=answers, flush=True)
-
-
-def _compile(
-    dump: pathlib.Path, target: str, factory: str, options: dict[str, Any], schedules: bool,
-    compiler_options: dict[str, str],
-) -> dict[str, Any]:  # fmt: skip
+def compile_job(
+    dump: str, target: str, factory: str, options: dict[str, Any], schedules: bool, compiler_options: dict[str, str]
+) -> dict[str, Any]:
+    """The fields of `Compiled` for a `Job`; `dump` is the folder that libtpu writes schedules to."""
     import jax
-    from jax.experimental import topologies
 
+    for file in pathlib.Path(dump).iterdir():
+        file.unlink()
     module, name = factory.split(":")
     function, args = getattr(importlib.import_module(module), name)(**options)
-    device = topologies.get_topology_desc(TOPOLOGIES[target], platform="tpu").devices[0]
+    device = smallest_slice(target).devices()[0]
     mesh = jax.sharding.Mesh(np.array([device]), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    jitted = function if hasattr(function, "lower") else jax.jit(function)
     with jax.set_mesh(mesh):  # some lowering rules of Pallas ask the mesh which TPU it is, or else the host
-        compiled = jax.jit(function).lower(*placed).compile(compiler_options=compiler_options)
+        compiled = jitted.lower(*placed).compile(compiler_options=compiler_options)
         jaxpr = jax.make_jaxpr(function)(*args) if schedules else None
     calls = kernel_calls(jaxpr) if schedules else []  # evaluates scalars: not for the mesh's devices
     memory = compiled.memory_analysis()
@@ -311,7 +235,8 @@ def _compile(
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "kernels": _kernels(dump, hlo, calls, target) if schedules else [],
+        "hlo": hlo,
+        "kernels": _kernels(pathlib.Path(dump), hlo, calls, target) if schedules else [],
         "xla": _estimates(hlo),
     }
 
@@ -363,7 +288,3 @@ def _kernels(dump: pathlib.Path, hlo: str, calls: list[KernelCall], target: str)
         blocks = [dataclasses.replace(block, visits=n) for block, n in zip(program.blocks, visits, strict=True)]
         kernels.append((name, [dataclasses.asdict(block) for block in blocks]))
     return kernels
-
-
-if __name__ == "__main__":
-    _main()

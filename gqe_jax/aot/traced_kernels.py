@@ -41,13 +41,14 @@ def kernel_calls(closed_jaxpr) -> list[KernelCall]:
 
     def scan(eqn, inputs):
         params = eqn.params
-        consts, carry = params["num_consts"], params["num_consts"] + params["num_carry"]
+        consts, num_carry = _scan_sizes(params)
+        carry = consts + num_carry
         state = inputs[consts:carry]
         for t in range(params["length"]):
             t = params["length"] - 1 - t if params["reverse"] else t
             xs = [None if x is None else x[t] for x in inputs[carry:]]
             outputs = evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, [*inputs[:consts], *state, *xs])
-            state = outputs[: params["num_carry"]]
+            state = outputs[:num_carry]
         return [*state, *[None] * (len(eqn.outvars) - len(state))]
 
     def evaluate(jaxpr, consts, args):
@@ -78,6 +79,14 @@ def kernel_calls(closed_jaxpr) -> list[KernelCall]:
     jaxpr = closed_jaxpr.jaxpr
     evaluate(jaxpr, closed_jaxpr.consts, [None] * len(jaxpr.invars))
     return list(calls.values())
+
+
+def _scan_sizes(params: dict) -> tuple[int, int]:
+    """How many of a scan's inputs are constants, and how many behind them are carried on."""
+    if "ft_in" in params:  # jax 0.12 and later
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(list(consts)), len(list(carry))
+    return params["num_consts"], params["num_carry"]
 
 
 def _inner_jaxprs(eqn) -> list:

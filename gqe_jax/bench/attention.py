@@ -19,10 +19,10 @@ import numpy as np
 from flax import nnx
 
 from gqe_jax.attention import GQAttention, GQEAttention
-from gqe_jax.bench import TARGETS
 from gqe_jax.config import ConfigError
 from gqe_jax.convert import layer_to_torch
 from gqe_jax.kernels import attend
+from gqe_jax.tpu import GENERATIONS
 
 HEAD_DIM = 64
 # The paper's main setting.
@@ -42,7 +42,7 @@ def run(
     """Prints the tables.
 
     Args:
-      target: TPU to compile for, one of TARGETS; None: the devices that are here.
+      target: TPU to compile for, one of `gqe_jax.tpu.GENERATIONS`; None: the devices that are here.
       seq_lens: lengths of the rows; None: those of the platform.
       head_dim: on a TPU or GPU, 128 unless given.
       heads: numbers of query heads, on a CPU.
@@ -57,8 +57,8 @@ def run(
     for flag, values in (("--seq-len", seq_lens), ("--heads", heads), ("--repeats", [repeats])):
         if values and min(values) < 1:
             raise ConfigError(f"{flag}={min(values)} must be at least 1")
-    if target is not None and target not in TARGETS:
-        raise ConfigError(f"--target {target} is unknown: use one of {', '.join(TARGETS)}")
+    if target is not None and target not in GENERATIONS:
+        raise ConfigError(f"--target {target} is unknown: use one of {', '.join(GENERATIONS)}")
     platform = "tpu" if target else jax.default_backend()
     if platform != "cpu":
         if heads:
@@ -67,7 +67,7 @@ def run(
         return
     for flag, value in (("--plot", plot_file), ("--head-dim", head_dim)):
         if value:
-            raise ConfigError(f"{flag} is for TPUs and GPUs: name a TPU with --target ({', '.join(TARGETS)})")
+            raise ConfigError(f"{flag} is for TPUs and GPUs: name a TPU with --target ({', '.join(GENERATIONS)})")
     _run_on_cpu(seq_lens or (4096, 8192), heads or (8, 16), repeats, csv_file)
 
 

@@ -5,7 +5,6 @@ Everything is bfloat16, causal, batch 1, in the paper's proportions: N query hea
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,6 +15,8 @@ from flax import nnx
 from gqe_jax.attention import Attention, GQAttention, GQEAttention
 from gqe_jax.flops import scored_pairs
 from gqe_jax.kernels import IMPLEMENTATIONS, attend
+from gqe_jax.rounding import ceil_div
+from gqe_jax.tpu import GENERATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,10 +174,11 @@ def flops(rival: Rival, s: Setting, backward: bool) -> int:
 def useful_cycles(rival: Rival, s: Setting, backward: bool, target: str) -> float:
     """Cycles of one core's matrix units for the (query, key) pairs that the mask lets through, at this D, no more.
 
-    A unit W wide takes one row against W keys, or W of the D columns, in a cycle: D = 64 costs as much as D = W.
+    A unit W wide takes a row against W keys, or W of the D columns, at a time: D = 64 costs as much as D = W.
     """
-    width, rows_per_cycle = (256, 4) if target in ("v6e", "tpu7x") else (128, 4)
-    per_pair = math.ceil(s.head_dim / width) / width / rows_per_cycle
+    generation = GENERATIONS[target]
+    width, rows_per_cycle = generation.matrix_unit_width, generation.matrix_units * generation.matrix_unit_rows
+    per_pair = ceil_div(s.head_dim, width) / width / rows_per_cycle
     return _matmuls(backward) * per_pair * scored_pairs(s.seq_len) * s.attending_heads(rival.kind)
 
 

@@ -14,6 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from gqe_jax.aot.tpu_compile import CompileError, Job, compile_all
 from gqe_jax.kernels import prepare_queries
+from gqe_jax.tpu import GENERATIONS
 
 Blocks = tuple[int, int, int]
 """Block of queries, block of keys in memory, block of keys computed with at a time."""
@@ -118,7 +119,7 @@ def search(target: str, head_dim: int, seq_len: int, backward: bool) -> Blocks:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--target", nargs="+", default=["v5e", "v5p", "v6e", "tpu7x"])
+    parser.add_argument("--target", nargs="+", default=list(GENERATIONS))
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128, 256])
     args = parser.parse_args()
     for target, head_dim, part in itertools.product(args.target, args.head_dim, ("forward", "backward")):

@@ -14,6 +14,7 @@ from gqe_jax.bench import rivals, table
 from gqe_jax.bench.rivals import RIVALS, Rival, Setting
 from gqe_jax.bench.table import Cell
 from gqe_jax.flops import peak_flops
+from gqe_jax.tpu import find_generation
 
 SEQ_LENS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -54,7 +55,7 @@ def report(platform: str, cells: tuple[Cell, ...], head_dim: int) -> str:
 
 def _line(platform: str, part: str, backward: bool, s: Setting, repeats: int) -> dict[str, tuple[float | None, str]]:
     """Rival's name → (median seconds, or None and why)."""
-    generation = _generation() if platform == "tpu" else ""
+    generation = find_generation(jax.devices()[0].device_kind).name if platform == "tpu" else ""
     calls, failed = {}, {}
     for rival in RIVALS[platform]:
         function, shapes = rivals.make(part, dataclasses.asdict(rival), backward, dataclasses.asdict(s), generation)
@@ -90,10 +91,3 @@ def _cell(part: str, backward: bool, rival: Rival, s: Setting, seconds: float | 
     share = work / (seconds * peak) if seconds and peak and part == "attention" else None
     cost = None if seconds is None else 1e3 * seconds
     return Cell(part, backward, rival.name, s.seq_len, cost, "ms", work, share, note)
-
-
-def _generation() -> str:
-    """The target whose block sizes splash takes."""
-    kind = jax.devices()[0].device_kind.lower()
-    names = {"v4": "v4", "v5 lite": "v5e", "v5e": "v5e", "v5": "v5p", "v6": "v6e", "7x": "tpu7x"}
-    return next((target for name, target in names.items() if name in kind), "")

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from gqe_jax.bench import TARGETS
+from gqe_jax.tpu import GENERATIONS
 
 EPILOG = """examples:
   gqe bench data
@@ -32,7 +32,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(measure=_attention)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG_OF_ATTENTION
-    parser.add_argument("--target", metavar="TPU", help=f"compare for a TPU that is not here: {', '.join(TARGETS)}")
+    parser.add_argument("--target", metavar="TPU", help=f"compare for a TPU that is not here: {', '.join(GENERATIONS)}")
     parser.add_argument("--seq-len", type=int, nargs="+", metavar="S", help="default: from 2048 up; on a CPU 4096 8192")
     parser.add_argument("--head-dim", type=int, metavar="D", help="default: 128; on a CPU always 64")
     parser.add_argument("--heads", type=int, nargs="+", metavar="N", help="on a CPU (default: 8 16); elsewhere 16")

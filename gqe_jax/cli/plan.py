@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `gqe plan`."""
     parser.epilog = EPILOG
     add_config(parser)
-    parser.add_argument("--topology", required=True, metavar="NAME", help="slice of TPUs: v5e:4x4, v5p:4x4x4, ...")
+    parser.add_argument("--topology", required=True, metavar="NAME", help="slice of TPUs: v5e:1x1, v5p:4x4x4, ...")
     parser.add_argument("--mode", choices=MODES, default="train", help="which step (default: train)")
     parser.add_argument("--seq-len", type=int, metavar="N", help="tokens of a row (default: the model's context)")
     parser.add_argument("--batch-size", type=int, metavar="ROWS", help="of the global batch (default: the config's)")
@@ -51,11 +51,11 @@ def run(args: argparse.Namespace) -> int:
     from gqe_jax.config_files import load_config
     from gqe_jax.plan.compile import Request
 
-    topology(args.topology)
+    where = topology(args.topology)
     config = load_config(args.config, args.overrides)
     request = Request(
         config=config,
-        topology=args.topology,
+        topology=where.name,
         mode=args.mode,
         batch_size=config.data.batch_size if args.batch_size is None else args.batch_size,
         seq_len=config.model.context if args.seq_len is None else args.seq_len,

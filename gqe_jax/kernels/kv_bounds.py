@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from gqe_jax.kernels.mask import Mask
+from gqe_jax.rounding import ceil_div
 
 
 def kv_bounds(
@@ -23,7 +24,7 @@ def kv_bounds(
       Outside first..end no query of the block sees a key; within whole_first..whole_end every query of every batch row
       sees every key.
     """
-    num_kv_blocks = -(-kv_len // block_k)
+    num_kv_blocks = ceil_div(kv_len, block_k)
     shift = mask.q_offset - mask.kv_offset
     # The key on the diagonal of a block's first and last query: the least and the greatest of any batch row.
     least, greatest = jnp.min(shift) + q_starts, jnp.max(shift) + q_starts + block_q - 1
@@ -42,8 +43,8 @@ def kv_bounds(
         end = jnp.minimum(end, jnp.max(mask.kv_length))
         whole_end = jnp.minimum(whole_end, jnp.min(mask.kv_length))
 
-    first, end = first // block_k, -(-end // block_k)
-    whole_first, whole_end = -(-whole_first // block_k), whole_end // block_k
+    first, end = first // block_k, ceil_div(end, block_k)
+    whole_first, whole_end = ceil_div(whole_first, block_k), whole_end // block_k
     if mask.q_segment_ids is not None:
         by_segment = segment_bounds(mask, q_starts, block_q, num_kv_blocks, block_k)
         first, whole_first = jnp.maximum(first, by_segment[0]), jnp.maximum(whole_first, by_segment[1])

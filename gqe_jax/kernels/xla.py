@@ -27,6 +27,7 @@ from gqe_jax.kernels.mesh_axes import vary, varying_axes
 from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.queries import prepare_queries
 from gqe_jax.remat import ATTENTION_LSE, ATTENTION_OUT
+from gqe_jax.rounding import ceil_div
 
 LOG2_E = math.log2(math.e)
 
@@ -101,11 +102,11 @@ def xla(
 @functools.partial(jax.jit, static_argnames=("norm_eps", "softcap", "scale", "block_q", "block_k", "on_cpu"))
 def _xla(q, k, v, expert_index, mask, kv_head, q_rope, norm_scale, norm_eps, softcap, scale, block_q, block_k, on_cpu):
     q_len, num_slots = q.shape[1], q.shape[3] if expert_index is None else expert_index.shape[3]
-    num_q_blocks = -(-q_len // max(1, block_q // num_slots))
+    num_q_blocks = ceil_div(q_len, max(1, block_q // num_slots))
     plan = _Plan(
         scale=scale,
         softcap=softcap,
-        block_q=-(-q_len // num_q_blocks),
+        block_q=ceil_div(q_len, num_q_blocks),
         block_k=min(block_k, k.shape[1]),
         # Half of a block that T cuts short would take nearly as long as all of it.
         halves=mask.causal and 1 < block_k <= k.shape[1],
@@ -347,7 +348,7 @@ def _over_heads(plan, q, k, kv_head, some_heads, outputs):
 def _over_q_blocks(plan, mask, q, k, one_q_block, outputs):
     """Calls one_q_block(i, q_start, kv bounds, outputs) → outputs for each block of queries; the last one ends at S."""
     q_len = q.shape[1]
-    num_blocks = -(-q_len // plan.block_q)
+    num_blocks = ceil_div(q_len, plan.block_q)
     q_starts = jnp.minimum(jnp.arange(num_blocks) * plan.block_q, q_len - plan.block_q)
     bounds = kv_bounds(mask, q_starts, plan.block_q, plan.block_k, k.shape[1])
 

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from gqe_jax.config import ConfigError, MeshConfig, ModelConfig
 from gqe_jax.parallel.rules import AXES, spec_of
 from gqe_jax.parallel.zigzag import zigzag
+from gqe_jax.rounding import round_up
 
 
 def make_mesh(
@@ -92,7 +93,7 @@ def check_model(mesh: Mesh, model: ModelConfig) -> None:
             unused = " (the ids beyond the tokenizer's stay unused)" if name == "vocab_size" else ""
             problems.append(
                 f"mesh.expert={expert} does not divide model.{name}={size}: the next that fits is "
-                f"{-(-size // expert) * expert}{unused}"
+                f"{round_up(size, expert)}{unused}"
             )
     if model.d_model % spread:
         problems.append(

@@ -1,19 +1,15 @@
 """Compiles a configuration's step for a slice of TPUs on a machine that has none, in a child process.
 
-`compile_plan` starts the child, since libtpu reads its settings as JAX starts. Neither parameters nor data exist: the
-step is lowered from shapes and shardings, which is all that the compiler asks for.
+Neither parameters nor data exist: the step is lowered from shapes and shardings, which is all that the compiler asks
+for.
 """
 
 import dataclasses
-import json
-import pathlib
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from gqe_jax.aot.tpu_compile import CompileError, child_environment
+from gqe_jax.aot.child import Child, CompileError
+from gqe_jax.aot.topologies import Topology, topology
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build, to_dict
 from gqe_jax.plan import Mode
@@ -93,37 +89,21 @@ def compile_plan(request: Request) -> Compiled | OutOfMemory:
       ConfigError: libtpu is missing; mesh, model and batch do not fit together.
       CompileError: the compiler fails for another reason than memory.
     """
-    with tempfile.TemporaryDirectory(prefix="gqe_plan_") as directory:
-        result = pathlib.Path(directory, "result.json")
-        fields = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-        fields |= {"config": to_dict(request.config), "result": str(result)}
-        child = subprocess.run(
-            [sys.executable, "-m", "gqe_jax.plan.compile"],
-            input=json.dumps(fields), env=child_environment(), capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if child.returncode or not result.exists():
-            raise CompileError(
-                f"compiling for {request.topology} failed (exit code {child.returncode}; -9: the machine ran out of "
-                f"memory):\n{child.stderr[-4000:]}"
-            )
-        answer = json.loads(result.read_text())
-    if "error" in answer:
-        raise ConfigError(answer["error"])
+    fields = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    try:
+        with Child() as child:
+            answer = child.call("gqe_jax.plan.compile:compile_request", **fields | {"config": to_dict(request.config)})
+    except CompileError as error:
+        raise CompileError(f"compiling for {request.topology} failed: {error}") from None
     return Compiled(**answer) if "hlo" in answer else OutOfMemory(**answer)
 
 
 # ---- in the child process
 
 
-def _main() -> None:
-    fields = json.load(sys.stdin)
-    result = pathlib.Path(fields.pop("result"))
-    fields["config"] = build(fields["config"])
-    try:
-        answer = _compile(Request(**fields))
-    except ConfigError as error:
-        answer = {"error": str(error)}
-    result.write_text(json.dumps(answer))
+def compile_request(config: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """The fields of `Compiled` or of `OutOfMemory` for a `Request`, whose config is a dictionary."""
+    return _compile(Request(config=build(config), **fields))
 
 
 def _compile(request: Request) -> dict[str, Any]:
@@ -133,10 +113,10 @@ def _compile(request: Request) -> dict[str, Any]:
 
     from gqe_jax.parallel.mesh import check_model, make_mesh
 
-    devices = _devices(request.topology)
-    mesh = make_mesh(request.config.mesh, devices)
+    where = topology(request.topology)
+    mesh = make_mesh(request.config.mesh, where.devices())
     check_model(mesh, request.config.model)
-    known = {"mesh": dict(mesh.shape), "extents": _extents(mesh, request.topology)}
+    known = {"mesh": dict(mesh.shape), "extents": _extents(mesh, where)}
     with jax.set_mesh(mesh):
         began = time.monotonic()
         function, arguments, inputs = _step(request, mesh)
@@ -162,31 +142,12 @@ def _compile(request: Request) -> dict[str, Any]:
     }
 
 
-def _devices(name: str) -> list:
-    from importlib.metadata import PackageNotFoundError, version
-
-    from jax.experimental import topologies
-
-    from gqe_jax.aot.topologies import topology
-
-    try:
-        version("libtpu")
-    except PackageNotFoundError as error:
-        raise ConfigError(
-            "libtpu, which compiles for TPUs, is not installed: pip install 'gqe_jax[tpu]' (it needs no TPU)"
-        ) from error
-    options = dict(topology(name).chip.options)
-    return topologies.get_topology_desc(name, platform="tpu", **options).devices
-
-
-def _extents(mesh, name: str) -> dict[str, tuple[int, ...]]:
+def _extents(mesh, where: Topology) -> dict[str, tuple[int, ...]]:
     import math
 
     import numpy as np
 
-    from gqe_jax.aot.topologies import topology
-
-    dimensions = len(topology(name).shape)
+    dimensions = len(where.shape)
     extents = {}
     for place, axis in enumerate(mesh.axis_names):
         line = np.moveaxis(mesh.devices, place, 0).reshape(mesh.shape[axis], -1)[:, 0]
@@ -280,7 +241,3 @@ def _out_of_memory(message: str) -> dict[str, Any]:
     ]
     needed, available = sizes[:2] if len(sizes) >= 2 else (None, None)
     return {"needed": needed, "available": available, "message": message[:4000]}
-
-
-if __name__ == "__main__":
-    _main()

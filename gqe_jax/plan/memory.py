@@ -1,16 +1,23 @@
 """What a device must hold, by what it is, from the configuration alone: an estimate; the compiler has the last word."""
 
-import math
 from collections.abc import Mapping
+
+import jax.numpy as jnp
 
 from gqe_jax.attention.context_parallel import GATHERED_BYTES
 from gqe_jax.config import ModelConfig, RunConfig
 from gqe_jax.flops import parameter_count
 from gqe_jax.plan.compile import Mode
+from gqe_jax.rounding import ceil_div
 
 LIVE_LAYERS = 1.5  # of the intermediate results of one layer, what its backward pass holds at a time
 LIVE_KEYS = 4  # of gathered keys and values: as they come, in natural order, and their gradients
 LIVE_LOGITS = 2.5  # float32 arrays of one chunk's logits: themselves, their exponentials, their gradient
+
+
+def compute_bytes(model: ModelConfig) -> int:
+    """Bytes of a number in the dtype that the model computes in."""
+    return jnp.dtype(model.dtype).itemsize
 
 
 def activation_width(model: ModelConfig, remat: str, expert: int = 1) -> int:
@@ -21,7 +28,7 @@ def activation_width(model: ModelConfig, remat: str, expert: int = 1) -> int:
       remat: the policy, a key of `gqe_jax.remat.POLICIES`.
       expert: devices along that axis of the mesh.
     """
-    d, item, hidden = model.d_model, 2 if model.dtype == "bfloat16" else 4, 2 * model.d_ff // expert
+    d, item, hidden = model.d_model, compute_bytes(model), 2 * model.d_ff // expert
     attention = model.attention.saved_bytes(remat, d_model=d, itemsize=item, expert=expert)
     mlp = {
         "full": 0,
@@ -34,14 +41,14 @@ def activation_width(model: ModelConfig, remat: str, expert: int = 1) -> int:
 
 def tokens_per_device(mesh: Mapping[str, int], rows: int, seq_len: int) -> tuple[int, int]:
     """(rows, tokens of each) on one device, of `rows` that are computed at a time."""
-    return math.ceil(rows / (mesh["data"] * mesh["fsdp"])), seq_len // mesh["context"]
+    return ceil_div(rows, mesh["data"] * mesh["fsdp"]), seq_len // mesh["context"]
 
 
 def gathered_keys(config: RunConfig, mesh: Mapping[str, int], batch_size: int, seq_len: int) -> int:
     """Bytes of a layer's keys and values of whole rows, where `context` gathers them on each device; 0: it does not."""
     attention = config.model.attention
     rows, _ = tokens_per_device(mesh, batch_size // config.train.accumulate, seq_len)
-    item = 2 if config.model.dtype == "bfloat16" else 4
+    item = compute_bytes(config.model)
     size = item * rows * seq_len * attention.cached_numbers(mesh["expert"])
     method = attention.context_parallel
     gathers = method == "gather" or (method == "auto" and size <= GATHERED_BYTES)
@@ -53,7 +60,7 @@ def estimate(
 ) -> dict[str, int]:
     """Bytes on one device, by what they are."""
     model, expert = config.model, mesh["expert"]
-    item = 2 if model.dtype == "bfloat16" else 4
+    item = compute_bytes(model)
     parameters = parameter_count(model)["total"] // expert
     pieces = mesh["fsdp"] * mesh["context"]
     shard = parameters // pieces

@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from gqe_jax.aot.topologies import GIB, topology
+from gqe_jax.aot.topologies import topology
 from gqe_jax.flops import parameter_count
 from gqe_jax.plan.collectives import kernel_calls, read_collectives
 from gqe_jax.plan.compile import Compiled, OutOfMemory, Request
 from gqe_jax.plan.memory import estimate
 from gqe_jax.plan.roofline import Roofline, ici_seconds, roofline, step_flops
 from gqe_jax.plan.search import Candidate
+from gqe_jax.tpu import GIB
 
 DAY = 86400.0
 
@@ -54,7 +55,8 @@ class Plan:
         rows = [(f"{name} (argument)", size) for name, size in compiled.inputs.items()]
         rows.append(("temporaries", compiled.temporaries))
         rows += [("new outputs", compiled.outputs - compiled.aliased), ("program", compiled.code)]
-        lines = [f"memory of a device, GiB: fits, {compiled.peak / GIB:.2f} of {self.topology.chip.hbm / GIB:.0f}"]
+        hbm = self.topology.generation.hbm
+        lines = [f"memory of a device, GiB: fits, {compiled.peak / GIB:.2f} of {hbm / GIB:.0f}"]
         return "\n".join([*lines, *_sizes(rows), *_estimates(self.request, compiled.mesh)])
 
     def _flops(self) -> str:
@@ -79,9 +81,9 @@ class Plan:
         return "\n".join(lines) if self.collectives else "no collectives"
 
     def _times(self) -> str:
-        times, chip = self.roofline, self.topology.chip
+        times, chip = self.roofline, self.topology.generation
         peaks = (
-            f"{chip.peak_flops / 1e12:,.0f} TFLOP/s, HBM {chip.hbm_bandwidth / 1e9:,.0f} GB/s, a link "
+            f"{chip.peak_flops['bfloat16'] / 1e12:,.0f} TFLOP/s, HBM {chip.hbm_bandwidth / 1e9:,.0f} GB/s, a link "
             f"{chip.link_bandwidth / 1e9:.0f} GB/s each way"
         )
         lines = [f"roofline, ms (peaks of a device: {peaks})"]
@@ -122,7 +124,7 @@ def time_rows(times: Roofline) -> list[tuple[str, float]]:
 
 def out_of_memory(request: Request, failure: OutOfMemory) -> str:
     """Why the step does not fit."""
-    chip = topology(request.topology).chip
+    chip = topology(request.topology).generation
     need = "" if failure.needed is None else f": {failure.needed / GIB:.2f} of temporaries"
     have = chip.hbm if failure.available is None else failure.available
     inputs = sum(failure.inputs.values())

@@ -22,7 +22,8 @@ from gqe_jax.config import ModelConfig, RunConfig
 from gqe_jax.flops import ForwardFlops, forward_flops, parameter_count
 from gqe_jax.plan import Mode
 from gqe_jax.plan.collectives import Collective
-from gqe_jax.plan.memory import activation_width, gathered_keys, tokens_per_device
+from gqe_jax.plan.memory import activation_width, compute_bytes, gathered_keys, tokens_per_device
+from gqe_jax.rounding import ceil_div
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def roofline(
     ici: Mapping[tuple[str, ...], float],
 ) -> Roofline:
     """The terms of a step; `ici` are the seconds of its collectives (`ici_seconds`)."""
-    model, chip = config.model, topology.chip
+    model, chip = config.model, topology.generation
     flops = step_flops(model, mode, batch_size, seq_len)
     attention = flops.attention + flops.shared_head
     products = flops.total - attention
@@ -86,15 +87,15 @@ def roofline(
             scores += attention  # a ring's backward pass computes it once more
     else:
         scores = attention
-    devices = topology.num_devices
-    width = max(1.0, chip.matrix_unit / model.attention.head_dim)
+    devices, peak_flops = topology.num_devices, chip.peak_flops["bfloat16"]
+    width = max(1.0, chip.matrix_unit_width / model.attention.head_dim)
     return Roofline(
-        matmul=products / devices / chip.peak_flops,
-        attention=scores * width / devices / chip.peak_flops,
+        matmul=products / devices / peak_flops,
+        attention=scores * width / devices / peak_flops,
         hbm=hbm_bytes(config, mesh, mode, batch_size, seq_len) / chip.hbm_bandwidth,
         ici=ici,
         model_flops=(3 if mode == "train" else 1) * flops.total,
-        peak_flops=devices * chip.peak_flops,
+        peak_flops=devices * peak_flops,
     )
 
 
@@ -115,10 +116,10 @@ def step_flops(model: ModelConfig, mode: Mode, batch_size: int, seq_len: int, ki
 def hbm_bytes(config: RunConfig, mesh: Mapping[str, int], mode: Mode, batch_size: int, seq_len: int) -> int:
     """Bytes that a device reads from and writes to its memory in a step."""
     model, expert = config.model, mesh["expert"]
-    item = 2 if model.dtype == "bfloat16" else 4
+    item = compute_bytes(model)
     parameters = parameter_count(model)["total"] // expert
     if mode != "train":
-        rows = math.ceil(batch_size / (mesh["data"] * mesh["fsdp"]))
+        rows = ceil_div(batch_size, mesh["data"] * mesh["fsdp"])
         cache = item * model.num_layers * rows * seq_len * model.attention.cached_numbers(expert)
         tokens = rows * (1 if mode == "decode" else seq_len)
         return item * parameters + cache + 2 * model.num_layers * tokens * activation_width(model, "none", expert)
@@ -152,7 +153,7 @@ def expected_collectives(
     """The large collectives of a training step, from the configuration alone; a compiled step's are read from it."""
     model, parts = config.model, config.train.accumulate
     expert, context = mesh["expert"], mesh["context"]
-    item = 2 if model.dtype == "bfloat16" else 4
+    item = compute_bytes(model)
     parameters = parameter_count(model)["total"] // expert
     rows, tokens = tokens_per_device(mesh, batch_size // config.train.accumulate, seq_len)
     again = model.remat in ("attention", "full")
@@ -188,7 +189,7 @@ def likely_extents(topology: Topology, mesh: Mapping[str, int]) -> dict[str, tup
     free = list(topology.shape)
     extents = {}
     for axis in reversed(list(mesh)):
-        left = max(1, mesh[axis] // (topology.chip.devices_per_chip if axis == "context" else 1))
+        left = max(1, mesh[axis] // (topology.generation.devices_per_chip if axis == "context" else 1))
         spans = [1] * len(free)
         for place in sorted(range(len(free)), key=lambda place: (free[place] != left, -free[place])):
             spans[place] = math.gcd(left, free[place])

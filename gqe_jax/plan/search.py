@@ -34,7 +34,7 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        return self.memory <= FILL * topology(self.request.topology).chip.hbm
+        return self.memory <= FILL * topology(self.request.topology).generation.hbm
 
     def overrides(self, base: RunConfig) -> str:
         """The arguments of the command line that make this variant of `base`."""

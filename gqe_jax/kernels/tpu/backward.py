@@ -28,7 +28,8 @@ from gqe_jax.kernels.tpu.backward_blocks import BackwardBlocks
 from gqe_jax.kernels.tpu.backward_step import Step
 from gqe_jax.kernels.tpu.plan import Plan
 from gqe_jax.kernels.tpu.q_bounds import q_bounds
-from gqe_jax.kernels.tpu.tiles import LANES
+from gqe_jax.rounding import ceil_div
+from gqe_jax.tpu import LANES
 
 
 def backward(
@@ -81,9 +82,9 @@ class Call:
 
     def __init__(self, plan: Plan, blocks: BackwardBlocks, operands):
         self.plan, self.blocks = plan, blocks
-        self.num_q_blocks = -(-plan.q_len // blocks.block_q)
-        self.num_kv_blocks = -(-plan.kv_len // blocks.block_kv)
-        self.num_chunks = -(-self.num_q_blocks // blocks.chunk_q)
+        self.num_q_blocks = ceil_div(plan.q_len, blocks.block_q)
+        self.num_kv_blocks = ceil_div(plan.kv_len, blocks.block_kv)
+        self.num_chunks = ceil_div(self.num_q_blocks, blocks.chunk_q)
         self.has_norm = "norm_scale" in operands
         # Whether there may be queries that see no key, or lie past the end of their array.
         self.blind_queries = plan.padded_q_len % blocks.block_q != 0 or not plan.all_see(plan.q_len, plan.kv_len)

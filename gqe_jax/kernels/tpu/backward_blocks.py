@@ -3,8 +3,9 @@
 import dataclasses
 
 from gqe_jax.kernels.tpu.blocks import even_blocks
-from gqe_jax.kernels.tpu.tiles import LANES
 from gqe_jax.kernels.tpu.vmem import backward_bytes, too_large
+from gqe_jax.rounding import ceil_div
+from gqe_jax.tpu import GENERATIONS, LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +26,6 @@ class BackwardBlocks:
     chunk_q: int
 
 
-# (block_q, block_kv, piece_q, piece_kv) by generation: bfloat16, D = 128.
-_BACKWARD = {
-    "v4": (512, 512, 512, 512),
-    "v5e": (1024, 1024, 512, 512),
-    "v5p": (1024, 1024, 512, 512),
-    "v6e": (1024, 1024, 512, 512),
-    "7x": (1024, 1024, 512, 512),
-}
-
-
 def backward_blocks(plan) -> BackwardBlocks:
     """The blocks given, or tuned ones that fit; no larger than the lengths need, with the longest chunk that fits.
 
@@ -46,11 +37,11 @@ def backward_blocks(plan) -> BackwardBlocks:
     for shrink in (1,) if is_given else (1, 2, 4):
         block_q, block_kv, piece_q, piece_kv = _sizes(plan, shrink)
         fixed, per_block = backward_bytes(plan, block_q, block_kv, piece_q, piece_kv)
-        num_q_blocks = -(-plan.q_len // block_q)
+        num_q_blocks = ceil_div(plan.q_len, block_q)
         most = min((plan.vmem_limit_bytes - fixed) // per_block, num_q_blocks)
         if most >= min(given.backward_chunk_q or 1, num_q_blocks):
-            num_chunks = -(-num_q_blocks // min(given.backward_chunk_q or most, num_q_blocks))
-            return BackwardBlocks(block_q, block_kv, piece_q, piece_kv, -(-num_q_blocks // num_chunks))
+            num_chunks = ceil_div(num_q_blocks, min(given.backward_chunk_q or most, num_q_blocks))
+            return BackwardBlocks(block_q, block_kv, piece_q, piece_kv, ceil_div(num_q_blocks, num_chunks))
 
     def need(sizes: dict[str, int]) -> int:
         block_q, block_kv = sizes["backward_block_q"], sizes["backward_block_kv"]
@@ -68,14 +59,12 @@ def _sizes(plan, shrink: int) -> tuple[int, int, int, int]:
     given = plan.block_sizes
     if plan.dtype.itemsize == 4:
         shrink *= 2
-    tuned = _BACKWARD.get(plan.generation, _BACKWARD["v5e"])
-    block_q, block_kv, piece_q, piece_kv = (max(LANES, size // shrink) for size in tuned)
+    tuned = GENERATIONS[plan.generation].blocks
+    block, piece = (max(LANES, size // shrink) for size in (tuned.backward_block, tuned.backward_piece))
     # A block is unrolled over its pieces and heads: four keep the matrix unit busy, more are only longer code.
-    if plan.num_slots * plan.groups_per_block > 1:
-        block_q = piece_q
-    if plan.num_slots * plan.groups_per_block > 2:
-        block_kv = piece_kv
+    heads = plan.num_slots * plan.groups_per_block
+    block_q, block_kv = piece if heads > 1 else block, piece if heads > 2 else block
     block_q = even_blocks(plan.q_len, given.backward_block_q or block_q)
     block_kv = even_blocks(plan.kv_len, given.backward_block_kv or block_kv)
-    piece_q, piece_kv = given.backward_piece_q or piece_q, given.backward_piece_kv or piece_kv
+    piece_q, piece_kv = given.backward_piece_q or piece, given.backward_piece_kv or piece
     return block_q, block_kv, min(piece_q, block_q), min(piece_kv, block_kv)

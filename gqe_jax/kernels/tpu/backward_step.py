@@ -11,7 +11,8 @@ from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.tpu.plan import LOG2_E, MASKED
 from gqe_jax.kernels.tpu.selection import column, finish_queries, selected_queries
 from gqe_jax.kernels.tpu.selection_gradient import scatter_heads, unfinish_queries
-from gqe_jax.kernels.tpu.tiles import LANES, dot, finite, lane_index
+from gqe_jax.kernels.tpu.tiles import dot, finite, lane_index
+from gqe_jax.tpu import LANES
 
 NEVER = -MASKED
 """A log-sum-exp of rows whose probabilities are to be 0 whatever their scores."""

@@ -1,10 +1,11 @@
-"""Sizes of the kernels' blocks: a small table from compiled schedules, by TPU generation, D and dtype, clipped to S."""
+"""Sizes of the kernels' blocks: tuned ones of the TPU generation from compiled schedules, clipped to S."""
 
 import dataclasses
 
 from jax.experimental.pallas import tpu as pltpu
 
-from gqe_jax.kernels.tpu.tiles import LANES, round_up
+from gqe_jax.rounding import ceil_div, round_up
+from gqe_jax.tpu import GENERATIONS, LANES, find_generation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,16 +86,6 @@ class Blocks:
     ones_row: bool = False
 
 
-# (rows of q, keys in memory, tile, part of a diagonal block, ones_row) by generation.
-_FORWARD = {
-    "v4": (512, 2048, 512, 128, False),
-    "v5e": (1024, 16384, 1024, 128, False),
-    "v5p": (1024, 16384, 1024, 128, False),
-    "v6e": (2048, 16384, 2048, 256, True),
-    "7x": (2048, 16384, 2048, 256, True),
-}
-
-
 def forward_blocks(
     generation: str,
     num_slots: int,
@@ -115,8 +106,8 @@ def forward_blocks(
     Raises:
       ValueError: given and tuned sizes do not divide each other.
     """
-    rows, tuned_kv, tuned_tile, diagonal_part, ones_row = _FORWARD.get(generation, _FORWARD["v5e"])
-    tuned_unit = 512
+    tuned = GENERATIONS[generation].blocks
+    rows, tuned_kv, tuned_tile, tuned_unit = tuned.rows, tuned.block_kv, tuned.tile, 512
     if bounded:
         rows, tuned_kv, tuned_tile = rows // 2, min(tuned_kv, 8192), tuned_tile // 2
         tuned_unit = tuned_tile
@@ -137,7 +128,7 @@ def forward_blocks(
             "block_kv": block_kv,
             "tile": max(x for x in range(unit, max(most_tile, unit) + 1, unit) if block_kv % x == 0),
             "unit": unit,
-            "diagonal_part": _largest_divisor(block_q, given.diagonal_part or diagonal_part),
+            "diagonal_part": _largest_divisor(block_q, given.diagonal_part or tuned.diagonal_part),
             "row_part": _largest_divisor(block_q * num_slots, given.row_part or 256),
         }
 
@@ -145,7 +136,7 @@ def forward_blocks(
     given.check_divisors({name: getattr(given, name) or size for name, size in uncut.items()})
     return Blocks(
         **sizes(even_blocks(q_len, most_q), min(most_kv, kv_len)),
-        ones_row=ones_row if given.ones_row is None else given.ones_row,
+        ones_row=tuned.ones_row if given.ones_row is None else given.ones_row,
     )
 
 
@@ -156,11 +147,15 @@ def _largest_divisor(size: int, most: int) -> int:
 
 def even_blocks(length: int, most: int) -> int:
     """The size of the fewest equal blocks of at most `most` that cover `length`, a multiple of 128."""
-    tiles = -(-length // LANES)
-    count = -(-tiles // (most // LANES))
-    return -(-tiles // count) * LANES
+    tiles = ceil_div(length, LANES)
+    count = ceil_div(tiles, most // LANES)
+    return ceil_div(tiles, count) * LANES
 
 
 def tpu_generation() -> str:
-    """ "v4", "v5e", "v5p", "v6e" or "7x": of the devices that the computation is lowered for."""
-    return str(pltpu.get_tpu_info().chip_version)
+    """The name of the generation that the computation is lowered for.
+
+    Raises:
+      ValueError: it is lowered for no TPU, or for one that `gqe_jax.tpu` does not know.
+    """
+    return find_generation(str(pltpu.get_tpu_info().chip_version)).name

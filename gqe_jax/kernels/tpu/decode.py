@@ -36,7 +36,9 @@ from gqe_jax.kernels.mesh_axes import result
 from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.queries import prepare_queries
 from gqe_jax.kernels.tpu.plan import LOG2_E
-from gqe_jax.kernels.tpu.tiles import LANES, SUBLANES, dot, finite, mark_not_finite, round_up
+from gqe_jax.kernels.tpu.tiles import dot, finite, mark_not_finite
+from gqe_jax.rounding import ceil_div, round_up
+from gqe_jax.tpu import LANES, SUBLANES
 
 if typing.TYPE_CHECKING:
     from gqe_jax.kernels.choose import Call
@@ -199,7 +201,7 @@ def _block_kv(plan: _Plan, dtype) -> int:
 def _attend(plan: _Plan, mask: Mask, kv_head, rows, k, v, first_row):
     """o [B, N, Wv] in the dtype of rows, lse float32 [B, N, 128]; batch row b reads row first_row + b of K and V."""
     batch, token_rows = rows.shape[0], plan.token_rows
-    num_blocks = -(-plan.kv_len // plan.block_kv)
+    num_blocks = ceil_div(plan.kv_len, plan.block_kv)
     shift = mask.q_offset - mask.kv_offset
     length = jnp.full((batch,), plan.kv_len, jnp.int32) if mask.kv_length is None else mask.kv_length
     first_key, end_key = jnp.zeros_like(length), length
@@ -209,7 +211,7 @@ def _attend(plan: _Plan, mask: Mask, kv_head, rows, k, v, first_row):
         first_key = jnp.maximum(first_key, shift - plan.window + 1)
         end_key = jnp.minimum(end_key, shift + plan.q_len - 1 + plan.window)
     first = jnp.minimum(first_key // plan.block_kv, num_blocks)
-    end = jnp.clip(-(-end_key // plan.block_kv), first, num_blocks)
+    end = jnp.clip(ceil_div(end_key, plan.block_kv), first, num_blocks)
     steps = jnp.maximum(jnp.max(end - first), 1)
 
     row = np.arange(plan.rows)

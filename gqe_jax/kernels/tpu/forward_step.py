@@ -20,7 +20,8 @@ from gqe_jax.kernels.partials import EMPTY_LSE
 from gqe_jax.kernels.tpu.plan import LN_2, MASKED, NO_MAX
 from gqe_jax.kernels.tpu.schedule import divide
 from gqe_jax.kernels.tpu.selection import finish_queries, selected_queries
-from gqe_jax.kernels.tpu.tiles import LANES, SUBLANES, dot, finite, lane_index, mark_not_finite
+from gqe_jax.kernels.tpu.tiles import dot, finite, lane_index, mark_not_finite
+from gqe_jax.tpu import LANES, SUBLANES
 
 PROLOGUE_ROWS = 512
 """Queries that are selected, normed and rotated at one time: the compiler spreads longer code thinly."""

@@ -19,8 +19,9 @@ from gqe_jax.kernels.tpu.blocks import BlockSizes, tpu_generation
 from gqe_jax.kernels.tpu.forward import forward
 from gqe_jax.kernels.tpu.plan import MaskKind, Plan
 from gqe_jax.kernels.tpu.schedule import row_bounds
-from gqe_jax.kernels.tpu.tiles import LANES, round_up
 from gqe_jax.remat import ATTENTION_LSE, ATTENTION_OUT
+from gqe_jax.rounding import round_up
+from gqe_jax.tpu import LANES
 
 MAX_HEADS = 32
 """Heads of a block (slots, of two groups where D = 64). Code is straight over them: beyond, compiling takes minutes."""

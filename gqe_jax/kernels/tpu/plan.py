@@ -11,7 +11,8 @@ from gqe_jax.kernels.tpu import vmem
 from gqe_jax.kernels.tpu.backward_blocks import BackwardBlocks, backward_blocks
 from gqe_jax.kernels.tpu.blocks import Blocks, BlockSizes
 from gqe_jax.kernels.tpu.schedule import Schedule, make_schedule
-from gqe_jax.kernels.tpu.tiles import LANES, round_up
+from gqe_jax.rounding import round_up
+from gqe_jax.tpu import GENERATIONS, LANES
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -44,7 +45,7 @@ class Plan:
       rope_batch: batch rows of the rotary tables.
       norm_eps: of the queries' RMS norm.
       scale, softcap: as in `attend`.
-      generation: of the TPU.
+      generation: name of the TPU's, in `gqe_jax.tpu.GENERATIONS`.
       block_sizes: in place of the tuned ones.
       has_kv_head: each group says which KV head it reads.
       interpret: what `pallas_call` takes.
@@ -89,7 +90,7 @@ class Plan:
     @property
     def vmem_limit_bytes(self) -> int:
         """What a kernel may take of a core's VMEM."""
-        return vmem.LIMIT_BYTES.get(self.generation, vmem.OTHER_LIMIT_BYTES)
+        return GENERATIONS[self.generation].kernel_vmem
 
     @property
     def width(self) -> int:

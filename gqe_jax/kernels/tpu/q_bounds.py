@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from gqe_jax.kernels.kv_bounds import segment_bounds
 from gqe_jax.kernels.mask import Mask
+from gqe_jax.rounding import ceil_div
 
 
 def q_bounds(mask: Mask, q_len: int, kv_len: int, block_q: int, block_kv: int) -> jax.Array:
@@ -12,7 +13,7 @@ def q_bounds(mask: Mask, q_len: int, kv_len: int, block_q: int, block_kv: int) -
 
     Outside first..end no query sees a key of the kv block; within whole_first..whole_end every query sees every key.
     """
-    num_q_blocks, num_kv_blocks = -(-q_len // block_q), -(-kv_len // block_kv)
+    num_q_blocks, num_kv_blocks = ceil_div(q_len, block_q), ceil_div(kv_len, block_kv)
     first_key = jnp.arange(num_kv_blocks, dtype=jnp.int32) * block_kv
     last_key = first_key + block_kv - 1
 
@@ -31,8 +32,8 @@ def q_bounds(mask: Mask, q_len: int, kv_len: int, block_q: int, block_kv: int) -
         kv_end = kv_len if mask.kv_length is None else jnp.minimum(mask.kv_length, kv_len)
         end = jnp.where(first_key < kv_end, end, 0)
         whole_end = jnp.where(last_key < kv_end, whole_end, 0)
-        first, end = first // block_q, -(-end // block_q)
-        whole_first, whole_end = -(-whole_first // block_q), whole_end // block_q
+        first, end = first // block_q, ceil_div(end, block_q)
+        whole_first, whole_end = ceil_div(whole_first, block_q), whole_end // block_q
         if mask.q_segment_ids is not None:
             rows = jax.tree.map(lambda x: x[None], mask)
             mirrored = Mask(

@@ -24,6 +24,7 @@ from jax import lax
 
 from gqe_jax.kernels.kv_bounds import kv_bounds
 from gqe_jax.kernels.mask import Mask
+from gqe_jax.rounding import ceil_div
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +51,11 @@ class Schedule:
 
     @property
     def num_q_blocks(self) -> int:
-        return -(-self.q_len // self.block_q)
+        return ceil_div(self.q_len, self.block_q)
 
     @property
     def num_kv_blocks(self) -> int:
-        return -(-self.kv_len // self.block_kv)
+        return ceil_div(self.kv_len, self.block_kv)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -122,7 +123,7 @@ class Schedule:
         elif self.bounded:
             row = bounds
         else:
-            row = 0, 0, self.kv_len // self.unit, -(-self.kv_len // self.unit)
+            row = 0, 0, self.kv_len // self.unit, ceil_div(self.kv_len, self.unit)
         return tuple(jnp.clip(x - j * per_block, 0, per_block) for x in row)
 
     def _alone(self, r: jax.Array) -> jax.Array:
@@ -149,10 +150,10 @@ def is_bounded(mask, q_len: int, kv_len: int) -> bool:
 
 def make_schedule(mask, q_len: int, kv_len: int, block_q: int, block_kv: int, unit: int) -> Schedule:
     """The schedule of a `Mask`, or of its static part, a `MaskKind`."""
-    width = -(-kv_len // block_kv)
+    width = ceil_div(kv_len, block_kv)
     if mask.window is not None:
         keys = block_q + (mask.window - 1) * (1 if mask.causal else 2)
-        width = min(width, -(-(keys - 1) // block_kv) + 1)
+        width = min(width, ceil_div(keys - 1, block_kv) + 1)
     return Schedule(
         q_len,
         kv_len,

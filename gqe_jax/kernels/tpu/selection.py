@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from gqe_jax.kernels.tpu.tiles import LANES, lane_index
+from gqe_jax.kernels.tpu.tiles import lane_index
+from gqe_jax.tpu import LANES
 
 
 def column(x: jax.Array, lane: jax.Array, *, exact: bool) -> jax.Array:

@@ -6,7 +6,8 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from gqe_jax.kernels.tpu.selection import rotate_halves
-from gqe_jax.kernels.tpu.tiles import LANES, lane_index
+from gqe_jax.kernels.tpu.tiles import lane_index
+from gqe_jax.tpu import LANES
 
 
 def unfinish_queries(

@@ -4,13 +4,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-LANES = 128
-SUBLANES = 8
-
-
-def round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
 
 def lane_index(shape: tuple[int, ...]) -> jax.Array:
     """int32 of `shape`: each element's place on the last axis."""

@@ -9,11 +9,9 @@ from collections.abc import Callable
 
 from gqe_jax.kernels.tpu.blocks import Blocks, forward_blocks
 from gqe_jax.kernels.tpu.schedule import is_bounded
-from gqe_jax.kernels.tpu.tiles import LANES, round_up
+from gqe_jax.rounding import round_up
+from gqe_jax.tpu import LANES
 
-LIMIT_BYTES = {"v4": 14 << 20, "v5e": 100 << 20, "v5p": 60 << 20, "v6e": 100 << 20, "7x": 60 << 20}
-"""Generation → what a kernel may take of a core's 16, 64 or 128 MiB."""
-OTHER_LIMIT_BYTES = 60 << 20
 SMALL_BYTES = 64 << 10
 """For what is not counted one by one."""
 
