@@ -12,7 +12,7 @@ import dataclasses
 from typing import Literal
 
 from gqe_jax.config import ModelConfig
-from gqe_jax.tpu import find_generation
+from gqe_jax.tpu import UnknownGeneration, find_generation
 
 # Peak dense bf16 FLOP/s of a GPU by the start of its `device_kind`, the longest match holds; TPUs are in gqe_jax.tpu.
 PEAK_FLOPS = {
@@ -109,7 +109,7 @@ def flops_per_step(
 
 def peak_flops(device_kind: str) -> float | None:
     """Returns the peak dense bfloat16 FLOP/s of one device (`jax.Device.device_kind`); None where it is not known."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(UnknownGeneration):
         return find_generation(device_kind).peak_flops["bfloat16"]
     known = [name for name in PEAK_FLOPS if device_kind.lower().startswith(name.lower())]
     return PEAK_FLOPS[max(known, key=len)] if known else None

@@ -129,11 +129,15 @@ GENERATIONS: Mapping[str, Generation] = {
 """Name → generation."""
 
 
+class UnknownGeneration(ValueError):
+    """A TPU that has no row in `GENERATIONS`."""
+
+
 def find_generation(name: str) -> Generation:
     """The generation that `name` means: its name, another spelling, or a `device_kind` of JAX; case does not matter.
 
     Raises:
-      ValueError: there is none; the message lists all names.
+      UnknownGeneration: there is none; the message lists all names.
     """
     for generation in GENERATIONS.values():
         if name.lower() in map(str.lower, (generation.name, *generation.spellings, *generation.device_kinds)):
@@ -141,4 +145,4 @@ def find_generation(name: str) -> Generation:
     known = "; ".join(
         f"{x.name} (also {', '.join((*x.spellings, *x.device_kinds))})" for x in GENERATIONS.values()
     )
-    raise ValueError(f"TPU generation {name!r} is unknown: use one of {known}")
+    raise UnknownGeneration(f"TPU generation {name!r} is unknown: use one of {known}")

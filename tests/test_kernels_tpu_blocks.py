@@ -18,7 +18,7 @@ from gqe_jax.kernels.tpu.blocks import forward_blocks
 from gqe_jax.kernels.tpu.pallas_tpu import pallas_tpu
 from gqe_jax.kernels.tpu.plan import MaskKind, Plan
 from gqe_jax.kernels.tpu.vmem import backward_bytes, forward_bytes
-from gqe_jax.tpu import GENERATIONS
+from gqe_jax.tpu import GENERATIONS, find_generation
 
 NEAR_LIMIT = {"block_kv": 90112}
 """Of keys and values alone: just within the 100 MiB of v5e and v6e."""
@@ -209,3 +209,6 @@ def test_what_no_tpu_kernel_should_compute_is_left_to_xla(monkeypatch):
         monkeypatch.setattr(pallas_tpu_module, "tpu_generation", lambda generation=generation: generation)
         choice = choose("tpu", dataclasses.replace(call, num_experts=64, num_slots=8))
         assert choice.name == name and (name != "xla" or "bytes of VMEM" in choice.why)
+    monkeypatch.setattr(pallas_tpu_module, "tpu_generation", lambda: find_generation("v9").name)
+    choice = choose("tpu", call)
+    assert choice.name == "xla" and "TPU generation 'v9' is unknown" in choice.why

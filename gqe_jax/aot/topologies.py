@@ -5,7 +5,7 @@ import dataclasses
 import math
 
 from gqe_jax.config import ConfigError
-from gqe_jax.tpu import GENERATIONS, Generation, find_generation
+from gqe_jax.tpu import GENERATIONS, Generation, UnknownGeneration, find_generation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def topology(name: str) -> Topology:
       ConfigError: unknown; lists those that are known.
     """
     spelled, _, shape = name.partition(":")
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(UnknownGeneration):
         generation = find_generation(spelled)
         if shape in generation.slices:
             return Topology(generation, tuple(map(int, shape.split("x"))))

@@ -156,6 +156,7 @@ def tpu_generation() -> str:
     """The name of the generation that the computation is lowered for.
 
     Raises:
-      ValueError: it is lowered for no TPU, or for one that `gqe_jax.tpu` does not know.
+      ValueError: it is lowered for no TPU.
+      UnknownGeneration: it is lowered for one that `gqe_jax.tpu` does not know.
     """
     return find_generation(str(pltpu.get_tpu_info().chip_version)).name

@@ -21,7 +21,7 @@ from gqe_jax.kernels.tpu.plan import MaskKind, Plan
 from gqe_jax.kernels.tpu.schedule import row_bounds
 from gqe_jax.remat import ATTENTION_LSE, ATTENTION_OUT
 from gqe_jax.rounding import round_up
-from gqe_jax.tpu import LANES
+from gqe_jax.tpu import LANES, UnknownGeneration
 
 MAX_HEADS = 32
 """Heads of a block (slots, of two groups where D = 64). Code is straight over them: beyond, compiling takes minutes."""
@@ -49,6 +49,8 @@ def _lack_of_memory(call) -> str | None:
     """What the error says where no blocks fit the VMEM of the TPU that the call is lowered for, if one is known."""
     try:
         generation = tpu_generation()
+    except UnknownGeneration as error:
+        return f"pallas_tpu: {error}"
     except ValueError:  # a host without a TPU asks what a TPU would run
         return None
     padded_dim, groups_per_block = _lanes(call.num_groups, call.num_experts, call.head_dim, call.kv_head)
