@@ -101,11 +101,15 @@ def test_stopped_by_signals(config, whole, tmp_path):
         child = start(config, run)
         read_until_training(child)
         child.send_signal(number)
+        child.send_signal(number)  # as terminals and supervisors do: it is the same request
         _, err = child.communicate(timeout=240)
         assert child.returncode == code, err
         step = checkpoints(run).latest()
-        expected = f"gqe train: stopped by {number.name} after step {step}; its checkpoint is saved; "
-        assert err == expected + "the same command continues it\n"
+        assert err == (
+            f"gqe: {number.name}: stopping after this step and saving; another signal, from 1 s on, ends without saving\n"
+            f"gqe train: stopped by {number.name} after step {step}; its checkpoint is saved; the same command continues "
+            f"it\n"
+        )
         assert max(losses(run)) == step < STEPS
     assert f"resuming {run} from step {step}" in finish(start(config, run))
     assert_same_run(run, whole)
