@@ -24,7 +24,8 @@ def run(tmp_path_factory):
     run.mkdir()
     variables = placed_variables(abstract_model(config.model)).items()
     values = {path.replace("/", "."): placed.variable.get_value() for path, placed in variables}
-    save_run(run, config, ByteTokenizer(), {path: jnp.zeros(value.shape, value.dtype) for path, value in values.items()})
+    zeros = {path: jnp.zeros(value.shape, value.dtype) for path, value in values.items()}
+    save_run(run, config, ByteTokenizer(), zeros)
     with MetricWriter(run, config={}) as writer:
         for step in (1, 2):
             writer.write(step, {"loss": 5.0 - step, "load": np.full((2, 2, 2), 0.5), "entropy": [0.5, 0.5]})
