@@ -82,6 +82,8 @@ def build(mapping: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
     Raises:
       ConfigError: a key is unknown (the message has the nearest known one), a type is wrong, or a rule is broken.
     """
+    if not isinstance(mapping, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(f"the configuration is a {type(mapping).__name__}, but must be a group of keys")
     values = dict(mapping)
     model = values.get("model", {})
     if isinstance(model, Mapping | ml_collections.ConfigDict):

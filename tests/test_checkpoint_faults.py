@@ -141,8 +141,8 @@ def test_failed_write_surfaces_and_spares_the_last_checkpoint(tmp_path):
     *errors, steps = out.splitlines()
     expected = (
         f"CheckpointFailed could not save the checkpoint of step 2 in {tmp_path}: File too large; the checkpoint of "
-        f"step 1 is complete and untouched. Free disk space or make the directory writable, and start the same command "
-        f"again: it goes on from the newest one"
+        f"step 1 is complete, and the same command goes on from it. Free disk space or make the directory writable "
+        f"first"
     )
     assert errors == [expected] * 3
     assert steps == "[1, 4]"

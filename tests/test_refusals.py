@@ -29,7 +29,9 @@ def cut(path):
 
 
 def flip(path):
-    path.write_bytes(path.read_bytes()[:-7] + bytes(7))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def without_heldout(data):
@@ -54,7 +56,7 @@ REFUSALS = {
     "a torn shard": ("", lambda data: cut(shard(data, "train")), "damaged"),
     "another byte": ("", lambda data: flip(shard(data, "train")), "damaged"),
     "a torn held-out shard": ("", lambda data: cut(shard(data, "heldout")), "damaged"),
-    "no held-out rows": ("", without_heldout, "no heldout rows"),
+    "no held-out rows": ("", without_heldout, "no held-out text"),
     "a window of steps": ("train.profile_steps=5:2", None, "train.profile_steps='5:2'"),
     "a bound": ("train.stall_seconds=0.0", None, "train.stall_seconds=0.0 must be positive"),
 }

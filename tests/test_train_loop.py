@@ -226,7 +226,7 @@ def test_full_disk_spares_the_last_checkpoint(copied, finished, limit_file_size)
 def test_unwritable_directory(data, copied, tmp_path):
     """A file where a directory must be, and a directory where a file must be: said before anything is compiled."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"could not write .*file/run.*: Not a directory; there is no checkpoint yet"):
+    with pytest.raises(OSError, match=r"could not write .*file/run.*: Not a directory; there is no complete"):
         train(tiny_config(data), tmp_path / "file" / "run")
     (copied.directory / "metrics.jsonl").unlink()
     (copied.directory / "metrics.jsonl").mkdir()

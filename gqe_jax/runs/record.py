@@ -13,6 +13,9 @@ from etils import epath
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build
 
+DIMENSIONS = {"loss": 0, "eval/loss": 0, "load": 3, "eval/load": 3, "entropy": 1}
+"""Metric → its dimensions, for what is drawn: load [L, G, M], entropy [L]."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
@@ -42,7 +45,8 @@ class RunRecord:
     def load(self) -> np.ndarray | None:
         """[L, G, M], share of tokens that selected each expert at the last logged step; None for dense attention."""
         loads = (line["load"] for line in reversed(self.metrics) if line.get("load") is not None)
-        return next((np.asarray(load, np.float64) for load in loads), None)
+        arrays = (np.asarray(load, np.float64) for load in loads)
+        return next((load for load in arrays if np.isfinite(load).all()), None)
 
 
 def read_run(directory: str | Path) -> RunRecord:
@@ -61,20 +65,37 @@ def read_run(directory: str | Path) -> RunRecord:
             f"--run={str(directory)!r} has no config.json, so no run was started there: give the directory that "
             "`gqe train --run` wrote"
         ) from None
-    except (ValueError, TypeError, AttributeError) as error:  # not JSON, not an object, or not our keys
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:  # not JSON, or not our keys
         raise ConfigError(
             f"--run={str(directory)!r} has a config.json that is not one of a run ({error}): give the directory that "
             "`gqe train --run` wrote, or use the version of gqe_jax that wrote it"
         ) from error
     path = directory / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): it must be the file that a run wrote") from error
     metrics = []
     for number, line in enumerate(lines, start=1):
         try:
-            metrics.append({"step": None} | json.loads(line))
-            metrics[-1]["step"] = int(metrics[-1]["step"])
-        except (ValueError, TypeError) as error:
+            metrics.append(_checked(json.loads(line)))
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ConfigError(
-                f"{path}, line {number}, is not a JSON object with a step ({error}): repair or remove that line"
+                f"{path}, line {number}, is not a JSON object with a step and metrics ({error}): repair or remove that "
+                f"line"
             ) from error
     return RunRecord(directory, config, sorted(metrics, key=lambda line: line["step"]))
+
+
+def _checked(line: Any) -> dict[str, Any]:
+    """The line of metrics.jsonl, if it is what a run writes. Raises ValueError, TypeError or OverflowError."""
+    step = line.get("step") if isinstance(line, dict) else None
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise ValueError(f"its step is {step!r:.40}")
+    for name, value in line.items():
+        if value is None or (isinstance(value, str | list) and name not in DIMENSIONS):
+            continue
+        array = np.asarray(value, np.float64)
+        if array.ndim != DIMENSIONS.get(name, 0) or 0 in array.shape or np.isinf(array).any():
+            raise ValueError(f"its {name:.40} is {value!r:.40}")
+    return line
