@@ -25,7 +25,7 @@ _VECTOR_SELECT = re.compile(r"= vsel ")
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A straight run of bundles: entered at its first, left behind its last.
+    """A basic block: a run of bundles that is entered at its first and left after its last.
 
     Attributes:
       address: of its first bundle, in the dump.
@@ -57,7 +57,7 @@ class Block:
 
     @property
     def scheduled_total(self) -> int:
-        """The same with the empty bundles."""
+        """Counts the cycles with the bundles that the compiler leaves empty, times `visits`."""
         return max(self.scheduled, self.mxu_cycles) * self.visits
 
 
@@ -84,7 +84,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A kernel's dump, taken apart.
+    """Holds the parsed dump of a kernel.
 
     Attributes:
       blocks: in the order of their addresses, visits not yet counted.

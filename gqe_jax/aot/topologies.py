@@ -10,7 +10,7 @@ from gqe_jax.tpu import GENERATIONS, Generation, UnknownGeneration, find_generat
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: so many chips of a generation, linked as a torus.
+    """Describes a slice: a number of chips of one generation, linked as a torus.
 
     Attributes:
       generation: of the chips.

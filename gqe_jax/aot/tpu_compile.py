@@ -67,7 +67,7 @@ class Kernel:
 
     @property
     def scheduled_total(self) -> int:
-        """The same, counting the bundles that the compiler leaves empty while results are on their way."""
+        """Counts the kernel's cycles with the bundles that the compiler leaves empty while it waits for results."""
         return sum(block.scheduled_total for block in self.blocks)
 
     @property
@@ -115,7 +115,7 @@ class Compiled:
 
     @property
     def total(self) -> int:
-        """Cycles of the kernels, and of the rest by XLA's estimate."""
+        """Counts the cycles of the kernels and, by XLA's estimate, of the rest."""
         return self.kernel_cycles + self.xla_cycles
 
     def kernel(self, name: str) -> Kernel:
@@ -141,7 +141,7 @@ def compile_all(
     processes: int | None = None,
     on_result: Callable[[int, Compiled | CompileError, float], None] | None = None,
 ) -> list[Compiled | CompileError]:
-    """Compiles functions in child processes; an entry for each function, an error as a value.
+    """Compiles functions in child processes; returns one entry for each function, which is an error where one failed.
 
     Args:
       jobs: the functions.

@@ -9,7 +9,7 @@ from jax.extend.core import Literal
 
 @dataclasses.dataclass(eq=False)
 class KernelCall:
-    """A pallas_call as traced.
+    """Describes one traced pallas_call.
 
     Attributes:
       name: of the kernel.

@@ -139,7 +139,7 @@ def _take_turns(functions: dict[str, Callable[[], object]], repeats: int) -> dic
 
 
 def _row(what, seq_len, heads, ours, other) -> dict[str, object]:
-    """ratio > 1: ours is faster."""
+    """Formats one row of the table; a ratio above 1 means that ours is faster."""
     return {
         "what": what,
         "seq_len": seq_len,

@@ -26,7 +26,7 @@ _MODEL = ModelConfig(
 
 
 def write_corpus(folder: Path, megabytes: float, files: int) -> Corpus:
-    """So much text of Python's standard library, repeated as need be, in `files` files of JSON lines of equal size."""
+    """Writes text of Python's standard library, repeated as needed, to `files` files of JSON lines of equal size."""
     texts = [json.dumps({"text": document.text}) + "\n" for document in stdlib_corpus().documents()]
     size, each, lines = megabytes * 1e6 / files, 0, _endless(texts)
     for number in range(files):

@@ -51,7 +51,7 @@ RIVALS = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Sizes: S tokens, N query heads (experts) in G groups, k selected, head dimension D, model width d."""
+    """Holds the sizes: S tokens, N query heads (experts) in G groups, k selected, head dimension D, width d."""
 
     seq_len: int
     head_dim: int = 128

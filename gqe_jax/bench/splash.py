@@ -45,7 +45,7 @@ def splash_blocks(target: str, head_dim: int, seq_len: int) -> tuple[Blocks, Blo
 
 
 class _CausalMask(splash_attention_mask.CausalMask):
-    """JAX's, but where a block is all or nothing the host does not compare all pairs of its positions."""
+    """Masks as JAX's causal mask, but compares no pairs of positions on the host for full or empty blocks."""
 
     def __getitem__(self, index):
         rows, columns = (range(n)[part] for n, part in zip(self.shape, index, strict=True))

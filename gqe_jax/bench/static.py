@@ -146,7 +146,7 @@ def report(static: Static) -> str:
 
 
 def quantities(static: Static) -> dict[str, float]:
-    """Those of `GOALS` that follow from what was compiled."""
+    """Returns the quantities of `GOALS` that follow from what was compiled."""
     ours = RIVALS["tpu"][-1]
     found: dict[str, float] = {}
 

@@ -39,7 +39,7 @@ class Cell:
 
 
 def title(part: str, backward: bool, rival: str, seq_len: int) -> str:
-    """What a cell holds, in words."""
+    """Describes in words what a cell holds."""
     return f"{PARTS[part]}, {PASSES[backward]}, {rival}, S = {seq_len}"
 
 

@@ -88,7 +88,7 @@ def _folder_name(task: str) -> str:
 
 
 def _choose_tokenizer(args: argparse.Namespace, corpus: Corpus, given: Tokenizer | None) -> Tokenizer:
-    """given: the source's own."""
+    """Chooses the tokenizer; `given` is the source's own, or None."""
     if given is not None:
         if args.tokenizer is not None or args.train_sentencepiece is not None:
             raise ConfigError(

@@ -268,7 +268,7 @@ def changed_sources(directory: Path, corpus: Corpus) -> list[str]:
 
 
 def damaged_files(directory: Path, files: Sequence[FileRecord], *, hashes: bool) -> dict[str, str]:
-    """What is wrong with each file that is not as the manifest says, by name: its size, and if asked its sha256."""
+    """Returns file name → what is wrong with it, for files whose size (or, if asked, sha256) is not the manifest's."""
 
     def problem(file: FileRecord) -> str | None:
         path = directory / file.name

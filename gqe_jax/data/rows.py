@@ -22,7 +22,7 @@ _HEADER_FIELDS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """tokens: integers [n], 2 <= n <= seq_len + 1. segment_starts: input positions, ascending, the first of them 0."""
+    """A row has tokens, integers [n], 2 <= n <= seq_len + 1, and segment_starts, ascending positions from 0."""
 
     tokens: np.ndarray
     segment_starts: np.ndarray

@@ -111,7 +111,7 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class _Sums:
-    """Over what was evaluated of one set; arrays in float64."""
+    """Holds sums over the evaluated part of one set, arrays in float64."""
 
     nats: float
     tokens: int

@@ -35,7 +35,7 @@ SAMPLING_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k"
 
 
 class Row(NamedTuple):
-    """Tokens that the model reads, and those that it is to predict at the last len(targets) of them."""
+    """A row has tokens that the model reads, and targets that it predicts at the last len(targets) of them."""
 
     inputs: list[int]
     targets: list[int]
@@ -53,7 +53,7 @@ class JaxLM(TemplateLM):
     """
 
     def __init__(self, trained: TrainedModel, batch_size: int = 16):
-        """batch_size: rows; a multiple of the number of devices.
+        """Wraps a trained model; batch_size is a number of rows, a multiple of the number of devices.
 
         Raises:
           ConfigError: the tokenizer has ids that the model has no embedding for.

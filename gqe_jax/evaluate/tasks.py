@@ -129,7 +129,7 @@ def _check_kind(leaves: set[str], manager: TaskManager) -> None:
 
 
 def _nearest_tasks(name: str, manager: TaskManager) -> str:
-    """Near names: those that begin alike too, of which there are often some; never all fourteen thousand."""
+    """Returns names close to the one given, also those that begin alike, and never all fourteen thousand."""
     alike = [known for known in manager.all_tasks if known.startswith(name)][:8]
     if alike:
         return f"there is {', '.join(alike)}"
@@ -138,7 +138,7 @@ def _nearest_tasks(name: str, manager: TaskManager) -> str:
 
 
 def _load(name: str, manager: TaskManager, files: list[Path]) -> dict[str, Any]:
-    """files: those that stand in for the data sets; none where the Hub's are taken."""
+    """Loads the tasks; `files` replace the Hub's data sets, and are empty where the Hub's are used."""
     try:
         return manager.load([name])
     except Exception as error:  # lm-eval, its tasks' own code and the data-set library raise anything

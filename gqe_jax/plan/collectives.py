@@ -27,7 +27,7 @@ _REFERENCE = re.compile(r"%([\w.-]+)")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collective:
-    """All collectives of one kind over the same axes.
+    """Sums all collectives of one kind over the same axes.
 
     Attributes:
       kind: one of `KINDS`.

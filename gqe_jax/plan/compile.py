@@ -17,7 +17,7 @@ from gqe_jax.plan import Mode
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to compile.
+    """Says what to compile.
 
     Attributes:
       topology: name of the slice (`topologies.topology`).
@@ -35,7 +35,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """A compiled step. Bytes are those of one device.
+    """Describes a compiled step; bytes are those of one device.
 
     Attributes:
       mesh: axis → devices.

@@ -1,4 +1,4 @@
-"""What a device must hold, by what it is, from the configuration alone: an estimate; the compiler has the last word."""
+"""Estimates from the configuration alone what a device must hold; the compiler's figure decides."""
 
 from collections.abc import Mapping
 
@@ -40,7 +40,7 @@ def activation_width(model: ModelConfig, remat: str, expert: int = 1) -> int:
 
 
 def tokens_per_device(mesh: Mapping[str, int], rows: int, seq_len: int) -> tuple[int, int]:
-    """(rows, tokens of each) on one device, of `rows` that are computed at a time."""
+    """Returns (rows, tokens of each row) on one device, of `rows` that are computed at a time."""
     return ceil_div(rows, mesh["data"] * mesh["fsdp"]), seq_len // mesh["context"]
 
 

@@ -37,7 +37,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """That a step takes or makes."""
+        """The number of tokens that a step takes or generates."""
         return self.request.batch_size * (1 if self.request.mode == "decode" else self.request.seq_len)
 
     def flops(self, kind: Literal["active", "dense_equivalent"]) -> int:
@@ -101,7 +101,7 @@ class Plan:
 
 
 def headline(request: Request, mesh: Mapping[str, int]) -> str:
-    """What is planned, in two lines."""
+    """Describes in two lines what is planned."""
     config = request.config
     axes = " × ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
     rows = f"{request.batch_size:,} rows of {request.seq_len:,} tokens"

@@ -51,12 +51,12 @@ class Roofline:
 
     @property
     def overlapped(self) -> float:
-        """If arithmetic, HBM and ICI all work at the same time."""
+        """Seconds of a step if arithmetic, HBM and ICI all work at the same time."""
         return max(self.compute, self.hbm, sum(self.ici.values()))
 
     @property
     def serial(self) -> float:
-        """If none of them waits for less than the end of the others."""
+        """Seconds of a step if arithmetic, HBM and ICI work one after the other."""
         return self.compute + self.hbm + sum(self.ici.values())
 
     def mfu(self, seconds: float) -> float:

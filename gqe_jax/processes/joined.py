@@ -1,4 +1,4 @@
-"""Several processes as one run."""
+"""Joins several processes into one run."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ def joined(
     timeout: float,
     report: Callable[[BaseException], int],
 ) -> Iterator[None]:
-    """Inside, JAX has the devices of all processes. One that fails inside ends here, and tells the others.
+    """Gives JAX the devices of all processes inside the context; a process that fails there tells the others.
 
     To be entered before JAX has been asked for its devices. What leaves with an exception cannot end as Python does,
     for JAX then waits for all the others, which wait for it.
@@ -85,7 +85,7 @@ def every_text(text: str) -> list[str]:
 
 
 def first_says(text: str) -> str:
-    """The text of process 0, on all; for what is read from a file or a clock. All have to ask together."""
+    """Returns process 0's text on all processes, which must call together; for what a file or a clock says."""
     return every_text(text)[0]
 
 

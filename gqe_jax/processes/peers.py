@@ -92,12 +92,12 @@ class Peers:
         return {process: line.read(timeout) or {} for process, line in self.lines.items()}
 
     def refuse(self, error: OSError | ConfigError) -> NoReturn:
-        """Process 0: nobody starts. Raises `error`, here and everywhere."""
+        """On process 0, stops the start: raises `error` here and on all processes."""
         self.send({"refused": str(error), "input": isinstance(error, ConfigError), "host": self.hosts[0]})
         raise error
 
     def watch(self) -> None:
-        """Makes this process end, from now on, when another one does."""
+        """From now on, ends this process when another one ends."""
         threading.Thread(target=self._watch, name="gqe-peers", daemon=True).start()
 
     def _watch(self) -> None:
@@ -152,7 +152,7 @@ class Peers:
         os._exit(1)
 
     def finish(self) -> None:
-        """This process has come to the end of the run."""
+        """Tells the other processes that this one has come to the end of the run."""
         self._tell({"done": True})
 
     def fail(self, error: BaseException) -> None:

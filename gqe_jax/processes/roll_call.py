@@ -75,7 +75,7 @@ def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, str]:
 
 
 def difference(what: str, values: Mapping[int, str]) -> str | None:
-    """Who has which value, if not all have the same."""
+    """Says which process has which value, if not all have the same."""
     groups: dict[str, list[int]] = {}
     for process, value in sorted(values.items()):
         groups.setdefault(value, []).append(process)

@@ -218,7 +218,7 @@ def _rope_to_hf(scaling: RopeScaling) -> dict[str, Any]:
 
 
 def from_hf(config: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a config.json says in our terms.
+    """Returns the model configuration that a config.json describes.
 
     Args:
       config: its content.

@@ -143,7 +143,7 @@ def to_write(
 
 
 def _zeros(config: ModelConfig, zero_biases: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of tensors that stand for nothing in our parameters."""
+    """Returns names and shapes of exported tensors of zeros, which correspond to none of our parameters."""
     attention = config.attention
     heads, kv_heads = attention.query_heads[1], attention.num_kv_heads
     for layer in range(config.num_layers):

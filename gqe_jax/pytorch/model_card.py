@@ -53,7 +53,7 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 def model_card(saved: SavedModel, title: str, *, dtype: str, why: str, needs_code: bool) -> str:
-    """The text. What the run does not tell (its data have moved, say) is left out or said to be unknown.
+    """Returns the text; what the run no longer tells (its data have moved, say) is left out or called unknown.
 
     Args:
       saved: the model.

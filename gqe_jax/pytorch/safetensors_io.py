@@ -62,7 +62,7 @@ class StoredTensor(NamedTuple):
     begin: int
 
     def rows(self, first: int, count: int) -> StoredTensor:
-        """So many rows of the first axis."""
+        """Reads a number of rows of the first axis."""
         shape = (count, *self.shape[1:])
         row = math.prod(self.shape[1:]) * SIZES[self.dtype]
         return StoredTensor(self.file, self.dtype, shape, self.begin + first * row)

@@ -41,7 +41,7 @@ class CheckpointFailed(OSError):
 
 
 class Checkpoints:
-    """The checkpoints of one run. A context manager: leaving it waits for the save in progress.
+    """Holds the checkpoints of one run. It is a context manager: leaving it waits for the save in progress.
 
     Opening changes nothing on disk, so that others may read the checkpoints of a run that is being trained.
 
@@ -190,7 +190,7 @@ class Checkpoints:
         return self._has(step, "opt_state")
 
     def _has(self, step: int, item: str) -> bool:
-        """Whether the item was written; of a local checkpoint by its record: what is lost since is damage."""
+        """Tells whether the item was written; locally the record decides, as a recorded item that is gone is damage."""
         root = self.directory / str(step)
         self.verify(step, items=())
         found = (root / item).is_dir() if self._remote else item in integrity.recorded_items(Path(root))

@@ -53,7 +53,7 @@ def check_directory(directory: str | Path) -> epath.Path:
 
 @contextlib.contextmanager
 def locked(directory: epath.Path) -> Iterator[None]:
-    """Inside, no other process trains in the directory. Process 0 holds the lock for all; it dies with the process.
+    """Keeps other processes from training in the directory; process 0 holds the lock, which ends with it.
 
     There is none in a bucket, on a file system without locks or on an operating system without `fcntl`.
 
@@ -116,7 +116,7 @@ def _names(path: Path, file: IO[str]) -> bool:
 
 @contextlib.contextmanager
 def write_failures_named(directory: epath.Path) -> Iterator[None]:
-    """Says of a failed write in the run's directory what it means and what helps; checkpoints say so themselves."""
+    """Explains a failed write in the run's directory and what helps; failed checkpoints explain themselves."""
     try:
         yield
     except (CheckpointFailed, BrokenPipeError, ChildProcessError):  # which name what failed

@@ -30,7 +30,7 @@ def recorded_items(root: Path) -> set[str]:
 
 
 def problems(root: Path, items: Sequence[str] | None, *, part: int, parts: int) -> list[str]:
-    """What is wrong with recorded files of `items` (folders in `root`; None: all); reads `part` of `parts` of them."""
+    """Describes what is wrong with the recorded files of `items` (None: all); reads `part` of `parts` of them."""
     try:
         record = json.loads((root / RECORD).read_bytes())
     except (OSError, ValueError) as error:

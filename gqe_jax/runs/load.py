@@ -1,4 +1,4 @@
-"""A trained model, read back from the checkpoints of its run."""
+"""Reads a trained model back from the checkpoints of its run."""
 
 import dataclasses
 from pathlib import Path
@@ -82,7 +82,7 @@ def chosen_step(checkpoints: Checkpoints, directory: str | Path, step: int | Non
 def abstract_items(
     state: TrainState, form: int, model: nnx.Module, mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
-    """Shapes, dtypes and places on `mesh` of the items of an abstract state in a checkpoint of that form.
+    """Returns the items of an abstract state in a checkpoint of the form `form`, with shardings on `mesh`.
 
     Args:
       state: abstract.

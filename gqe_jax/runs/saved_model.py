@@ -25,7 +25,7 @@ from gqe_jax.runs.state import buffers_name
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """What `load_model` gives, but for the parameters, which are still on disk.
+    """Holds what `load_model` returns, except that the parameters are still on disk.
 
     Attributes:
       run: the run's directory.

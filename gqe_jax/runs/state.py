@@ -13,7 +13,7 @@ FORMAT = 2
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training changes.
+    """Holds all that training changes.
 
     Attributes:
       step: int32 scalar, steps taken.
@@ -43,7 +43,7 @@ def items_of(state: TrainState, form: int = FORMAT) -> dict[str, Any]:
 
 
 def state_of(items: dict[str, Any], form: int = FORMAT) -> TrainState:
-    """The reverse of `items_of`; without an item `opt_state` that of the state is None."""
+    """Makes the state from a checkpoint's items, as `items_of` gives them; a missing `opt_state` is None."""
     train = items["train"]
     return TrainState(
         step=train["step"],

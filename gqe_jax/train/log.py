@@ -49,7 +49,7 @@ class Log:
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Training time counts from here."""
+        """Starts the clock of training time."""
         self.since = time.monotonic()
         self.paused = 0.0
 
@@ -77,7 +77,7 @@ class Log:
 
     @contextlib.contextmanager
     def pause(self, purpose: Literal["compile", "checkpoint", "evaluation"]) -> Iterator[None]:
-        """Counts what happens inside as that, and not as training, after reading the pending metrics."""
+        """A context manager that reads the pending metrics and counts the time inside as `purpose`, not as training."""
         self.read()
         began = time.monotonic()
         yield
@@ -132,7 +132,7 @@ class Log:
         self.warned = warnings
 
     def _split(self, *purposes: str) -> dict[str, float]:
-        """Where time has gone that no line has told yet; over all lines of a run they add up to its time."""
+        """Returns how the time since the last line was spent; over all lines of a run the parts add up to its time."""
         split = {f"seconds/{purpose}": self.seconds[purpose] for purpose in purposes if self.seconds[purpose]}
         self.seconds |= dict.fromkeys(purposes, 0.0)
         return split

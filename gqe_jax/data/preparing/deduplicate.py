@@ -21,7 +21,7 @@ _BUFFERED = 2**16  # documents between writes
 
 
 class KeptDocuments(Iterator[bool]):
-    """Whether each document with text of a unit is kept, in order."""
+    """Tells, document by document, which documents of a unit are kept."""
 
     def __init__(self, folder: Path, unit: int):
         path = _marks(folder, unit)

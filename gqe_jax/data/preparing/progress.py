@@ -39,7 +39,7 @@ class ProgressLine:
 
 
 def progress_text(what: str, before: int, done: int, total: int, seconds: float) -> str:
-    """The line; before: bytes that were done when the clock of `seconds` started."""
+    """Formats the line; `before` is the number of bytes that were done when the clock of `seconds` started."""
     rate = (done - before) / max(seconds, 1e-9)
     left = f", {duration((total - done) / rate)} left" if rate else ""
     share = done / total if total else 1.0

@@ -1,4 +1,4 @@
-"""The parts that a corpus is prepared in: a run of its files each, tokenised and packed on its own.
+"""Splits a corpus into units, consecutive files that are tokenised and packed on their own.
 
 What a unit writes depends on its files and the settings alone, so units can be made in any order, by any number of
 processes, and those that are finished stay finished.
@@ -43,7 +43,7 @@ _IS_SPACE[[*b" \t\n\r\v\f"]] = True
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides, beside the corpus and the tokenizer, which bytes are written."""
+    """Holds all settings, beside corpus and tokenizer, that decide which bytes are written."""
 
     seq_len: int
     heldout_fraction: float
@@ -54,7 +54,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class UnitResult:
-    """Counts of a unit. Shards are named within its folder."""
+    """Holds the counts of a prepared unit, and the names of its shards in the unit's folder."""
 
     replaced: int
     empty_documents: int
@@ -87,7 +87,7 @@ def plan_units(corpus: Corpus) -> list[tuple[SourceFile, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """All that a process needs to prepare any of the units; picklable.
+    """Holds all that a process needs to prepare a unit; it can be pickled.
 
     Attributes:
       units: files of each unit.
@@ -221,7 +221,7 @@ class _SplitWriter:
         self._documents = self._bytes = self._words = self._tokens = 0
 
     def add(self, tokens: np.ndarray, text: str, continued: bool = False) -> None:
-        """continued: as of the packers."""
+        """Adds a document's rows; `continued` means what it means for the packers' `add`."""
         self._documents += not continued
         data = np.frombuffer(text.encode(), np.uint8)
         self._bytes += len(data)

@@ -1,4 +1,4 @@
-"""Where preparation works until it is done, and the processes that share the work."""
+"""Runs preparation in a work folder, with several processes if asked."""
 
 from __future__ import annotations
 

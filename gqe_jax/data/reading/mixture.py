@@ -65,7 +65,7 @@ def _one_period(quotas: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A prepared set of a mixture. weight: its share of the rows, to be divided by the sum of all weights."""
+    """A prepared set of a mixture; `weight` divided by the sum of all weights is its share of the rows."""
 
     path: str
     weight: Fraction

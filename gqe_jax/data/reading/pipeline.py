@@ -223,7 +223,7 @@ class TrainingStream:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingBatch:
-    """Step to this process's part of its global batch."""
+    """Returns, for a step, this process's part of the global batch."""
 
     stream: TrainingStream
     batch_size: int

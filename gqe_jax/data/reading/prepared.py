@@ -177,7 +177,7 @@ def _require_fit(sets: Sequence[PreparedSet], model: ModelConfig) -> None:
 
 
 def _check_files(data: PreparedSet, config: DataConfig) -> PreparedSet:
-    """The set after a look at its files: their sizes, and with `config.verify` their hashes."""
+    """Returns the set after checking its files' sizes, and with `config.verify` their hashes."""
     manifest = data.manifest
     check_sizes(data.directory, manifest.files)
     shards = manifest.train.shards + manifest.heldout.shards

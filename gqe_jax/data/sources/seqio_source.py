@@ -36,7 +36,7 @@ _UNKNOWN_SIZE = 2**25  # bytes assumed of a shard that is no file
 
 @dataclasses.dataclass(frozen=True)
 class SeqioShard:
-    """One shard of a split of a task: to a corpus what a `SourceFile` is. Picklable, by the names of modules to import.
+    """Represents a shard of a task's split, with the interface of `SourceFile`; pickles names of modules alone.
 
     split: "train" or "heldout", where its documents go; None: divided by a hash of their names.
     """

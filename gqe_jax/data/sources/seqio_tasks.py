@@ -84,7 +84,7 @@ class HubFiles(seqio.DataSource):
 
 
 def local_corpus() -> Corpus:
-    """What `local_text` reads."""
+    """Returns the corpus that the task `local_text` reads."""
     patterns = os.environ.get("GQE_LOCAL_TEXT")
     return files_corpus(patterns.split(os.pathsep)) if patterns else stdlib_corpus()
 

@@ -78,7 +78,7 @@ def backward(
 
 
 class Call:
-    """The kernel's windows onto HBM, its scratch, and the three kinds of grid steps."""
+    """Describes the Pallas call: its windows onto HBM, its scratch, and its three kinds of grid steps."""
 
     def __init__(self, plan: Plan, blocks: BackwardBlocks, operands):
         self.plan, self.blocks = plan, blocks
@@ -97,7 +97,7 @@ class Call:
         self.varying = varying_axes(operands["q"])
 
     def _q_block(self, t, chunk, *, again):
-        """The q block of a step, from the prologue and, if it is wanted `again`, in the epilogue."""
+        """Returns the q block of a step from the prologue and, if it is needed `again`, in the epilogue."""
         count = self.blocks.chunk_q
         i = jnp.minimum(t, count - 1)
         if again:

@@ -75,7 +75,7 @@ _DIVIDES = (
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Block sizes of the forward kernel, all of them decided: see `BlockSizes`."""
+    """Holds the forward kernel's block sizes, none of them None; see `BlockSizes`."""
 
     block_q: int
     block_kv: int

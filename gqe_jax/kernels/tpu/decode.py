@@ -53,7 +53,7 @@ VMEM_LIMIT_BYTES = 40 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is static about one call."""
+    """Holds what is static about one call."""
 
     scale: float
     softcap: float | None

@@ -341,7 +341,7 @@ class Step:
         return dot(values, probs.astype(self.plan.dtype), contract=(1, 0), exact=self.plan.exact)
 
     def own(self, p):
-        """The rows of transposed values that are group p's."""
+        """Returns the rows of transposed values that belong to group p."""
         return slice(p * self.plan.head_dim, (p + 1) * self.plan.head_dim)
 
     def seen(self, kv_start, keys):
@@ -379,6 +379,6 @@ def _run(pieces):
 
 
 def _over_sublanes(function, x):
-    """[keys, rows] → [8, rows]: what is left is within registers."""
+    """Reduces [keys, rows] to [8, rows]; the rest of the reduction is within registers."""
     pieces = [x[start : start + SUBLANES] for start in range(0, x.shape[0], SUBLANES)]
     return functools.reduce(function, pieces)

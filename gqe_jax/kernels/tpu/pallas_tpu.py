@@ -181,7 +181,7 @@ def _named(o, lse):
 
 
 def _of_finished_queries(plan):
-    """The plan of the same call with queries that are selected, normed and turned already."""
+    """Returns the plan of the same call on finished queries: already selected, normed and rotated."""
     return dataclasses.replace(plan, num_experts=plan.num_slots, rope_batch=0, norm_eps=0.0)
 
 
@@ -211,7 +211,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
 def _operands(plan, mask, expert_index, kv_head, q_rope, q, k, v, norm_scale) -> dict[str, jax.Array]:
-    """What the kernels read, as it lies in HBM; those that a call lacks are left out."""
+    """Returns the arrays that the kernels read, in their layout in HBM, without those that the call lacks."""
     operands = {"q": _heads_together(plan, q), "k": _heads_together(plan, k), "v": _heads_together(plan, v)}
     if expert_index is not None:
         index = expert_index.astype(jnp.float32).reshape(plan.batch, plan.q_len, -1)  # as the vector unit compares it

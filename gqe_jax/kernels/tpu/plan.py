@@ -1,4 +1,4 @@
-"""What is static about one call of the TPU kernels, and how its scalars are read."""
+"""Defines what is static about one call of the TPU kernels, and how kernels read its scalars."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ NO_MAX = 0.5 * MASKED
 
 @dataclasses.dataclass(frozen=True)
 class MaskKind:
-    """The static part of a `Mask`, and whether it has each of the others."""
+    """Holds the static part of a `Mask`, and says which of its arrays exist."""
 
     causal: bool
     window: int | None
@@ -109,7 +109,7 @@ class Plan:
 
     @property
     def query_factor(self) -> float:
-        """Folded into the queries in float32: from q·k to base-2 scores, or to what tanh takes."""
+        """The factor on float32 queries that turns q·k into base-2 scores, or into the argument of tanh."""
         return self.scale * LOG2_E if self.softcap is None else self.scale / self.softcap
 
     @property
@@ -147,7 +147,7 @@ class Plan:
         return scalar_refs[-1][b], scalar_refs[-1][self.batch + b]
 
     def cost_estimate(self, num_matmuls: int) -> pl.CostEstimate:
-        """What XLA's scheduler is told of the cost: about half of the scores, if causal."""
+        """Tells XLA's scheduler what the kernel costs: about half of the scores, if causal."""
         pairs = self.q_len * self.kv_len // (2 if self.mask.causal else 1)
         pairs *= self.batch * self.num_groups * self.num_slots
         tokens = self.batch * self.num_groups * self.head_dim * self.dtype.itemsize

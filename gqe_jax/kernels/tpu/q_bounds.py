@@ -1,4 +1,4 @@
-"""Which blocks of queries a block of keys is seen by: `kv_bounds` seen from the other side, for one batch row."""
+"""Finds which blocks of queries see a block of keys, for one batch row: the inverse of `kv_bounds`."""
 
 import jax
 import jax.numpy as jnp

@@ -100,7 +100,7 @@ class Schedule:
         return j
 
     def is_first(self, r: jax.Array, c: jax.Array) -> jax.Array:
-        """Whether a row of blocks begins with this step."""
+        """Tells whether this step is the first of a row of blocks."""
         if not self.folded:
             return c == 0
         return (c == 0) | ((c == self.row_length(r)) & ~self._alone(r))

@@ -472,14 +472,14 @@ def _default(value: bool | None, default: bool) -> bool:
 
 
 def _either(past_key_values, cache):
-    """The one of the two that is given."""
+    """Returns the one of the two arguments that is given."""
     if past_key_values is not None and cache is not None:
         raise ValueError("give one of past_key_values and cache: they are two names of one argument")
     return past_key_values if cache is None else cache
 
 
 def _refuse_unknown(kwargs, known: set[str]) -> None:
-    """A keyword that no one reads, from a newer transformers say, would silently change what is computed."""
+    """Refuses keywords that nothing reads, from a newer transformers say: ignored, they would change the result."""
     unknown = sorted(kwargs.keys() - known)
     if unknown:
         raise TypeError(f"forward() does not know the keyword {', '.join(unknown)}: leave it out")
