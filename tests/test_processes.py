@@ -129,12 +129,15 @@ def test_it_listens_where_the_others_need_it(tmp_path):
             assert (listener.getsockname()[0] in ("::", "0.0.0.0")) == everywhere
 
 
-def test_the_preemption_service_is_needed(tmp_path, monkeypatch):
+def test_the_preemption_service_is_needed(tmp_path):
     """Without it the processes could not agree on the step at which they stop."""
-    monkeypatch.setattr(jax.config, "jax_enable_preemption_service", False)
-    with pytest.raises(ConfigError, match=r"^JAX_ENABLE_PREEMPTION_SERVICE=false leaves out .*: unset it, or"):
-        with joined(Place("127.0.0.1:1", 2, 0), {}, tmp_path, timeout=1, report=lambda error: 1):
-            pass
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        with pytest.raises(ConfigError, match=r"^JAX_ENABLE_PREEMPTION_SERVICE=false leaves out .*: unset it, or"):
+            with joined(Place("127.0.0.1:1", 2, 0), {}, tmp_path, timeout=1, report=lambda error: 1):
+                pass
+    finally:
+        jax.config.update("jax_enable_preemption_service", True)
 
 
 def test_what_differs_is_named(tmp_path):
