@@ -1,6 +1,5 @@
 """The work of preparation: shared by processes, gone on with after a kill, the same bytes in every case."""
 
-import errno
 import json
 import os
 import re
@@ -188,26 +187,6 @@ def test_an_error_in_another_process(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"0.jsonl, line 1: a JSON list stands where an object is expected"):
         prepare(corpus_of(folder), tmp_path / "out", **SETTINGS, workers=2)
     assert not (tmp_path / "out").exists()
-
-
-class FullDisk(ByteTokenizer):
-    def encode_batch(self, texts, threads=1):
-        if any(text.startswith("text 301 ") for text in texts):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return super().encode_batch(texts, threads)
-
-
-def test_a_full_disk_keeps_what_is_finished(folder, tmp_path):
-    """What is needed is judged by the finished units, a half-written one is removed, and the same call goes on."""
-    text = r"out \(No space left on device\): about (\S+) kB are needed, (\S+) kB are written and kept, and .* are free"
-    with pytest.raises(OSError, match=text) as error:
-        prepare(corpus_of(folder), tmp_path / "out", **SETTINGS | {"tokenizer": FullDisk()})
-    assert [*tmp_path.glob(".out.partial-*/unit-*")] and not [*tmp_path.glob(".out.partial-*/unit-*.partial")]
-    needed, written = map(float, re.search(text, str(error.value)).groups())
-    prepare(corpus_of(folder), tmp_path / "out", **SETTINGS)
-    size = sum(map(len, all_files(tmp_path / "out").values())) / 1000
-    assert written < size and 0.5 * size < needed < 2 * size
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts"]
 
 
 class Killing(ByteTokenizer):
