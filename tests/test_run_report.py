@@ -2,6 +2,7 @@
 
 import argparse
 import builtins
+import dataclasses
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ from gqe_jax.cli import inspect as inspect_cli
 from gqe_jax.config import ConfigError, ModelConfig, RunConfig
 from gqe_jax.config_dict import to_dict
 from gqe_jax.evaluate.run_report import plot_text, report, write_png
-from gqe_jax.runs.record import RunRecord, read_run
+from gqe_jax.runs.record import read_run
 
 
 def make_run(directory, attention=None, steps=(1, 10, 20), extra=b""):
@@ -119,7 +120,8 @@ def test_heat_map_names_experts_and_the_uniform_share(tmp_path, monkeypatch, gro
     saved = []
     monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
     load = np.full((3, groups, experts), 1 / experts)
-    write_png(RunRecord(tmp_path, RunConfig(), [{"step": 1, "loss": 2.0, "load": load.tolist()}]), tmp_path / "x.png")
+    run = dataclasses.replace(read_run(make_run(tmp_path)), metrics=[{"step": 1, "loss": 2.0, "load": load.tolist()}])
+    write_png(run, tmp_path / "x.png")
     _, heat_map, bar = saved[0].axes
     assert [label.get_text() for label in heat_map.get_xticklabels(minor=True)] == numbers
     shown = [label.get_text().strip() for label in heat_map.get_xticklabels()]
