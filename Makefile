@@ -21,10 +21,9 @@ TRANSFORMERS := $(VENV)-transformers
 TRANSFORMERS_TESTS := tests/test_pytorch_model_generate.py tests/test_pytorch_model_train.py tests/test_pytorch_model_folder.py \
     tests/test_import_differential.py
 
-# The layer against the spec, kernels, training and resuming, flax's bridges, meshes, and what compiles for TPUs.
+# The layer against the spec, kernels, training, checkpoints, generation, flax's bridges.
 NEWEST_TESTS := tests/test_attention_spec.py tests/test_kernels_attend.py tests/test_kernels_tpu_forward.py \
-    tests/test_linen_bridge.py tests/test_step.py tests/test_train_loop.py tests/test_checkpoint.py tests/test_generate.py \
-    tests/test_tpu_xla_flags.py
+    tests/test_linen_bridge.py tests/test_step.py tests/test_train_loop.py tests/test_checkpoint.py tests/test_generate.py
 
 .PHONY: demo test test-fast test-newest test-seqio .test-seqio test-transformers lint clean
 
@@ -49,7 +48,7 @@ test-fast: $(VENV)/.test
 
 # What depends most on the versions of JAX, flax and libtpu, for a second Python: a few minutes.
 test-newest: $(VENV)/.test
-	$(PYTEST) $(NEWEST_TESTS) -m 'not slow or compiler' $(PYTEST_ARGS)
+	$(PYTEST) $(NEWEST_TESTS) -m 'not slow' $(PYTEST_ARGS)
 
 # seqio brings TensorFlow, 2.4 GB.
 test-seqio:

@@ -246,7 +246,6 @@ def layer_collectives():
 
 
 @pytest.mark.slow
-@pytest.mark.compiler
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_layer_over_expert_communicates_what_it_must(layer_collectives, backward):
     """In the program compiled for a TPU slice. Dense attention with its heads over devices (tensor parallelism) reduces

@@ -303,7 +303,6 @@ def test_slices_of_one_chip(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.compiler
 def test_a_compiled_step():
     """Bytes of the arguments as counted from shapes, kernels for all attention, one reduction of y per half layer."""
     pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install 'jax[tpu]'")

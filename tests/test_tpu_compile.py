@@ -24,7 +24,7 @@ from gqe_jax.kernels import attend
 from gqe_jax.tpu import GENERATIONS
 
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install 'jax[tpu]'")
-pytestmark = [pytest.mark.slow, pytest.mark.compiler]
+pytestmark = pytest.mark.slow
 
 SEQ_LEN = 8192
 GOLDEN = pathlib.Path(__file__).with_name("tpu_schedules.json")

@@ -68,7 +68,6 @@ def test_v4_runs_with_the_flags_of_v5p():
 
 
 @pytest.mark.slow
-@pytest.mark.compiler
 def test_libtpu_knows_every_flag():
     """libtpu ends a process that starts with a flag it does not know, so a stale set would stop a whole pod."""
     known = {flag for name in SETS for flag in flags(name).items()}
@@ -81,7 +80,6 @@ def test_libtpu_knows_every_flag():
 
 
 @pytest.mark.slow
-@pytest.mark.compiler
 def test_every_set_changes_the_program():
     """A flag that changes nothing is either the default already or no longer heeded: then it explains nothing."""
     with Child() as child:
