@@ -108,7 +108,7 @@ def test_help_names_what_can_be_chosen(gqe):
     [
         ("--verbose", "unrecognized arguments: --verbose"),
         ("tran", "'tran' is no verb: did you mean 'train'?; gqe --help explains them"),
-        ("xyzzy", "'xyzzy' is no verb: known: bench, eval, "),
+        ("xyzzy", "'xyzzy' is no verb: known: bench, convert, eval, "),
         ("train", "the following arguments are required: --config, --run"),
         ("train smoke --run r --config smoke", "unrecognized arguments: smoke"),
         ("train --run r --config smoke --config.train.steps 30",

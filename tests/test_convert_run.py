@@ -45,8 +45,8 @@ KINDS = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_converted_runs_train_generate_and_export(place, capsys, name):
-    """Nothing but the attention changes, and of GQE neither do keys and values; the printed line trains the run on,
-    and generation samples from it."""
+    """Nothing but the attention changes, and of GQE neither do keys and values; the printed line trains the run on, and
+    generation samples from it."""
     options, summary = KINDS[name]
     assert convert(place, name, *options) == 0
     out, err = capsys.readouterr()
