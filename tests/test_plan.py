@@ -249,7 +249,7 @@ def test_comparison_shows_the_ratio(config):
     ("arguments", "text"),
     [
         (["--topology", "v5e:3x3"], "--topology=v5e:3x3 is unknown: choose GENERATION:CHIPS from"),
-        (["--topology", "v9:2x2"], "v5p: 2x2x1, 2x2x2"),
+        (["--topology", "v9:2x2"], "v5p: 1x1x1, 2x2x1, 2x2x2"),
         (["--topology", "v5e:2x2", "--mode", "decode", "--search"], "--search ranks training steps: drop it, or"),
         (["--topology", "v5e:2x2", "--hlo", "x", "--search"], "--hlo=x is for one program: drop it"),
         (["--topology", "v5e:2x2", "--batch-size", "0"], "--batch-size=0 must be at least 1: raise it"),
