@@ -126,7 +126,8 @@ class SourceFile:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> ConfigError:
-        return ConfigError(f"data={str(self.path)!r} is cut off or damaged ({error}): fetch it again, or leave it out")
+        reason = " ".join(str(error).split())
+        return ConfigError(f"data={str(self.path)!r} is cut off or damaged ({reason}): fetch it again, or leave it out")
 
     def _decompressed(self, raw: BinaryIO) -> io.BufferedReader | gzip.GzipFile:
         if self.compression == ".gz":
@@ -200,6 +201,7 @@ class SourceFile:
             number = 0
             for batch in batches:
                 values = batch.column(column)
+                values.validate(full=True)  # offsets that lead out of a damaged file's buffers would end the process
                 for begin in range(0, len(values), _RECORDS_AT_ONCE):
                     for value in values.slice(begin, _RECORDS_AT_ONCE).cast(arrow.large_binary()).to_pylist():
                         number += 1
