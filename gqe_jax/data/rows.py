@@ -16,6 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gqe_jax.config import ConfigError
+
 _HEADER = np.dtype("<u4")
 _HEADER_FIELDS = 4
 
@@ -45,7 +47,7 @@ def decode_rows(records: Sequence[bytes], seq_len: int, eos_id: int) -> dict[str
     Returns, each [B, S]: `tokens` and `targets` int32 (0 where padded), `segment_ids` int32 (1, 2, ... from the left; 0
     is padding), `positions` int32 (from 0 within each segment), `mask` bool (the target is real).
 
-    Raises ValueError if a record is not of a row of this length.
+    Raises ConfigError if a record is not of a row of this length.
     """
     shape = (len(records), seq_len)
     tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -74,7 +76,7 @@ def decode_rows(records: Sequence[bytes], seq_len: int, eos_id: int) -> dict[str
 
 def _decode_row(record: bytes, seq_len: int) -> Row:
     if len(record) < _HEADER_FIELDS * _HEADER.itemsize:
-        raise ValueError(f"a row's record of {len(record)} bytes has no header: gqe prepare did not write this shard")
+        raise ConfigError(f"a row's record of {len(record)} bytes has no header: gqe prepare did not write this shard")
     row_len, num_tokens, num_segments, itemsize = np.frombuffer(record, _HEADER, _HEADER_FIELDS).tolist()
     starts_offset = _HEADER_FIELDS * _HEADER.itemsize
     tokens_offset = starts_offset + num_segments * _HEADER.itemsize
@@ -84,7 +86,7 @@ def _decode_row(record: bytes, seq_len: int) -> Row:
         or not 2 <= num_tokens <= seq_len + 1
         or len(record) != tokens_offset + num_tokens * itemsize
     ):
-        raise ValueError(
+        raise ConfigError(
             f"a row's record of {len(record)} bytes says seq_len={row_len}, tokens={num_tokens}, "
             f"segments={num_segments}, bytes per token={itemsize}, which is no row of seq_len={seq_len}: the shard "
             "belongs to other data"

@@ -206,7 +206,7 @@ class SourceFile:
                     for value in values.slice(begin, _RECORDS_AT_ONCE).cast(arrow.large_binary()).to_pylist():
                         number += 1
                         yield Document(f"{self.name}:{number}", *decode_utf8(value or b""))
-        except (arrow.ArrowException, UnicodeDecodeError) as error:
+        except (arrow.ArrowException, UnicodeDecodeError, MemoryError) as error:  # the last where a size is not true
             raise self._damaged(error) from error
 
     def _require_text_column(self, schema, column: str) -> None:
