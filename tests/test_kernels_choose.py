@@ -81,8 +81,11 @@ def test_gpus_fall_back_to_xla_and_say_why(changes, reason, caplog):
     ("changes", "reason"),
     [
         ({"kv_length": False}, "pallas_tpu_decode reads a cache: it needs kv_length"),
-        ({"q_len": 33}, "pallas_tpu_decode takes few new tokens: S · G · K = 66 exceeds 64"),
-        ({"num_groups": 9}, "pallas_tpu_decode takes a power of two of KV heads, or up to 7 times one, not 9"),
+        ({"q_len": 33}, "pallas_tpu_decode takes few new tokens: S · R · K = 66 exceeds 64"),
+        (
+            {"num_groups": 9, "num_kv_heads": 9, "head_dim": 128, "value_dim": 128},
+            "pallas_tpu_decode takes a power of two of rows for a token, or up to 7 times one, not 9",
+        ),
         ({"segments": True}, "pallas_tpu_decode has no segment ids"),
         ({"dtype": "float16"}, "pallas_tpu_decode takes float32 and bfloat16, not float16"),
     ],

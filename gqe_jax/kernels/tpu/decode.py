@@ -89,15 +89,17 @@ class _Plan:
 
 
 def heads_side_by_side(num_kv_heads: int, head_dim: int, value_dim: int | None = None) -> int:
-    """How many KV heads lie side by side in a row of the cache: as few as fill whole rows of 128 lanes, or else all.
+    """How many KV heads lie side by side in a row of the cache: as few as fill 128 lanes, or else all of them.
 
-    A row of whole lanes is read where it lies; any other would be padded, or laid out anew, at every step.
+    Where a row has whole vectors of 128 lanes, XLA lays the cache out as the kernel reads it; any other is copied at
+    every step.
     """
     widths = (head_dim, head_dim if value_dim is None else value_dim)
-    for heads in range(1, num_kv_heads):
-        if num_kv_heads % heads == 0 and all(heads * width % LANES == 0 for width in widths):
-            return heads
-    return num_kv_heads
+    if all(width % LANES == 0 for width in widths):
+        return 1
+    heads = max(LANES // head_dim, 1)
+    fills = num_kv_heads % heads == 0 and all(heads * width == LANES for width in widths)
+    return heads if fills else num_kv_heads
 
 
 def obstacle(call: Call) -> str | None:
