@@ -13,7 +13,7 @@ from gqe_jax.convert.align import orthogonal_turns, pair_moments, plane_turns, t
 from gqe_jax.convert.heads import best_heads
 from gqe_jax.convert.pool import aligned, to_gqa
 from gqe_jax.convert.refit import RIDGE, Regression
-from gqe_jax.convert.upcycle import to_gqe
+from gqe_jax.convert.upcycle import gqe, to_gqe
 
 X = dense_layers.inputs()
 KINDS = {
@@ -275,3 +275,9 @@ def test_sources_that_are_not_dense():
     for make in (to_gqa, to_gqe):
         with pytest.raises(ConfigError, match=r"converts dense attention .* and the run's is 'gqe'"):
             make(type(model)(**{**vars(model), "attention": routed}))
+
+
+def test_a_reconstruction_needs_rows_of_its_own():
+    """Without them there would be nothing to learn from; that is said before anything is computed."""
+    with pytest.raises(ConfigError, match="reconstruct=4 learns from rows that the fit does not see"):
+        gqe({}, None, [], reconstruct=4)

@@ -44,7 +44,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_converted_runs_train_generate_and_export(place, capsys, name):
+def test_converted_runs_train_and_generate(place, capsys, name):
     """Nothing but the attention changes, and of GQE neither do keys and values; the printed line trains the run on, and
     generation samples from it."""
     options, summary = KINDS[name]

@@ -49,8 +49,12 @@ def gqe(
       more: further rows, for the reconstruction.
 
     Raises:
-      ConfigError: as `to_gqe`.
+      ConfigError: as `to_gqe`; or a reconstruction without further rows.
     """
+    require(
+        not reconstruct or len(more) > 0,
+        f"reconstruct={reconstruct} learns from rows that the fit does not see: give batches of them as more",
+    )
     options = {"top_k": top_k, "experts": experts, "experts_per_group": experts_per_group, "exact": exact}
     conversion = to_gqe(config, **options, reconstruct=reconstruct, router=router, seed=seed)
     return convert_layers(conversion, params, config, batches, refit=refit, more=more)
@@ -197,9 +201,7 @@ def _reconstructed(
     params: Params, config: GQEConfig, model: ModelConfig, calibration: Calibration, steps: int
 ) -> Params:
     """The layer after `steps` of Adam on |y − target|² / |target|² plus the router's own loss."""
-    layer = nnx.eval_shape(
-        lambda: make_attention(config, model.d_model, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
-    )
+    layer = nnx.eval_shape(lambda: make_attention(config, model.d_model, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
     graphdef, _ = nnx.split(layer)
     flat = {tuple(path.split(".")): jnp.asarray(x, jnp.float32) for path, x in params.items()}
     trained = {path: x for path, x in flat.items() if ".".join(path) in RECONSTRUCTED}
