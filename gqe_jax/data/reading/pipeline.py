@@ -1,7 +1,8 @@
 """Batches from prepared rows, through grain: shuffled for training, in order for evaluation.
 
-The global batch s is a pure function of (seed, s). A process reads only its own rows, a contiguous slice of each global
-batch, so any number of processes sees the same global batches, and seeking to a step costs nothing.
+The global batch s is a pure function of (seed, position that the run went on from, s). A process reads only its own
+rows, a contiguous slice of each global batch, so any number of processes sees the same global batches, and seeking to a
+step costs nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from gqe_jax.config import ConfigError
 from gqe_jax.data.manifest import Manifest, check_sizes
-from gqe_jax.data.reading.mixture import Schedule
+from gqe_jax.data.reading.position import BEGINNING, Position
 from gqe_jax.data.reading.prepared import PreparedData, PreparedSet
 from gqe_jax.data.rows import decode_rows
 from gqe_jax.processes.parent import end_with_parent
@@ -173,6 +174,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    position: Position | None = None,
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
@@ -184,6 +186,7 @@ def train_batches(
       batch_size: rows of the global batch. Every epoch of a set holds each of its rows once, in an order of its own;
         batches go on across the end of an epoch. The sets of a mixture take turns by `mixture.Schedule`.
       seed: of the order, in [0, 2**32).
+      position: what was read before the batch of `start_step`; None: `start_step` batches of this size.
       workers: processes that read; 0: threads of this one.
 
     Returns an iterator of dicts of arrays [batch_size / process_count, S] (see `rows.decode_rows`).
@@ -192,26 +195,31 @@ def train_batches(
     mine = _share(batch_size, process_index, process_count)
     if not 0 <= seed < 2**32:
         raise ConfigError(f"data.seed={seed} must lie in [0, 2**32): choose another seed")
-    stream = TrainingStream(data, seed)
-    return Batches(TrainingBatch(stream, batch_size, mine), start_step, sys.maxsize // batch_size, workers)
+    if position is None:
+        position = BEGINNING.after(data, start_step * batch_size)
+    stream = TrainingStream(data, seed, position)
+    return Batches(TrainingBatch(stream, batch_size, mine), 0, sys.maxsize // batch_size, workers)
 
 
 class TrainingStream:
-    """The endless stream of training rows of a set or a mixture; any position is looked up at once."""
+    """The endless stream of training rows of a set or a mixture from a position on; any row is looked up at once."""
 
-    def __init__(self, data: PreparedData, seed: int):
+    def __init__(self, data: PreparedData, seed: int, start: Position = BEGINNING):
         self.rows = [PreparedRows(part.directory, "train", part.damaged) for part in data.sets]
-        self._schedule = Schedule(data.quotas)
-        self._orders = [EpochOrder(len(rows), seed, stream) for stream, rows in enumerate(self.rows)]
+        start = start.on(data)
+        known = [start.sets[part.digest] for part in data.sets]
+        self._schedule, self._turn = data.schedule, start.turn
+        self._first = np.array([part.rows for part in known]) - self._schedule.given(start.turn)
+        self._orders = [EpochOrder(len(rows), seed, part.order) for rows, part in zip(self.rows, known, strict=True)]
 
-    def __getitem__(self, position: int) -> tuple[int, int]:
-        """(number of the set, number of the row in it) at a position."""
-        chosen, draw = self._schedule[position]
-        return chosen, self._orders[chosen][draw]
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        """(number of the set, number of the row in it) of a row of the stream."""
+        chosen, draw = self._schedule[self._turn + number]
+        return chosen, self._orders[chosen][int(self._first[chosen]) + draw]
 
-    def read(self, positions: Sequence[int]) -> dict[str, np.ndarray]:
-        """The batch of the rows at these positions."""
-        places = [self[position] for position in positions]
+    def read(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        """The batch of these rows of the stream."""
+        places = [self[number] for number in numbers]
         records = [b""] * len(places)
         for number, rows in enumerate(self.rows):
             slots = [slot for slot, (chosen, _) in enumerate(places) if chosen == number]
@@ -223,7 +231,7 @@ class TrainingStream:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingBatch:
-    """Returns, for a step, this process's part of the global batch."""
+    """Returns, by the number of steps since the stream's beginning, this process's part of the global batch."""
 
     stream: TrainingStream
     batch_size: int
