@@ -58,7 +58,8 @@ def read(data, named, steps, *, hosts, **options):
     """The rows of so many steps, as so many hosts read them, in the order of the global batches."""
     parts = []
     for host in range(hosts):
-        with train_batches(data, **options, process_index=host, process_count=hosts) as batches:
+        size = options["batch_size"] // hosts
+        with train_batches(data, **options, rows=range(host * size, (host + 1) * size)) as batches:
             parts.append([next(batches)["targets"] for _ in range(steps)])
     return [named[row.tobytes()] for step in range(steps) for part in parts for row in part[step]]
 

@@ -25,6 +25,7 @@ from gqe_jax.models.transformer import abstract_model
 from gqe_jax.parallel.mesh import check_batch, check_model, make_mesh, parse_mesh
 from gqe_jax.parallel.rules import placed_variables, spec_of
 from gqe_jax.parallel.zigzag import natural, zigzag
+from gqe_jax.tpu import GENERATIONS
 
 
 def run_on_eight_devices(function):
@@ -160,6 +161,17 @@ def test_a_parameter_is_placed_by_what_its_own_module_says():
 def test_a_mesh_that_is_not_the_devices(config, message):
     with pytest.raises(ConfigError, match=message):
         make_mesh(config, jax.devices()[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_every_mesh_that_a_search_proposes_can_be_made(generation):
+    """Of one, two and four slices, with devices as libtpu describes them: JAX's default arrangement refuses most meshes
+    of several slices, and gives a chip's two devices to `data`."""
+    pytest.importorskip("libtpu", reason="describing TPUs needs libtpu: pip install 'jax[tpu]'")
+    with Child() as child:
+        counts = {child.call("every_mesh:proposed", generation=generation, slices=slices) for slices in (1, 2, 4)}
+    assert len(counts) == 1 and counts.pop() > 100
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from gqe_jax.data.reading.prepared import PreparedData, open_data
 from gqe_jax.data.tokenizer import tokenizer_from_files
 from gqe_jax.evaluate import kernel_report
 from gqe_jax.evaluate.heldout import HeldOut, evaluate
-from gqe_jax.parallel.mesh import check_batch, check_model, describe, make_mesh, shard_batch
+from gqe_jax.parallel.mesh import check_batch, check_model, describe, local_rows, make_mesh, shard_batch
 from gqe_jax.processes.joined import check_equal, first_says
 from gqe_jax.runs import directory as runs
 from gqe_jax.runs.checkpoint import CheckpointDamaged, Checkpoints
@@ -67,7 +67,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
     # ---------------------------------------------------------------- data
     data = open_data(config.data, config.model)
     check_batch(mesh, config.data.batch_size // config.train.accumulate, data.seq_len)
-    check_readable(data, config.data.batch_size // config.train.accumulate, jax.process_count())
+    check_readable(data)
     say(f"data: {data.describe()}")
     check_equal("the prepared data", data.digest[:12], "point data.path at one directory that all machines share")
 
@@ -165,8 +165,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
             seed=config.data.seed,
             start_step=start,
             position=position,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=local_rows(mesh, config.data.batch_size),
             workers=config.data.workers,
         )
         batches = (shard_batch(mesh, batch) for batch in stack.enter_context(rows))
