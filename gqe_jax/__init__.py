@@ -7,6 +7,8 @@ from gqe_jax.lazy import lazy_names
 if TYPE_CHECKING:  # the same names as in `lazy_names` below
     from gqe_jax import convert
     from gqe_jax.attention import (
+        AsymGQAConfig,
+        AsymGQAttention,
         GQAConfig,
         GQAttention,
         GQEAttention,
@@ -32,6 +34,8 @@ else:
         __name__,
         {
             "gqe_jax.attention": (
+                "AsymGQAConfig",
+                "AsymGQAttention",
                 "GQAConfig",
                 "GQAttention",
                 "GQEAttention",
@@ -62,6 +66,7 @@ __all__ = [
     # Layers for your own Flax model, and what they return
     "GQEAttention",
     "GQAttention",
+    "AsymGQAttention",
     "RouterStats",
     "KVCache",
     # The attention call underneath
@@ -81,6 +86,7 @@ __all__ = [
     "ModelConfig",
     "GQEConfig",
     "GQAConfig",
+    "AsymGQAConfig",
     "RouterConfig",
     "RopeScaling",
     "RunConfig",

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from gqe_jax.attention import GQAConfig, GQEConfig, RouterConfig
+from gqe_jax.attention import AsymGQAConfig, GQAConfig, GQEConfig, RouterConfig
 from gqe_jax.config import ModelConfig
 from gqe_jax.flops import parameter_count
 from gqe_jax.pytorch import names
@@ -29,7 +29,10 @@ MODELS = {
     "dense as Qwen2": ModelConfig(
         attention=GQAConfig(num_query_heads=6, bias=True, out_bias=False, **HEADS), tie_embeddings=False, **SIZES
     ),
+    "unequal groups": ModelConfig(attention=AsymGQAConfig(num_query_heads=8, max_group_size=4, **HEADS), **SIZES),
 }
+
+BUFFERS = {"layers.attention.router.bias", "layers.attention.head_mask"}  # no parameters
 
 
 def shapes(config):
@@ -59,7 +62,7 @@ def test_every_parameter_has_exactly_one_place():
         assert len(parts) == len(set(parts)), title
         ours = sum(np.prod(shape) for shape in shapes(config).values())
         assert ours == sum(np.prod(t.shape) for t in torch_tensors(shapes(config))), title
-        buffers = np.prod(shapes(config).get("layers.attention.router.bias", 0))  # no parameter
+        buffers = sum(np.prod(shape) for path, shape in shapes(config).items() if path in BUFFERS)
         assert parameter_count(config)["total"] == ours - buffers, title
 
 

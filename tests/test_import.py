@@ -13,7 +13,7 @@ from converted import BYTES, logits, read_run, tokens, write_run
 from safetensors.numpy import load_file, save_file
 from tiny_run import prepare_tiny, quick_compiles
 
-from gqe_jax.attention import GQAConfig, GQEConfig, RouterConfig
+from gqe_jax.attention import AsymGQAConfig, GQAConfig, GQEConfig, RouterConfig
 from gqe_jax.cli import main as cli
 from gqe_jax.config import ConfigError, RopeScaling
 from gqe_jax.config_files import load_config
@@ -194,8 +194,9 @@ def assert_same_parameters(run, other):
         GQEConfig(num_query_experts=4, variant="weighted_concat", rope_theta=None, **HEADS),
         GQEConfig(num_query_experts=4, router=RouterConfig(kind="random", seed=3), **HEADS),
         GQAConfig(num_query_heads=4, softcap=3.0, bias=True, **HEADS),
+        AsymGQAConfig(num_query_heads=5, max_group_size=4, bias=True, **HEADS),
     ],
-    ids=["everything", "weighted_concat", "random", "dense, soft cap"],
+    ids=["everything", "weighted_concat", "random", "dense, soft cap", "unequal groups"],
 )
 def test_round_trip_is_bitwise(tmp_path, attention, dtype):
     """Run → folder of several shards → run: every parameter to the bit (routers are float32 in both), the attention's

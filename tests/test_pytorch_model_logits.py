@@ -10,7 +10,7 @@ import torch_folder
 from flax import nnx
 from torch_folder import model_config
 
-from gqe_jax.attention import GQAConfig, GQEConfig, RouterConfig, RouterStats
+from gqe_jax.attention import AsymGQAConfig, GQAConfig, GQEConfig, RouterConfig, RouterStats
 from gqe_jax.config import RopeScaling
 
 torch = pytest.importorskip("torch")
@@ -156,6 +156,12 @@ def test_dense_attention(groups, monkeypatch):
     """MQA, GQA and MHA through the same file."""
     dense = GQAConfig(num_query_heads=4, num_kv_heads=groups, head_dim=8, qk_norm=True, window=4)
     check(model_config(dense), monkeypatch)
+
+
+def test_unequal_groups(monkeypatch):
+    """The mask of each layer comes with the weights; what stands in padded places does not count."""
+    attention = AsymGQAConfig(num_query_heads=7, num_kv_heads=3, max_group_size=4, head_dim=8, bias=True)
+    check(model_config(attention), monkeypatch)
 
 
 @pytest.mark.slow

@@ -46,6 +46,10 @@ def make_model(config: ModelConfig, seed: int = 0) -> Transformer:
     def draw(path, shape):
         if path[-1] == "scale":
             return rng.uniform(0.5, 1.5, shape)
+        if path[-1] == "head_mask":  # as many places as there are heads, the first ones of each group
+            layers, groups, places = shape
+            taken = [rng.permutation(groups * places) < config.attention.num_query_heads for _ in range(layers)]
+            return -np.sort(-np.reshape(taken, shape).astype(int))
         if path[-1] == "bias":
             return 0.1 * rng.standard_normal(shape)
         if path[-1] in ("embedding", "lm_head"):

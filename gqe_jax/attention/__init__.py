@@ -1,5 +1,6 @@
 """This folder holds the attention layers, one file for each kind, and the registry of kinds."""
 
+from gqe_jax.attention.asym_gqa import AsymGQAConfig, AsymGQAttention
 from gqe_jax.attention.base import Attention
 from gqe_jax.attention.caches import Cache, KVCache
 from gqe_jax.attention.gqa import GQAConfig, GQAttention
@@ -11,6 +12,8 @@ from gqe_jax.attention.router import Router, RouterConfig, RouterStats, top_k_ex
 
 __all__ = [
     "KINDS",
+    "AsymGQAConfig",
+    "AsymGQAttention",
     "Attention",
     "Buffer",
     "Cache",

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 from typing import Any, NamedTuple
 
+from gqe_jax.attention.asym_gqa import AsymGQAConfig, AsymGQAttention
 from gqe_jax.attention.base import Attention
 from gqe_jax.attention.gqa import GQAConfig, GQAttention
 from gqe_jax.attention.gqe import GQEAttention, GQEConfig
@@ -41,7 +42,13 @@ def checked(kinds: dict[str, Kind]) -> dict[str, Kind]:
     return kinds
 
 
-KINDS: dict[str, Kind] = checked({"gqe": Kind(GQEConfig, GQEAttention), "gqa": Kind(GQAConfig, GQAttention)})
+KINDS: dict[str, Kind] = checked(
+    {
+        "gqe": Kind(GQEConfig, GQEAttention),
+        "gqa": Kind(GQAConfig, GQAttention),
+        "asym_gqa": Kind(AsymGQAConfig, AsymGQAttention),
+    }
+)
 
 
 def kind_named(name: Any) -> Kind:

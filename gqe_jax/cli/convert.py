@@ -13,6 +13,7 @@ from gqe_jax.config import ConfigError
 EPILOG = """examples:
   gqe convert --run runs/llama --to gqa --num-kv-heads 2 --out runs/llama_kv2
   gqe convert --run runs/llama --to gqa --num-query-heads 8 --out runs/llama_sqa
+  gqe convert --run runs/llama --to asym_gqa --num-kv-heads 2 --out runs/llama_asym
   gqe convert --run runs/llama --to gqe --top-k 1 --out runs/llama_gqe
 
 The run is one that gqe train or gqe import made of a dense model. The result is a run of step 0 that gqe train, eval,
@@ -20,10 +21,13 @@ generate and export take; docs/convert.md says which conversion is for what."""
 
 # Option → the kinds that it is for.
 OPTIONS = {
-    "num_kv_heads": ("gqa",),
+    "num_kv_heads": ("gqa", "asym_gqa"),
     "num_query_heads": ("gqa",),
     "pool": ("gqa",),
-    "align": ("gqa",),
+    "align": ("gqa", "asym_gqa"),
+    "items": ("asym_gqa",),
+    "equal": ("asym_gqa",),
+    "max_group_size": ("asym_gqa",),
     "top_k": ("gqe",),
     "experts": ("gqe",),
     "experts_per_group": ("gqe",),
@@ -36,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `gqe convert`."""
     parser.epilog = EPILOG
     add_run(parser)
-    parser.add_argument("--to", required=True, choices=("gqa", "gqe"), help="kind of attention to convert to")
+    parser.add_argument("--to", required=True, choices=("gqa", "asym_gqa", "gqe"), help="kind of attention")
     parser.add_argument("--out", required=True, metavar="DIR", help="run to make; must not exist, or be empty")
     parser.add_argument(
         "--data",
@@ -63,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_mesh(parser, "data=-1")
 
     group = parser.add_argument_group("--to gqa: fewer KV heads, fewer query heads")
-    group.add_argument("--num-kv-heads", type=int, metavar="N", help="a divisor of the run's (default: the run's)")
+    group.add_argument(
+        "--num-kv-heads", type=int, metavar="N", help="a divisor of the run's (default: the run's); asym_gqa: any"
+    )
     group.add_argument(
         "--num-query-heads", type=int, metavar="N", help="to keep: equally many of each KV head's (default: all)"
     )
@@ -71,7 +77,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--align",
         action=argparse.BooleanOptionalAction,
-        help="turn the KV heads of a group towards each other first (default: yes)",
+        help="turn the KV heads of a group towards each other first (default: yes; asym_gqa too)",
+    )
+
+    group = parser.add_argument_group("--to asym_gqa: fewer KV heads, each in place of those that are most alike")
+    group.add_argument(
+        "--items",
+        choices=("kv", "k", "v", "weights"),
+        help="what KV heads are compared by: keys, values or both on calibration text, or weights (default: kv)",
+    )
+    group.add_argument("--equal", action="store_true", default=None, help="groups of equal size; the result is a gqa")
+    group.add_argument(
+        "--max-group-size", type=int, metavar="R", help="most query heads of a group (default: twice their mean number)"
     )
 
     group = parser.add_argument_group("--to gqe: Grouped Query Experts")
@@ -97,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     """Converts, and says what came of it; returns the exit code 0. Raises as `convert_run`."""
     import functools
 
+    from gqe_jax.convert.asym import to_asym_gqa
     from gqe_jax.convert.converting import convert_run, loss_table
     from gqe_jax.convert.pool import to_gqa
     from gqe_jax.convert.upcycle import to_gqe
@@ -104,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     from gqe_jax.runs.new_run import CONFIG_FILE
 
     options = _options_of(args)
-    to = {"gqa": to_gqa, "gqe": to_gqe}[args.to]
+    to = {"gqa": to_gqa, "asym_gqa": to_asym_gqa, "gqe": to_gqe}[args.to]
     done = convert_run(
         args.run,
         args.out,

@@ -70,11 +70,7 @@ def plane_turns(pairs: np.ndarray) -> np.ndarray:
     Returns:
       complex128 [R, D/2], of absolute value 1.
     """
-    half = pairs.shape[-1] // 2
-    within, across = (np.diagonal(pairs, offset, -2, -1) for offset in (0, half))
-    back = np.diagonal(pairs, -half, -2, -1)
-    # Σ conj(z_h) z_h' of z = a_i + 𝕚 a_{i + D/2}, complex [R, R, D/2]
-    planes = within[..., :half] + within[..., half:] + 1j * (across - back)
+    planes = planes_of(pairs)
     energy = np.einsum("hhi->", planes).real
 
     def distance(turns: np.ndarray) -> float:
@@ -84,6 +80,14 @@ def plane_turns(pairs: np.ndarray) -> np.ndarray:
         return _unit(np.einsum("hji,ji->hi", planes, turns))
 
     return _best_of_rounds(np.ones(planes.shape[1:], complex), _unit(planes[:, 0]), round_of, distance, energy)
+
+
+def planes_of(pairs: np.ndarray) -> np.ndarray:
+    """Σ conj(z_h) z_h' over tokens of z = a_i + 𝕚 a_{i + D/2}, complex128 [R, R, D/2], from pairs [R, R, D, D]."""
+    half = pairs.shape[-1] // 2
+    within, across = (np.diagonal(pairs, offset, -2, -1) for offset in (0, half))
+    back = np.diagonal(pairs, -half, -2, -1)
+    return within[..., :half] + within[..., half:] + 1j * (across - back)
 
 
 def turn_planes(x: np.ndarray, turns: np.ndarray) -> np.ndarray:

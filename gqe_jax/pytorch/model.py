@@ -132,8 +132,9 @@ def to_write(
     result = []
     for tensor in torch_tensors({path: leaf.shape for path, leaf in abstract.items()}):
         path = tensor.parts[0].path
-        own = abstract[path].dtype
-        target = np.dtype(own if dtype is None or path in exact else dtype)
+        own = np.dtype(abstract[path].dtype)
+        own = np.dtype(np.float32) if own.kind in "biu" else own
+        target = own if dtype is None or path in exact else np.dtype(dtype)
         make = functools.partial(tensor.gather, read)
         result.append(Tensor(tensor.name, tensor.shape, target, make, source=tensor.parts[0].path))
     for name, shape in _zeros(config, zero_biases):

@@ -42,8 +42,10 @@ class Part(NamedTuple):
         return "->" in self.axes
 
     def to_torch(self, value: np.ndarray) -> np.ndarray:
-        """Our array in PyTorch's layout."""
+        """Our array in PyTorch's layout; truth values and counts as float32, as everything there is a float."""
         shape = self.torch_shape(value.shape)
+        if value.dtype.kind in "biu":
+            value = value.astype(np.float32)
         return value.reshape(shape[::-1]).T if self.transposed else value.reshape(shape)
 
     def from_torch(self, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -68,10 +70,11 @@ ATTENTION_ROWS: Rows = {
     "router.bias_correction": (Part("router.bias", "gm"),),
     "q_shared.weight": (Part("q_shared.kernel", "d -> D"),),
     "q_shared.bias": (Part("q_shared.bias", "D"),),
+    "head_mask": (Part("head_mask", "g m"),),
     "o_proj.weight": (Part("o_proj.kernel", "gkD -> d"), Part("o_extra.kernel", "eD -> d")),
     "o_proj.bias": (Part("o_proj.bias", "d"),),
 }
-"""Rows of one attention layer, dense or GQE. The names are the public `gqe` module's, a dense layer's are Llama's."""
+"""Rows of one attention layer of any kind. The names are the public `gqe` module's, a dense layer's are Llama's."""
 
 BLOCK_ROWS: Rows = {
     "input_layernorm.weight": (Part("attention_norm.scale", "d"),),

@@ -29,6 +29,7 @@ CONFIG_RULES = {
     "eos_token_id": IDS,
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), is_whole(1)),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"), is_whole(1)),
+    "num_query_heads": is_whole(1),
     **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "router_top_k"), is_whole(1)),
     **dict.fromkeys(("max_window_layers", "router_seed"), is_whole(0)),
     **dict.fromkeys(("rms_norm_eps", "qk_norm_eps", "initializer_range"), is_number(0)),

@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig
 
-ATTENTION_KINDS = ("gqe", "gqa")
+ATTENTION_KINDS = ("gqe", "gqa", "asym_gqa")
 VARIANTS = ("gqe", "hard_concat", "weighted_concat")
 ROUTER_KINDS = ("learned", "fixed", "random")
 ROPE_KEYS = {  # kind → what it needs beside itself
@@ -15,13 +15,15 @@ ROPE_KEYS = {  # kind → what it needs beside itself
 
 
 class GQEConfig(PretrainedConfig):
-    """A Llama-style decoder whose attention is Grouped Query Experts ("gqe") or dense ("gqa").
+    """A Llama-style decoder whose attention is Grouped Query Experts ("gqe") or dense ("gqa", "asym_gqa").
 
     Keys that Llama has too mean what they mean there. The others, and those that differ:
 
     Args:
-      attention_kind: "gqe", or "gqa" for dense attention by head counts (MHA, MQA, GQA, SQA).
-      num_attention_heads: N, query-head experts of all groups; "gqa": query heads.
+      attention_kind: "gqe"; "gqa" for dense attention by head counts (MHA, MQA, GQA, SQA); "asym_gqa" for dense
+        attention in groups of unequal size, padded.
+      num_attention_heads: N, query-head experts of all groups; "gqa": query heads; "asym_gqa": places for them, of
+        which `num_query_heads` are taken, as the layers' `head_mask` says.
       num_key_value_heads: G, KV heads, each with its group of N / G experts.
       router_top_k: k, experts that attend per token and group.
       head_dim: D; None is hidden_size / num_attention_heads.
@@ -152,7 +154,7 @@ class GQEConfig(PretrainedConfig):
             "same number of query heads; change either",
         )
         _require(
-            self.attention_kind == "gqa" or 1 <= self.router_top_k <= heads // groups,
+            self.attention_kind != "gqe" or 1 <= self.router_top_k <= heads // groups,
             f"router_top_k={self.router_top_k} must lie between 1 and the {heads // groups} experts of a group "
             f"(num_attention_heads={heads} / num_key_value_heads={groups}): lower it or raise num_attention_heads",
         )

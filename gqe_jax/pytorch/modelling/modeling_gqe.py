@@ -179,7 +179,7 @@ class GQEHeads(nn.Module):
 
 
 class GQEAttention(nn.Module):
-    """Causal self-attention of Grouped Query Experts, or dense (`attention_kind`)."""
+    """Causal self-attention of Grouped Query Experts, or dense, also in unequal groups (`attention_kind`)."""
 
     def __init__(self, config: GQEConfig, layer_idx: int):
         super().__init__()
@@ -200,6 +200,8 @@ class GQEAttention(nn.Module):
         if self.routed:
             self.router = GQERouter(config)
             self.router.weight.requires_grad_(config.router_kind == "learned")
+        if config.attention_kind == "asym_gqa":  # 1 where a place of a padded group holds a head
+            self.register_buffer("head_mask", torch.ones(groups, experts))
         if self.mixed:
             self.q_shared = nn.Linear(width, dim, bias=bias)
             self.shared_head = GQEHeads(config, 1)
@@ -227,6 +229,8 @@ class GQEAttention(nn.Module):
         o = self.heads(q, k, v, attention_mask, **kwargs).view(batch, length, groups, self.slots, dim)
         if self.routed and config.variant == "weighted_concat":
             o = (o * probs[..., None]).to(o.dtype)
+        if config.attention_kind == "asym_gqa":
+            o = o.masked_fill(self.head_mask[..., None] == 0, 0)
         slots = o.flatten(2)
         if self.mixed:
             weights = probs / probs.sum((-2, -1), keepdim=True).clamp(min=1e-9)
@@ -310,7 +314,7 @@ class GQEPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: GQEConfig):
         super().__init__(config)
-        if config.attention_kind == "gqa":
+        if config.attention_kind != "gqe":
             self._keep_in_fp32_modules_strict = None  # transformers 4 wants each named module to be there
         if config.attn_logit_softcapping is not None and config._attn_implementation == "sdpa":
             config._attn_implementation = "eager"

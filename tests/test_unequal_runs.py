@@ -1,0 +1,101 @@
+"""Runs whose KV heads serve unequal numbers of query heads: made, trained, resumed, sampled, exported, read back."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+import tiny_run
+from converted import logits, read_run, tokens, write_run
+
+from gqe_jax.attention import GQAConfig
+from gqe_jax.cli import main as cli
+from gqe_jax.pytorch.exporting import export_hf
+from gqe_jax.pytorch.importing import import_folder
+from gqe_jax.runs.load import load_model
+from gqe_jax.runs.saved_model import open_model
+
+SHORT = ["train.steps=4", "train.checkpoint_every=2", "train.log_every=1", "train.eval_every=0", "data.batch_size=2",
+         "optimizer.warmup_steps=1", "optimizer.decay_steps=1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with prepared rows and `dense`, an MHA of five heads with random weights."""
+    directory = tmp_path_factory.mktemp("unequal")
+    with tiny_run.quick_compiles(tmp_path_factory.mktemp("cache")):
+        tiny_run.prepare_tiny(directory / "data")
+        heads = GQAConfig(num_query_heads=5, num_kv_heads=5, head_dim=8, implementation="reference")
+        write_run(directory / "dense", heads, context=tiny_run.CONTEXT)
+        yield directory
+
+
+def gqe(line, place):
+    return cli.main([str(place / word[1:]) if word.startswith("@") else word for word in line.split()])
+
+
+def train(place, config, run, *settings):
+    settings = [f"data.path={place / 'data'}", *SHORT, *settings]
+    options = [f"--config.{setting}" for setting in settings]
+    assert cli.main(["train", "--config", str(place / config), "--run", str(place / run), *options]) == 0
+
+
+def resumed(place, run, config):
+    """Hashes of the last state of a run that lost its last checkpoint and was trained to the end again."""
+    shutil.copytree(place / run, place / f"{run}_resumed")
+    shutil.rmtree(place / f"{run}_resumed/checkpoints/4")
+    train(place, config, f"{run}_resumed")
+    return tiny_run.leaf_hashes(place / f"{run}_resumed", 4)
+
+
+def assert_exports(place, run):
+    """PyTorch computes the run's logits, and what it was written from comes back to the bit."""
+    torch = pytest.importorskip("torch")
+    import torch_folder
+
+    assert "GQEForCausalLM" in export_hf(open_model(place / run), place / f"{run}_exported")
+    ids = tokens(259)
+    with torch.no_grad():
+        wanted = torch_folder.load(place / f"{run}_exported").eval()(torch.tensor(ids).long()).logits.numpy()
+    np.testing.assert_allclose(logits(load_model(place / run).model, ids), wanted, atol=2e-4)
+    config = import_folder(place / f"{run}_exported", place / f"{run}_back")
+    back, there = read_run(place / f"{run}_back"), read_run(place / run)
+    assert config.model.attention.kind == open_model(place / run).config.model.attention.kind
+    assert back.keys() == there.keys() and all(np.array_equal(back[path], there[path]) for path in there)
+
+
+def test_unequal_groups_are_made_trained_resumed_and_exported(place, capsys):
+    """Every layer's sizes and costs are printed; the mask stays as it was made, and so do the padded places, for their
+    gradient is 0 and they started at 0; a resumed run has the same bits, its buffers too."""
+    options = "--to asym_gqa --num-kv-heads 2 --calibration-rows 8 --heldout-rows 16 --data @data --out @asym"
+    assert gqe(f"convert --run @dense {options}", place) == 0
+    out = capsys.readouterr().out
+    layers = re.findall(r"groups of ([\d ]+) query heads; J: neighbours ([\d.]+), unequal ([\d.]+)", out)
+    assert len(layers) == 2
+    for sizes, before, after in layers:
+        assert sum(map(int, sizes.split())) == 5 and float(after) <= float(before)
+    assert "asym_gqa (num_query_heads 5, num_kv_heads 2, head_dim 8, groups of up to 4)" in out
+
+    shutil.copytree(place / "asym", place / "asym_on")
+    train(place, "asym/config.py", "asym_on")
+    assert resumed(place, "asym_on", "asym/config.py") == tiny_run.leaf_hashes(place / "asym_on", 4)
+    arrays, before = read_run(place / "asym_on"), read_run(place / "asym")
+    mask = before["layers.attention.head_mask"]
+    assert mask.dtype == bool and (mask.sum(axis=(1, 2)) == 5).all()
+    np.testing.assert_array_equal(arrays["layers.attention.head_mask"], mask)
+    kernel = arrays["layers.attention.o_proj.kernel"]
+    assert not kernel[~mask].any() and (kernel != before["layers.attention.o_proj.kernel"])[mask].any()
+    assert gqe("generate --run @asym_on --prompt the --max-new-tokens 3 --temperature 0", place) == 0
+    assert_exports(place, "asym_on")
+
+
+def test_equal_groups_are_a_plain_gqa(place, capsys):
+    """One group of all heads is the same for every search: MQA, through the same command."""
+    options = "--to asym_gqa --equal --num-kv-heads 1 --calibration-rows 8 --heldout-rows 16 --data @data --out @mqa"
+    assert gqe(f"convert --run @dense {options}", place) == 0
+    out = capsys.readouterr().out
+    assert "groups of 5 query heads; J: neighbours" in out and "gqa (num_query_heads 5, num_kv_heads 1" in out
+    plain = options.replace("asym_gqa --equal", "gqa").replace("@mqa", "@plain")
+    assert gqe(f"convert --run @dense {plain}", place) == 0
+    one, other = read_run(place / "mqa"), read_run(place / "plain")
+    assert all(np.array_equal(one[path], other[path]) for path in other)
