@@ -10,7 +10,7 @@ import torch_folder
 from flax import nnx
 from torch_folder import model_config
 
-from gqe_jax.attention import GQAConfig, GQEConfig, RouterConfig, RouterStats
+from gqe_jax.attention import GQAConfig, GQEConfig, MLAConfig, RouterConfig, RouterStats
 from gqe_jax.config import RopeScaling
 
 torch = pytest.importorskip("torch")
@@ -156,6 +156,14 @@ def test_dense_attention(groups, monkeypatch):
     """MQA, GQA and MHA through the same file."""
     dense = GQAConfig(num_query_heads=4, num_kv_heads=groups, head_dim=8, qk_norm=True, window=4)
     check(model_config(dense), monkeypatch)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_latent_attention(groups, monkeypatch):
+    """Tied and untied, with a norm of the latent, a window and frequencies that repeat; the cache holds latents."""
+    options = {"latent_norm": True, "bias": True} if groups == 2 else {"window": 4, "rope_repeats": 2}
+    latent = MLAConfig(num_query_heads=4, num_kv_heads=groups, head_dim=8, latent_dim=12, rope_dim=4, **options)
+    check(model_config(latent), monkeypatch)
 
 
 @pytest.mark.slow

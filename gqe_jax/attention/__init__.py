@@ -1,10 +1,11 @@
 """This folder holds the attention layers, one file for each kind, and the registry of kinds."""
 
 from gqe_jax.attention.base import Attention
-from gqe_jax.attention.caches import Cache, KVCache
+from gqe_jax.attention.caches import Cache, KVCache, LatentCache
 from gqe_jax.attention.gqa import GQAConfig, GQAttention
 from gqe_jax.attention.gqe import GQEAttention, GQEConfig
 from gqe_jax.attention.kinds import KINDS, Kind, make_attention
+from gqe_jax.attention.mla import MLAConfig, MLAttention
 from gqe_jax.attention.report import Buffer, LayerReport
 from gqe_jax.attention.rotary import rotary_tables
 from gqe_jax.attention.router import Router, RouterConfig, RouterStats, top_k_experts
@@ -20,7 +21,10 @@ __all__ = [
     "GQEConfig",
     "KVCache",
     "Kind",
+    "LatentCache",
     "LayerReport",
+    "MLAConfig",
+    "MLAttention",
     "Router",
     "RouterConfig",
     "RouterStats",

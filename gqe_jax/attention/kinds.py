@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from gqe_jax.attention.base import Attention
 from gqe_jax.attention.gqa import GQAConfig, GQAttention
 from gqe_jax.attention.gqe import GQEAttention, GQEConfig
+from gqe_jax.attention.mla import MLAConfig, MLAttention
 from gqe_jax.config import AttentionConfig, ConfigError
 
 
@@ -41,7 +42,13 @@ def checked(kinds: dict[str, Kind]) -> dict[str, Kind]:
     return kinds
 
 
-KINDS: dict[str, Kind] = checked({"gqe": Kind(GQEConfig, GQEAttention), "gqa": Kind(GQAConfig, GQAttention)})
+KINDS: dict[str, Kind] = checked(
+    {
+        "gqe": Kind(GQEConfig, GQEAttention),
+        "gqa": Kind(GQAConfig, GQAttention),
+        "mla": Kind(MLAConfig, MLAttention),
+    }
+)
 
 
 def kind_named(name: Any) -> Kind:
