@@ -176,6 +176,19 @@ class AttentionConfig(abc.ABC):
     def cached_numbers(self, expert: int = 1) -> int:
         """Counts the numbers that a device caches of a token in a layer, where `expert` devices share the KV heads."""
 
+    @property
+    def spread_sizes(self) -> dict[str, int]:
+        """Sizes, beside d_model, that the mesh's `fsdp` and `context` have to divide: name below `model` → size."""
+        return {}
+
+    def attended_numbers(self, expert: int = 1) -> int:
+        """Counts the numbers in the keys and values of one token as `attend` reads them in training."""
+        return self.cached_numbers(expert)
+
+    def decode_flops(self, d_model: int, seen: int) -> dict[str, int]:
+        """Counts the FLOPs of one layer, as `flops` does, for one token that sees `seen` tokens of a cache."""
+        return self.flops(d_model, 1, seen)
+
     @abc.abstractmethod
     def attend_calls(
         self, dtype: str, *, batch: int, q_len: int, kv_len: int, cached: bool, partitioned: bool
@@ -235,6 +248,11 @@ class AttentionConfig(abc.ABC):
         """Whether the output projection has a bias."""
         return self.bias
 
+    @property
+    def rotary_dim(self) -> tuple[str, int | None]:
+        """The setting that says how many dimensions have a rotary frequency table: (its name, its value)."""
+        return "head_dim", self.head_dim
+
     def __post_init__(self):
         require_known(self)
         name, heads = self.query_heads
@@ -258,15 +276,16 @@ class AttentionConfig(abc.ABC):
             f"implementation={self.implementation!r} is unknown: use one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
             f"or None to choose by platform",
         )
+        name, dim = self.rotary_dim
         require(
-            self.rope_theta is None or self.head_dim is None or self.head_dim % 2 == 0,
-            f"head_dim={self.head_dim} is odd, but rotary embedding (rope_theta={self.rope_theta}) turns pairs of "
-            f"dimensions: make head_dim even, or set rope_theta=None",
+            self.rope_theta is None or dim is None or dim % 2 == 0,
+            f"{name}={dim} is odd, but rotary embedding (rope_theta={self.rope_theta}) turns pairs of "
+            f"dimensions: make {name} even, or set rope_theta=None",
         )
         require(
-            self.rope_scaling.kind != "dynamic" or self.head_dim is None or self.head_dim > 2,
-            f"head_dim={self.head_dim} leaves rope_scaling.kind='dynamic' no frequency to stretch (its exponent is "
-            f"D / (D - 2)): raise head_dim, or choose another rope_scaling.kind",
+            self.rope_scaling.kind != "dynamic" or dim is None or dim > 2,
+            f"{name}={dim} leaves rope_scaling.kind='dynamic' no frequency to stretch (its exponent is "
+            f"D / (D - 2)): raise {name}, or choose another rope_scaling.kind",
         )
         require(
             self.rope_scaling.kind == "none" or self.rope_theta is not None,

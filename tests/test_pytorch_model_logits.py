@@ -10,7 +10,7 @@ import torch_folder
 from flax import nnx
 from torch_folder import model_config
 
-from gqe_jax.attention import AsymGQAConfig, GQAConfig, GQEConfig, RouterConfig, RouterStats
+from gqe_jax.attention import AsymGQAConfig, GQAConfig, GQEConfig, MLAConfig, RouterConfig, RouterStats
 from gqe_jax.config import RopeScaling
 
 torch = pytest.importorskip("torch")
@@ -162,6 +162,14 @@ def test_unequal_groups(monkeypatch):
     """The mask of each layer comes with the weights; what stands in padded places does not count."""
     attention = AsymGQAConfig(num_query_heads=7, num_kv_heads=3, max_group_size=4, head_dim=8, bias=True)
     check(model_config(attention), monkeypatch)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_latent_attention(groups, monkeypatch):
+    """Tied and untied, with a norm of the latent, a window and frequencies that repeat; the cache holds latents."""
+    options = {"latent_norm": True, "bias": True} if groups == 2 else {"window": 4, "rope_repeats": 2}
+    latent = MLAConfig(num_query_heads=4, num_kv_heads=groups, head_dim=8, latent_dim=12, rope_dim=4, **options)
+    check(model_config(latent), monkeypatch)
 
 
 @pytest.mark.slow

@@ -2,10 +2,11 @@
 
 from gqe_jax.attention.asym_gqa import AsymGQAConfig, AsymGQAttention
 from gqe_jax.attention.base import Attention
-from gqe_jax.attention.caches import Cache, KVCache
+from gqe_jax.attention.caches import Cache, KVCache, LatentCache
 from gqe_jax.attention.gqa import GQAConfig, GQAttention
 from gqe_jax.attention.gqe import GQEAttention, GQEConfig
 from gqe_jax.attention.kinds import KINDS, Kind, make_attention
+from gqe_jax.attention.mla import MLAConfig, MLAttention
 from gqe_jax.attention.report import Buffer, LayerReport
 from gqe_jax.attention.rotary import rotary_tables
 from gqe_jax.attention.router import Router, RouterConfig, RouterStats, top_k_experts
@@ -23,7 +24,10 @@ __all__ = [
     "GQEConfig",
     "KVCache",
     "Kind",
+    "LatentCache",
     "LayerReport",
+    "MLAConfig",
+    "MLAttention",
     "Router",
     "RouterConfig",
     "RouterStats",

@@ -121,11 +121,12 @@ def check_model(mesh: Mesh, model: ModelConfig) -> None:
                 f"mesh.expert={expert} does not divide model.{name}={size}: the next that fits is "
                 f"{round_up(size, expert)}{unused}"
             )
-    if model.d_model % spread:
-        problems.append(
-            f"mesh.fsdp={mesh.shape['fsdp']} × mesh.context={mesh.shape['context']}, over which parameters are spread, "
-            f"do not divide model.d_model={model.d_model}: choose divisors of {model.d_model}"
-        )
+    for name, size in ({"d_model": model.d_model} | model.attention.spread_sizes).items():
+        if size % spread:
+            problems.append(
+                f"mesh.fsdp={mesh.shape['fsdp']} × mesh.context={mesh.shape['context']}, over which parameters are "
+                f"spread, do not divide model.{name}={size}: choose divisors of {size}"
+            )
     if problems:
         raise ConfigError("; ".join(problems))
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 
 from gqe_jax.aot.topologies import Topology
 from gqe_jax.config import ModelConfig, RunConfig
-from gqe_jax.flops import ForwardFlops, forward_flops, parameter_count
+from gqe_jax.flops import ForwardFlops, decode_flops, forward_flops, parameter_count
 from gqe_jax.plan import Mode
 from gqe_jax.plan.collectives import NETWORK, Collective
 from gqe_jax.plan.memory import activation_width, compute_bytes, gathered_keys, tokens_per_device
@@ -104,9 +104,7 @@ def step_flops(model: ModelConfig, mode: Mode, batch_size: int, seq_len: int, ki
     """FLOPs of the forward pass of a step, by part: of whole rows, of prompts with the logits of their last tokens, or
     of one token behind `seq_len` - 1 others in each row."""
     if mode == "decode":
-        one = forward_flops(model, 1, kind)
-        seen = min(seq_len, model.attention.window or seq_len)
-        one = dataclasses.replace(one, attention=one.attention * seen, shared_head=one.shared_head * seen)
+        one = decode_flops(model, seq_len, kind)
     else:
         one = forward_flops(model, seq_len, kind)
         if mode == "prefill":
@@ -162,7 +160,7 @@ def expected_collectives(
     rows, tokens = tokens_per_device(mesh, batch_size // config.train.accumulate, seq_len)
     again = model.remat in ("attention", "full")
     hidden = item * rows * tokens * model.d_model
-    keys = item * rows * seq_len * model.attention.cached_numbers(expert)
+    keys = item * rows * seq_len * model.attention.attended_numbers(expert)
     passes = 2 + again
 
     within = mesh | {"data": mesh["data"] // topology.slices, NETWORK[0]: topology.slices}

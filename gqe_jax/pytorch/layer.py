@@ -13,7 +13,7 @@ from gqe_jax.pytorch.names import ATTENTION_ROWS, Part
 
 
 def layer_to_torch(layer: Attention) -> dict[str, np.ndarray]:
-    """The parameters under PyTorch's names and in its layout, for `GQEAttention` and `GQAttention`.
+    """The parameters under PyTorch's names and in its layout, for `GQEAttention`, `GQAttention` and `MLAttention`.
 
     | name | shape | |
     |---|---|---|
@@ -24,6 +24,9 @@ def layer_to_torch(layer: Attention) -> dict[str, np.ndarray]:
     | `router.weight` | [G·M, d] | GQE |
     | `q_shared.weight` | [D, d] | variant "gqe" |
     | `router.bias_correction` | [G·M] | loss-free balancing: added to the probabilities for the selection only |
+    | `kv_down.weight`, `k_rope.weight` | [r, d], [R, d] | MLA, which has no k_proj and v_proj |
+    | `k_up.weight`, `v_up.weight` | [G·D, r] | MLA, whose q_proj has H·(D + R) rows |
+    | `latent_norm.weight` | [r] | MLA with a norm of the latent |
 
     With `bias`, `q_proj.bias`, `k_proj.bias`, `v_proj.bias`, `o_proj.bias` and `q_shared.bias` stand beside them. A
     dense layer's names and shapes are those of a Llama (with QK norm: Qwen3) attention block.
