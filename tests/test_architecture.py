@@ -28,6 +28,7 @@ FLOORS = (
     ("train",),
     ("aot",),
     ("plan", "bench"),
+    ("study",),
     ("cli",),
 )
 DATA_FLOORS = (("tokenizer", "choices"), ("sources",), ("manifest", "rows"), ("preparing",), ("reading",))
