@@ -15,7 +15,7 @@ FLOORS = (
     ("kernels", "parallel", "processes"),
     ("linear",),
     ("attention",),
-    ("models", "flops"),
+    ("models", "flops", "cost"),
     ("config_dict", "config_overrides"),
     ("configs",),
     ("config_files",),

@@ -40,9 +40,9 @@ def _add_study(parser: argparse.ArgumentParser, name: str) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(act=_run)
     _add_study(parser, "config")  # the name makes --config.a.b=value go to all cells
-    parser.add_argument("-j", "--jobs", type=int, default=1, metavar="N", help="cells that train at a time (default: 1)")
+    parser.add_argument("-j", "--jobs", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and train nothing")
-    parser.add_argument("--topology", metavar="NAME", help="with --dry-run: what a slice of TPUs would take, as v5e:4x4")
+    parser.add_argument("--topology", metavar="NAME", help="with --dry-run: the time on this slice, as v5e:4x4")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -67,7 +67,8 @@ def _run(args: argparse.Namespace) -> int:
     for line in failures:
         print(f"failed: {line}", file=sys.stderr)
     if not failures:
-        print(f"all {len(planned)} cells are done: gqe study table {shlex.quote(args.config)} --out {shlex.quote(args.out)}")
+        table = shlex.join(["gqe", "study", "table", args.config, "--out", args.out])
+        print(f"all {len(planned)} cells are done: {table}")
     return 1 if failures else 0
 
 

@@ -6,12 +6,13 @@
 import os
 import runpy
 import signal
-import sys
 import threading
 
 
 def _stop_with_parent() -> None:
-    sys.stdin.buffer.read()  # returns when no process holds the other end any more, however that one ended
+    # Returns when no process holds the other end any more, however that one ended. Not by `sys.stdin`, whose lock a
+    # thread that waits would still hold at the end of the interpreter.
+    os.read(0, 1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

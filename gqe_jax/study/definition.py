@@ -118,7 +118,7 @@ def read_study(spec: str) -> Study:
     shipped = shipped_studies()
     path = shipped.get(spec, Path(spec))
     if not path.is_file():
-        raise ConfigError(f"study {spec!r}: no such file, nor a study that comes with gqe_jax; {nearest(spec, shipped)}")
+        raise ConfigError(f"study {spec!r}: no such file, nor one that comes with gqe_jax; {nearest(spec, shipped)}")
     with unread_named(path, _REMEDY):
         content = path.read_bytes()
     try:

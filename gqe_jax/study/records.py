@@ -1,6 +1,6 @@
-"""The record of a cell: one small JSON file that says what was trained, with which code and data, and what came of it.
+"""The record of a cell: one small JSON file that says what was trained, with which code and data, and its result.
 
-A record without a result is written before the cell is trained, so that a killed cell is continued by the same code only.
+A record without a result is written before the cell is trained, so that a killed cell is continued by the same code.
 Records alone make tables and plots; the runs with their checkpoints may be deleted.
 """
 
@@ -238,6 +238,6 @@ def check_settings(records: Sequence[Record], planned: Sequence[Cell], out: Path
             changed += [f"{cell.name}: {line}" for line in differences(saved, cell.config)]
     if changed:
         raise ConfigError(
-            f"cells in {str(out)!r} were begun with other settings: {'; '.join(changed)}. Take the settings back, delete "
-            f"these cells' records and runs, or take another --out"
+            f"cells in {str(out)!r} were begun with other settings: {'; '.join(changed)}. Take the settings back, "
+            f"delete these cells' records and runs, or take another --out"
         )

@@ -147,7 +147,8 @@ class _Progress:
         self.finished = list(finished)
         self._stream, self._terminal = stream, stream.isatty()
         self._work = {cell.name: self._flops(cell, cell.config.train.steps) for cell in planned}
-        self._began, self._before, self._shown = time.monotonic(), None, 0.0
+        self._since: tuple[float, int] | None = None  # when the first step was seen, and the work done by then
+        self._idle, self._shown = None, 0.0
 
     @staticmethod
     def _flops(cell: Cell, steps: int) -> int:
@@ -159,12 +160,14 @@ class _Progress:
         total = sum(self._work.values())
         done = sum(self._work[cell.name] for cell in self.finished)
         done += sum(self._flops(cell, steps) for cell, steps in running.items())
-        if self._before is None:
-            self._before = done
-        if now - self._shown < (0.5 if self._terminal else _IN_A_LOG) and running:
+        if self._idle is None:
+            self._idle = done
+        if self._since is None and done > self._idle:  # before, the cells compiled
+            self._since = now, done
+        if running and now - self._shown < (0.5 if self._terminal else _IN_A_LOG):
             return
         self._shown = now
-        rate = (done - self._before) / (now - self._began + 1e-9)
+        rate = (done - self._since[1]) / (now - self._since[0] + 1e-9) if self._since else 0.0
         parts = [f"{len(self.finished)} of {len(self._work)} cells done"]
         parts += [f"{failed} failed"] if failed else []
         parts += [f"{cell.name} {steps}/{cell.config.train.steps}" for cell, steps in running.items()]

@@ -50,9 +50,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(float(np.mean(values)), float(quantile * np.std(values, ddof=1) / math.sqrt(n)))
 
 
-def paired_differences(
-    losses: Mapping[str, Mapping[int, float]], reference: str
-) -> dict[str, Difference]:
+def paired_differences(losses: Mapping[str, Mapping[int, float]], reference: str) -> dict[str, Difference]:
     """Compares every arm with the reference, seed by seed: cells of a seed share initial draws and order of rows.
 
     Args:
@@ -66,8 +64,8 @@ def paired_differences(
     for arm, by_seed in losses.items():
         if by_seed.keys() != base.keys():
             raise ConfigError(
-                f"arm {arm} has the seeds {_listed(by_seed)}, the reference {reference} {_listed(base)}: only equal seeds "
-                f"can be paired; train the missing cells, or choose those that all arms have with --seeds"
+                f"arm {arm} has the seeds {_listed(by_seed)}, the reference {reference} {_listed(base)}: only equal "
+                f"seeds can be paired; train the missing cells, or choose those that all arms have with --seeds"
             )
     gaps = {arm: [by_seed[seed] - base[seed] for seed in base] for arm, by_seed in losses.items() if arm != reference}
     intervals = {arm: mean_interval(values) for arm, values in gaps.items()}

@@ -72,8 +72,8 @@ def finished_cells(study: Study, out: Path) -> dict[str, dict[int, Record]]:
     for arm, by_seed in found.items():
         if len({json.dumps(_without_seeds(record)) for record in by_seed.values()}) > 1:
             raise ConfigError(
-                f"the cells of arm {arm} in {str(out)!r} have different settings: delete the records of the older ones, "
-                f"and train them again"
+                f"the cells of arm {arm} in {str(out)!r} have different settings: delete the older records, and train "
+                f"these cells again"
             )
     return found
 
@@ -154,8 +154,8 @@ def markdown(study: Study, cells: Mapping[str, Mapping[int, Record]], table: Seq
         f"JAX {about['jax']}. Losses are nats per token on held-out text; ± is a 95% interval over seeds. Difference: "
         f"arm minus {study.reference}, paired by seed; resolved: p at most 0.05 after Holm's correction.",
         "",
-        f"| arm | loss | bits per byte | difference from {study.reference} | p | resolved | attention FLOPs per token | "
-        f"parameters | tokens/s |",
+        f"| arm | loss | bits per byte | difference from {study.reference} | p | resolved "
+        f"| attention FLOPs per token | parameters | tokens/s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_markdown_row(row) for row in table]
