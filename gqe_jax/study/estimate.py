@@ -22,7 +22,7 @@ def estimate(planned: Sequence[Cell], name: str) -> str:
     """
     where = topology(name)
     seeds = {cell.arm: sum(other.arm == cell.arm for other in planned) for cell in planned}
-    lines = [f"estimate for {where.name}, {where.num_devices} devices (gqe plan compiles one arm, and knows more):"]
+    lines = [f"roofline of {where.name}, {where.num_devices} devices (gqe plan compiles an arm, and knows more):"]
     lines.append(f"  {'arm':<24}{'GiB':>6}{'a cell takes':>20}{'all its cells':>20}  overrides")
     total = [0.0, 0.0]
     for arm, count in seeds.items():
