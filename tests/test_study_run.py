@@ -185,6 +185,10 @@ def test_cells_of_changed_code_data_or_settings_are_not_added_to(study, capsys, 
     assert sorted(out.rglob("*")) == before
     assert main(["study", "run", path, "--out", str(out)]) == 0  # all are finished: nothing is trained
     assert sorted(out.rglob("*")) == before
+    (out / "cells" / "gqe-1.json").unlink()
+    (out / "runs" / "gqe-1").mkdir(parents=True)
+    err = refused(capsys, "run", path, "--out", out)
+    assert "gqe-1 in" in err and "there is a run, but no record of the code" in err and "delete the run" in err
 
 
 def test_the_hash_is_of_all_that_training_imports():
@@ -248,7 +252,7 @@ def test_a_study_is_killed_and_goes_on(tmp_path):
         reference = "gqa"
         tokens = {300 * 2 * 64}
         seeds = [0, 1]
-        overrides = ["train.checkpoint_every=1000"]
+        overrides = ["train.checkpoint_every=1000", "train.compilation_cache={tmp_path}/compiled"]
         arms.gqa.config = "{config}:gqa"
         arms.gqe.config = "{config}"
     """)

@@ -172,7 +172,7 @@ _RESULT_RULES: dict[str, Rule] = {
     "heldout": (lambda v: _is_curve(v, 2), "a list of [tokens, loss]"),
     "load": (_is_load, "a list by layer, group and expert, or null"),
 }
-_REMEDY = "delete the file, and `gqe study run` makes it again"
+_REMEDY = "delete the file and the cell's run, and `gqe study run` makes both again"
 
 
 def read_records(out: Path, study: Study) -> dict[tuple[str, int], Record]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -76,6 +76,7 @@ def run_study(study: Study, planned: Sequence[Cell], out: Path, *, jobs: int, st
     code, data = code_hash(), data_hash(planned)
     records.check_same(list(known.values()), code, data, out)
     records.check_settings(list(known.values()), planned, out)
+    _require_records(planned, known.keys(), out)
     done = {key for key, record in known.items() if record.result is not None}
     waiting = deque(cell for cell in planned if (cell.arm, cell.seed) not in done)
     progress = _Progress(planned, [cell for cell in planned if cell not in waiting], stream)
@@ -99,12 +100,12 @@ def run_study(study: Study, planned: Sequence[Cell], out: Path, *, jobs: int, st
                 running[_start(cell, out)] = cell
             for process in [process for process in running if process.poll() is not None]:
                 cell = running.pop(process)
-                if process.returncode == 0:
-                    record = records.started(study, cell, code, data)
-                    records.write(out, records.finished(record, read_run(out / RUNS / cell.name)))
-                    progress.finished.append(cell)
-                else:
+                if process.returncode != 0:
                     failures.append(f"{cell.name}: exit code {process.returncode}, see {_log(cell, out)}")
+                    continue
+                record = records.started(study, cell, code, data)
+                records.write(out, records.finished(record, read_run(out / RUNS / cell.name)))
+                progress.finished.append(cell)
             progress.show({cell: _steps(cell, out) for cell in running.values()}, len(failures))
             if running:
                 time.sleep(POLL)
@@ -116,6 +117,17 @@ def run_study(study: Study, planned: Sequence[Cell], out: Path, *, jobs: int, st
         progress.close()
         signal.signal(signal.SIGTERM, before)
     return failures
+
+
+def _require_records(planned: Sequence[Cell], known: Collection[tuple[str, int]], out: Path) -> None:
+    """Refuses runs without a record, as nobody knows which code has trained them."""
+    new = [cell.name for cell in planned if (cell.arm, cell.seed) not in known]
+    unknown = [name for name in new if (out / RUNS / name).exists()]
+    if unknown:
+        raise ConfigError(
+            f"{', '.join(unknown)} in {str(out / RUNS)!r}: there is a run, but no record of the code and data that "
+            f"trained it: delete the run, or bring the record back"
+        )
 
 
 def _start(cell: Cell, out: Path) -> subprocess.Popen[bytes]:
