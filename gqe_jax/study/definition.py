@@ -134,9 +134,9 @@ def read_study(spec: str) -> Study:
 
 
 def _arm(name: str, value: object, shared: Sequence[str], path: Path) -> Arm:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,63}", name):
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
         raise ConfigError(
-            f"{path}: arms.{shown(name)} names a folder, so use small letters, digits, '_', '.' and '-', at most 64"
+            f"{path}: arms.{shown(name)} names a folder, so use small letters, digits, '_' and '-', at most 64"
         )
     origin = f"{path}, arms.{name}:"
     arm = check_record(
