@@ -13,8 +13,8 @@ from etils import epath
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build
 
-DIMENSIONS = {"loss": 0, "eval/loss": 0, "load": 3, "eval/load": 3, "entropy": 1}
-"""Metric → its dimensions, for what is drawn: load [L, G, M], entropy [L]."""
+DIMENSIONS = {"loss": 0, "eval/loss": 0, "load": 3, "eval/load": 3, "entropy": 1, "eval/by_position": 2}
+"""Metric → its dimensions, for what is drawn: load [L, G, M], entropy [L], rows of first, last, loss and tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
