@@ -121,8 +121,8 @@ def test_the_registry_refuses_a_kind_that_leaves_a_question_open():
 
 def test_nobody_else_asks_which_kind_it_is():
     """Outside gqe_jax/attention no code compares `.kind` of an attention config or its class: a kind that it does not
-    know would be taken for another. Conversions and curves of heads are of kinds that they name, and refuse others. (Rope scaling,
-    router and other things have a `kind` too: those names are told.)"""
+    know would be taken for another. Conversions and curves of heads are of kinds that they name, and refuse others.
+    (Rope scaling, router and other things have a `kind` too: those names are told.)"""
     found = []
     for path in PACKAGE.rglob("*.py"):
         inside = path.relative_to(PACKAGE).parts
