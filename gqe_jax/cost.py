@@ -22,6 +22,7 @@ from gqe_jax.config import ConfigError
 
 MEMORY_WEIGHT, MEMORY_POWER, FLOPS_POWER = 0.9, 1 / 2, 1 / 3
 LEAST_SIZES = 4  # of a fit with three constants
+LARGEST = 1e15  # parameters; a curve that promises a loss only beyond is taken not to reach it
 EXPONENTS = np.geomspace(0.01, 2.0, 400)
 
 # Parameters → layers and width of published models; between them d / L is linear in log N.
@@ -68,11 +69,11 @@ class Fit:
         return self.amplitude * size**-self.exponent + self.floor
 
     def size(self, loss: float) -> float:
-        """Returns the N that reaches the loss; infinite at the floor and below."""
+        """Returns the N that reaches the loss; infinite at the floor and below, and beyond `LARGEST`."""
         if loss <= self.floor:
             return math.inf
-        power = math.log(self.amplitude / (loss - self.floor)) / self.exponent if self.amplitude else -math.inf
-        return math.exp(power) if power < 700 else math.inf
+        log_size = math.log(self.amplitude / (loss - self.floor)) / self.exponent
+        return math.exp(log_size) if log_size < math.log(LARGEST) else math.inf
 
 
 def fit(sizes: Sequence[float], losses: Sequence[float]) -> Fit:
@@ -83,7 +84,7 @@ def fit(sizes: Sequence[float], losses: Sequence[float]) -> Fit:
       losses: final held-out losses in nats.
 
     Raises:
-      ConfigError: fewer than four different sizes.
+      ConfigError: fewer than four different sizes, or losses that do not fall with size.
     """
     if len(set(sizes)) < LEAST_SIZES:
         raise ConfigError(
@@ -100,6 +101,11 @@ def fit(sizes: Sequence[float], losses: Sequence[float]) -> Fit:
     best = int(np.argmin([error(value) for value in grid]))
     exponent = math.exp(_golden_section(error, grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]))
     amplitude, floor, squares = _linear(n / scale, y, exponent)
+    if amplitude == 0:
+        raise ConfigError(
+            f"losses do not fall from {n.min():,.0f} to {n.max():,.0f} parameters: train the larger models for longer, "
+            f"or with a rate of their own"
+        )
     return Fit(amplitude * scale**exponent, exponent, floor, math.sqrt(squares / len(y)))
 
 

@@ -52,7 +52,8 @@ def test_planted_constants_come_back(amplitude, exponent, floor):
     assert found.residual < 1e-6
     target = floor + 0.3
     np.testing.assert_allclose(found.size(target), (amplitude / 0.3) ** (1 / exponent), rtol=1e-2)
-    assert math.isinf(cost.Fit(amplitude, exponent, floor, 0.0).size(floor))
+    planted = cost.Fit(amplitude, exponent, floor, 0.0)
+    assert math.isinf(planted.size(floor)) and math.isinf(planted.size(floor + 1e-30))
 
 
 def test_a_fit_is_the_least_square_of_its_family():
@@ -70,12 +71,13 @@ def test_a_fit_is_the_least_square_of_its_family():
     np.testing.assert_allclose(found.residual, math.sqrt(left / 7), rtol=1e-9)
 
 
-def test_a_curve_that_falls_below_zero_or_rises_is_clipped():
-    """Amplitude and floor are at least 0: a negative floor would promise any loss, a rising curve is none of size."""
+def test_a_floor_is_not_negative_and_a_curve_falls():
+    """A negative floor would promise any loss; from losses that rise with size no size follows."""
     sizes = np.geomspace(1e6, 1e8, 5)
-    assert cost.fit(sizes, 3 - 0.15 * np.log(sizes)).floor == 0
-    rising = cost.fit(sizes, np.linspace(2, 3, 5))
-    assert rising.amplitude == 0 and rising.floor == 2.5
+    found = cost.fit(sizes, 3 - 0.15 * np.log(sizes))
+    assert found.floor == 0 and found.amplitude > 0
+    with pytest.raises(ConfigError, match="losses do not fall from 1,000,000 to 100,000,000 parameters: train"):
+        cost.fit(sizes, np.linspace(2, 3, 5))
 
 
 def test_fewer_than_four_sizes_are_refused():
@@ -109,6 +111,6 @@ def test_search_takes_the_least_cost_and_fewer_heads_of_equals():
         memory = total + 2 * 8192 * each.shape.layers * 64 * each.kv_heads
         flops = 2 * total + 4 * 8192 * each.shape.layers * 64 * each.query_heads
         np.testing.assert_allclose(each.cost, 0.9 * memory**0.5 + 0.1 * flops ** (1 / 3), rtol=1e-12)
-    unreached = dict.fromkeys([(8, 4), (8, 2), (2, 2)], cost.Fit(0.0, 0.3, 9.0, 0.0))
+    unreached = dict.fromkeys([(8, 4), (8, 2), (2, 2)], cost.Fit(1.0, 0.3, 9.0, 0.0))
     tied = cost.search(unreached, 2.6, 8192, head_dim=64, vocab_size=1)
     assert [(each.query_heads, each.kv_heads) for each in tied] == [(2, 2), (8, 2), (8, 4)]

@@ -52,7 +52,7 @@ def test_curves_search_and_comparison(runs, tmp_path, capsys):
     its rivals with their costs, and losses are given where runs of these heads were."""
     picture, saved = tmp_path / "heads.png", tmp_path / "curves.json"
     given = [run for each in runs.values() for run in each]
-    options = ["--target", 2.0, "--context", 2048, 131072, "--gqe", "16,8,1"]
+    options = ["--target", 2.4, "--context", 2048, 131072, "--gqe", "16,8,1"]
     assert gqe("--runs", *given, *options, "--save", saved, "--plot", picture) == 0
     out = capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -62,13 +62,13 @@ def test_curves_search_and_comparison(runs, tmp_path, capsys):
         assert abs(fits[key]["exponent"] - exponent) < 1e-4 and abs(fits[key]["floor"] - floor) < 1e-3
     rows = {line.split("  ")[1]: line for line in out.splitlines() if line.startswith("  ")}
     assert rows["SQA, k·G heads"].endswith("not known") and rows["SQA, k·G + 1 heads"].endswith("not known")
-    assert rows["dense GQA"].split()[-1] == "2.0000"
+    assert rows["dense GQA"].split()[-1] == "2.4000"
     assert rows["larger, fewer heads"].split()[3:5] == ["4", "4"]  # behind its name: of GQE's 9 heads, the fewer
     flops = {name: float(rows[name].split()[-3]) for name in ("GQE", "larger, fewer heads")}
     assert flops["GQE"] == pytest.approx(flops["larger, fewer heads"], rel=0.01)  # to the digits that are printed
     assert gqe("--constants", saved, *options) == 0
     again = capsys.readouterr().out
-    assert again[again.index("loss 2 at") :] == out[out.index("loss 2 at") :]
+    assert again[again.index("loss 2.4 at") :] == out[out.index("loss 2.4 at") :]
 
 
 def test_the_command_it_prints_is_a_configuration(runs, capsys):
@@ -95,6 +95,20 @@ def test_fewer_than_four_sizes_are_refused(runs, tmp_path, capsys):
     err = refused(capsys, "--runs", *given, "--target", 2.0, "--context", 2048)
     assert "dense, 16 query heads on 8 KV heads: 2; dense, 4 query heads on 4 KV heads: 3" in err
     assert "train more sizes of each" in err
+
+
+def test_losses_that_rise_with_size_are_refused(tmp_path, capsys):
+    """No size follows from them; the heads are named."""
+    rising = [write_run(tmp_path / f"{width}", HEADS["dense4"], width, (1e-9, 1e-3, width / 10)) for width in WIDTHS]
+    err = refused(capsys, "--runs", *rising, "--target", 2.0, "--context", 64)
+    assert "dense, 4 query heads on 4 KV heads: losses do not fall" in err
+
+
+def test_what_lies_far_outside_the_runs_is_said(runs, capsys):
+    """A curve is trusted near its runs: the largest here has 762,816 parameters, and loss 1.25 needs (40 / 0.05)^4."""
+    for target, far in ((1.25, True), (3.0, False)):
+        assert gqe("--runs", *runs["dense16"], "--target", target, "--context", 64) == 0
+        assert ("note: (16, 8) is far outside its runs" in capsys.readouterr().out) == far
 
 
 def test_runs_that_cannot_be_fitted_are_refused(runs, tmp_path, capsys):

@@ -158,5 +158,7 @@ def test_options_of_run(tmp_path, capsys):
     path = write(tmp_path, STUDY)
     assert main(["study", "run", path, "--out", "x", "-j", "0"]) == 2
     assert "--jobs=0 must be at least 1" in capsys.readouterr().err
+    assert main(["study", "run", path, "--out", "x", "-j", "2", "--distributed"]) == 2
+    assert "with --distributed a cell takes all machines" in capsys.readouterr().err
     assert main(["study", "run", path, "--out", "x", "--topology", "v5e:4x4"]) == 2
     assert "add --dry-run" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from tiny_run import QUICK_FLAGS, prepare_tiny, write_config
 
 import gqe_jax
 from gqe_jax.cli.main import main
+from gqe_jax.processes.place import Place
 from gqe_jax.runs.metrics import read_metrics
 from gqe_jax.study import records, running
 from gqe_jax.study.definition import cells, read_study
@@ -189,6 +191,25 @@ def test_cells_of_changed_code_data_or_settings_are_not_added_to(study, capsys, 
     (out / "runs" / "gqe-1").mkdir(parents=True)
     err = refused(capsys, "run", path, "--out", out)
     assert "gqe-1 in" in err and "there is a run, but no record of the code" in err and "delete the run" in err
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_on_a_pod_machine_0_keeps_the_records(study, monkeypatch, process):
+    """All machines train each cell together, by the same commands; one writes what came of it."""
+    path, out = study
+    shutil.rmtree(out)
+    started = []
+
+    def start(cell, out, distributed):
+        started.append(running._command(cell, out, distributed))
+        return subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+
+    monkeypatch.setattr(running, "_start", start)
+    monkeypatch.setattr(running, "data_hash", lambda planned: "da7a")
+    monkeypatch.setattr(running, "find_place", lambda timeout: Place("127.0.0.1:1", 2, process))
+    assert main(["study", "run", path, "--out", str(out), "--seeds", "1", "--distributed"]) == 1
+    assert len(started) == 3 and all(command[-1] == "--distributed" for command in started)
+    assert sorted(file.stem for file in out.glob("cells/*")) == ([] if process else ["fixed-1", "gqa-1", "gqe-1"])
 
 
 def test_the_hash_is_of_all_that_training_imports():

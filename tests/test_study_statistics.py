@@ -40,9 +40,7 @@ def test_planted_differences_are_found_at_the_stated_rate():
     """An arm that is worse by 0.006 is resolved as often as the noncentral t distribution says, and the 95% interval of
     the difference holds the truth in 95% of studies: the seeds' common shift, ten times as large, is paired away."""
     rng, planted, spread = np.random.default_rng(0), 0.006, 0.004
-    found = [
-        paired_differences(losses, "a")["b"] for losses in studies(rng, {"a": 0.0, "b": planted}, spread=spread)
-    ]
+    found = [paired_differences(losses, "a")["b"] for losses in studies(rng, {"a": 0.0, "b": planted}, spread=spread)]
     t = stats.t.ppf(0.975, SEEDS - 1)
     noncentrality = planted / spread * math.sqrt(SEEDS)
     power = stats.nct.sf(t, SEEDS - 1, noncentrality) + stats.nct.cdf(-t, SEEDS - 1, noncentrality)

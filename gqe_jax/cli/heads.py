@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     searches = {context: heads.recommend(curves, args.target, context) for context in args.context}
     text = [heads.report_curves(curves)]
     for context, ranked in searches.items():
-        text.append(heads.report_search(ranked, args.target, context, curves.head_dim, curves.vocab_size))
+        text.append(heads.report_search(curves, ranked, args.target, context))
         if routed is not None:
             text.append(heads.report_rivals(heads.compare_gqe(curves, routed, args.target, context), context))
     if args.plot is not None:

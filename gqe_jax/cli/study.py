@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from pathlib import Path
+from typing import Any
 
 from gqe_jax.config import ConfigError
 
@@ -41,29 +41,34 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(act=_run)
     _add_study(parser, "config")  # the name makes --config.a.b=value go to all cells
     parser.add_argument("-j", "--jobs", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
+    parser.add_argument("--distributed", action="store_true", help="on each machine of a pod, as gqe train's; -j is 1")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and train nothing")
     parser.add_argument("--topology", metavar="NAME", help="with --dry-run: the time on this slice, as v5e:4x4")
 
 
 def _run(args: argparse.Namespace) -> int:
+    from etils import epath
+
     from gqe_jax.study import running
     from gqe_jax.study.definition import cells, read_study
 
     if args.jobs < 1:
         raise ConfigError(f"--jobs={args.jobs} must be at least 1: raise it")
+    if args.distributed and args.jobs > 1:
+        raise ConfigError(f"--jobs={args.jobs}: with --distributed a cell takes all machines: leave --jobs out")
     if args.topology and not args.dry_run:
         raise ConfigError(f"--topology={args.topology} only says what a slice would take: add --dry-run")
-    study, out = read_study(args.config).part(args.arms, args.seeds), Path(args.out)
+    study, out = read_study(args.config).part(args.arms, args.seeds), epath.Path(args.out)
     planned = cells(study, args.overrides)
     if args.dry_run:
-        for command in running.commands(planned, out):
+        for command in running.commands(planned, out, distributed=args.distributed):
             print(shlex.join(command))
         if args.topology:
             from gqe_jax.study.estimate import estimate
 
             print("\n" + estimate(planned, args.topology))
         return 0
-    failures = running.run_study(study, planned, out, jobs=args.jobs)
+    failures = running.run_study(study, planned, out, jobs=args.jobs, distributed=args.distributed)
     for line in failures:
         print(f"failed: {line}", file=sys.stderr)
     if not failures:
@@ -80,7 +85,7 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
 def _table(args: argparse.Namespace) -> int:
     from gqe_jax.study.table import write_tables
 
-    print(write_tables(*_finished(args), Path(args.out)))
+    print(write_tables(*_finished(args)))
     return 0
 
 
@@ -92,14 +97,17 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
 def _plot(args: argparse.Namespace) -> int:
     from gqe_jax.study.plot import write_plots
 
-    for path in write_plots(*_finished(args), Path(args.out)):
+    for path in write_plots(*_finished(args)):
         print(f"wrote {path}")
     return 0
 
 
-def _finished(args: argparse.Namespace):
+def _finished(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The study, its finished cells, and its folder."""
+    from etils import epath
+
     from gqe_jax.study.definition import read_study
     from gqe_jax.study.table import finished_cells
 
-    study = read_study(args.study).part(args.arms, args.seeds)
-    return study, finished_cells(study, Path(args.out))
+    study, out = read_study(args.study).part(args.arms, args.seeds), epath.Path(args.out)
+    return study, finished_cells(study, out), out

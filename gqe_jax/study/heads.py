@@ -20,6 +20,7 @@ from gqe_jax.runs.record import RunRecord, read_run
 Dense = tuple[int, int]
 Routed = tuple[int, int, int]
 WIDTHS = 64  # d_model of the config line is a multiple
+BEYOND = 10  # times the largest run, or below the smallest: a curve is a guess there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def fit_runs(directories: Sequence[str]) -> Curves:
             f"leave its runs out"
         )
     model = runs[0].config.model
-    curves = {key: fit(*zip(*sorted(found), strict=True)) for key, found in points.items()}
+    curves = {key: _fit(key, found) for key, found in points.items()}
     return Curves(
         {key: curve for key, curve in curves.items() if len(key) == 2},
         {key: curve for key, curve in curves.items() if len(key) == 3},
@@ -83,6 +84,13 @@ def fit_runs(directories: Sequence[str]) -> Curves:
         model.attention.head_dim,
         model.vocab_size,
     )
+
+
+def _fit(key: Sequence[int], found: Sequence[tuple[float, float]]) -> Fit:
+    try:
+        return fit(*zip(*sorted(found), strict=True))
+    except ConfigError as error:
+        raise ConfigError(f"{_name(key)}: {error}") from None
 
 
 def _key(model: ModelConfig) -> Dense | Routed | None:
@@ -131,7 +139,7 @@ _FIT_RULES = {
         lambda v: type(v) is list and len(v) in (2, 3) and all(is_whole(1, 4096)[0](n) for n in v),
         "[query heads, KV heads] or [query experts, KV heads, top_k]",
     ),
-    "amplitude": is_number(0),
+    "amplitude": is_number(0, above=True),
     "exponent": is_number(0, above=True),
     "floor": is_number(0),
     "residual": is_number(0),
@@ -280,8 +288,8 @@ def report_curves(curves: Curves) -> str:
     return "\n".join(lines)
 
 
-def report_search(ranked: Sequence[Candidate], target: float, context: int, head_dim: int, vocab_size: int) -> str:
-    """The candidates, the cheapest first, and the command that trains the first."""
+def report_search(curves: Curves, ranked: Sequence[Candidate], target: float, context: int) -> str:
+    """The candidates, the cheapest first, those that the runs say little of, and the command that trains the first."""
     lines = [f"loss {target:g} at {context:,} tokens of context, cheapest first (Z = 0.9 √M + 0.1 ∛C)"]
     lines.append(f"  {'H':>4}{'G':>4}{'parameters':>15}{'layers':>8}{'d_model':>9}{'M':>11}{'C':>11}{'Z':>11}")
     for each in ranked:
@@ -292,7 +300,14 @@ def report_search(ranked: Sequence[Candidate], target: float, context: int, head
             f"  {each.query_heads:>4}{each.kv_heads:>4}{each.parameters:>15,.0f}{each.shape.layers:>8.1f}"
             f"{each.shape.d_model:>9.0f}{each.memory:>11.3g}{each.flops:>11.3g}{each.cost:>11.4g}"
         )
-    return "\n".join([*lines, command(ranked[0], context, head_dim, vocab_size)])
+    for each in ranked:
+        sizes = [size for size, _ in curves.points.get((each.query_heads, each.kv_heads), ())]
+        if sizes and not math.isinf(each.size) and not min(sizes) / BEYOND <= each.size <= max(sizes) * BEYOND:
+            lines.append(
+                f"  note: ({each.query_heads}, {each.kv_heads}) is far outside its runs, of {min(sizes):,.0f} to "
+                f"{max(sizes):,.0f} parameters without embeddings, and needs {each.size:,.0f}"
+            )
+    return "\n".join([*lines, command(ranked[0], context, curves.head_dim, curves.vocab_size)])
 
 
 def command(best: Candidate, context: int, head_dim: int, vocab_size: int) -> str:

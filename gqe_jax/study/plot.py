@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from gqe_jax.config import ConfigError
 from gqe_jax.study.definition import Study
@@ -18,7 +18,7 @@ from gqe_jax.study.table import Row, rows
 DPI = 200
 
 
-def write_plots(study: Study, cells: Mapping[str, Mapping[int, Record]], out: Path) -> list[Path]:
+def write_plots(study: Study, cells: Mapping[str, Mapping[int, Record]], out: epath.Path) -> list[epath.Path]:
     """Writes losses.png, differences.png and, where an arm routes, load.png into the study's folder; returns the paths.
 
     Raises:
@@ -34,7 +34,7 @@ def write_plots(study: Study, cells: Mapping[str, Mapping[int, Record]], out: Pa
     return drawn
 
 
-def _draw(path: Path, size: tuple[float, float], draw: Any, panels: int = 1) -> Path:
+def _draw(path: epath.Path, size: tuple[float, float], draw: Any, panels: int = 1) -> epath.Path:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ def _draw(path: Path, size: tuple[float, float], draw: Any, panels: int = 1) -> 
 
 
 @contextlib.contextmanager
-def _unwritten_named(path: Path) -> Iterator[None]:
+def _unwritten_named(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

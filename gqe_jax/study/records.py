@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from gqe_jax.checked_json import OBJECT, TEXT, Rule, check_record, is_number, is_whole, read_object
 from gqe_jax.config import ConfigError, RunConfig
@@ -127,7 +128,7 @@ def _rounded(value: Any) -> Any:
 # ---- on disk
 
 
-def write(out: Path, record: Record) -> None:
+def write(out: epath.Path, record: Record) -> None:
     """Writes the record into the study's folder, in one rename."""
     values = {"format": FORMAT, **vars(record), "config": to_dict(record.config)}
     path = out / CELLS / f"{record.name}.json"
@@ -175,7 +176,7 @@ _RESULT_RULES: dict[str, Rule] = {
 _REMEDY = "delete the file and the cell's run, and `gqe study run` makes both again"
 
 
-def read_records(out: Path, study: Study) -> dict[tuple[str, int], Record]:
+def read_records(out: epath.Path, study: Study) -> dict[tuple[str, int], Record]:
     """Reads the records in the study's folder: (arm, seed) → record.
 
     Raises:
@@ -194,7 +195,7 @@ def read_records(out: Path, study: Study) -> dict[tuple[str, int], Record]:
     return {(record.arm, record.seed): record for record in records}
 
 
-def _read(path: Path) -> Record:
+def _read(path: epath.Path) -> Record:
     values = check_record(read_object(path, _REMEDY), _RULES, path, _REMEDY)
     if values["result"] is not None:
         check_record(values["result"], _RESULT_RULES, f"{path}, result:", _REMEDY)
@@ -208,7 +209,7 @@ def _read(path: Path) -> Record:
     return Record(**values | {"config": config})
 
 
-def check_same(records: Sequence[Record], code: str, data: str, out: Path) -> None:
+def check_same(records: Sequence[Record], code: str, data: str, out: epath.Path) -> None:
     """Refuses to add cells to those of other code or other data.
 
     Raises:
@@ -225,7 +226,7 @@ def check_same(records: Sequence[Record], code: str, data: str, out: Path) -> No
             )
 
 
-def check_settings(records: Sequence[Record], planned: Sequence[Cell], out: Path) -> None:
+def check_settings(records: Sequence[Record], planned: Sequence[Cell], out: epath.Path) -> None:
     """Refuses cells whose settings the study file has changed since they were begun.
 
     Raises:

@@ -13,9 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
+from etils import epath
+
 from gqe_jax.config import ConfigError
 from gqe_jax.data.reading.prepared import open_data
 from gqe_jax.flops import flops_per_step
+from gqe_jax.processes.place import find_place
 from gqe_jax.runs.metrics import format_duration, read_metrics
 from gqe_jax.runs.record import read_run
 from gqe_jax.study import records
@@ -24,6 +27,7 @@ from gqe_jax.study.records import code_hash
 
 RUNS, LOGS = "runs", "logs"  # folders beside the records
 POLL = 1.0  # seconds between looks at the running cells
+START_TIMEOUT = 300.0  # seconds for the platform to say which machine this is
 BAR = 20  # characters
 _IN_A_LOG = 60.0  # seconds between progress lines where there is no terminal
 
@@ -56,7 +60,9 @@ def data_hash(planned: Sequence[Cell]) -> str:
     return next(iter(found.values()))
 
 
-def run_study(study: Study, planned: Sequence[Cell], out: Path, *, jobs: int, stream: TextIO = sys.stderr) -> list[str]:
+def run_study(
+    study: Study, planned: Sequence[Cell], out: epath.Path, *, jobs: int, distributed: bool, stream: TextIO = sys.stderr
+) -> list[str]:
     """Trains all cells that are not finished.
 
     `out` gets `cells/` (records), `runs/` (directories of `gqe train`) and `logs/` (what each process printed).
@@ -64,6 +70,8 @@ def run_study(study: Study, planned: Sequence[Cell], out: Path, *, jobs: int, st
     Args:
       planned: the cells of `definition.cells`.
       jobs: how many train at a time.
+      distributed: each machine of a pod calls this, with one `out` for all, and trains its part of each cell; machine 0
+        keeps the records. What the cells print goes where this process prints.
       stream: for the progress line.
 
     Returns:
@@ -71,7 +79,9 @@ def run_study(study: Study, planned: Sequence[Cell], out: Path, *, jobs: int, st
 
     Raises:
       ConfigError: cells in `out` belong to another study, other code, data or settings; nothing was trained.
+      StartFailed: as `find_place`.
     """
+    leads = not distributed or find_place(START_TIMEOUT).process_id == 0
     known = records.read_records(out, study)
     code, data = code_hash(), data_hash(planned)
     records.check_same(list(known.values()), code, data, out)
@@ -96,17 +106,21 @@ def run_study(study: Study, planned: Sequence[Cell], out: Path, *, jobs: int, st
                         "its cells have, or with another --out"
                     )
                 cell = waiting.popleft()
-                records.write(out, records.started(study, cell, code, data))
-                running[_start(cell, out)] = cell
+                if leads:
+                    records.write(out, records.started(study, cell, code, data))
+                running[_start(cell, out, distributed)] = cell
             for process in [process for process in running if process.poll() is not None]:
                 cell = running.pop(process)
                 if process.returncode != 0:
-                    failures.append(f"{cell.name}: exit code {process.returncode}, see {_log(cell, out)}")
+                    where = "above" if distributed else _log(cell, out)
+                    failures.append(f"{cell.name}: exit code {process.returncode}, see {where}")
                     continue
-                record = records.started(study, cell, code, data)
-                records.write(out, records.finished(record, read_run(out / RUNS / cell.name)))
                 progress.finished.append(cell)
-            progress.show({cell: _steps(cell, out) for cell in running.values()}, len(failures))
+                if leads:
+                    record = records.started(study, cell, code, data)
+                    records.write(out, records.finished(record, read_run(out / RUNS / cell.name)))
+            if progress.due() or not running:
+                progress.show({cell: _steps(cell, out) for cell in running.values()}, len(failures))
             if running:
                 time.sleep(POLL)
     finally:
@@ -119,7 +133,7 @@ def run_study(study: Study, planned: Sequence[Cell], out: Path, *, jobs: int, st
     return failures
 
 
-def _require_records(planned: Sequence[Cell], known: Collection[tuple[str, int]], out: Path) -> None:
+def _require_records(planned: Sequence[Cell], known: Collection[tuple[str, int]], out: epath.Path) -> None:
     """Refuses runs without a record, as nobody knows which code has trained them."""
     new = [cell.name for cell in planned if (cell.arm, cell.seed) not in known]
     unknown = [name for name in new if (out / RUNS / name).exists()]
@@ -130,24 +144,25 @@ def _require_records(planned: Sequence[Cell], known: Collection[tuple[str, int]]
         )
 
 
-def _start(cell: Cell, out: Path) -> subprocess.Popen[bytes]:
+def _start(cell: Cell, out: epath.Path, distributed: bool) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).parents[2])
     # -P and this path: the child runs the code that was hashed, wherever it is started.
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-P", "-m", "gqe_jax.study.child", *cell.command(out / RUNS / cell.name)]
+    command = [sys.executable, "-P", "-m", "gqe_jax.study.child", *_command(cell, out, distributed)]
+    environment = os.environ | {"PYTHONPATH": path}
+    if distributed:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
     log = _log(cell, out)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=os.environ | {"PYTHONPATH": path}
-        )
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment)
 
 
-def _log(cell: Cell, out: Path) -> Path:
-    return out / LOGS / f"{cell.name}.log"
+def _log(cell: Cell, out: epath.Path) -> Path:
+    return Path(out / LOGS / f"{cell.name}.log")
 
 
-def _steps(cell: Cell, out: Path) -> int:
+def _steps(cell: Cell, out: epath.Path) -> int:
     """Steps that the cell has logged."""
     return max((line["step"] for line in read_metrics(out / RUNS / cell.name)), default=0)
 
@@ -166,9 +181,12 @@ class _Progress:
     def _flops(cell: Cell, steps: int) -> int:
         return steps * flops_per_step(cell.config.model, cell.config.data.batch_size, cell.config.model.context)
 
+    def due(self) -> bool:
+        return time.monotonic() - self._shown >= (POLL if self._terminal else _IN_A_LOG)
+
     def show(self, running: dict[Cell, int], failed: int) -> None:
-        """Shows the line where one is due; `running`: cell → its steps so far."""
-        now = time.monotonic()
+        """Shows the line; `running`: cell → its steps so far."""
+        now = self._shown = time.monotonic()
         total = sum(self._work.values())
         done = sum(self._work[cell.name] for cell in self.finished)
         done += sum(self._flops(cell, steps) for cell, steps in running.items())
@@ -176,9 +194,6 @@ class _Progress:
             self._idle = done
         if self._since is None and done > self._idle:  # before, the cells compiled
             self._since = now, done
-        if running and now - self._shown < (0.5 if self._terminal else _IN_A_LOG):
-            return
-        self._shown = now
         rate = (done - self._since[1]) / (now - self._since[0] + 1e-9) if self._since else 0.0
         parts = [f"{len(self.finished)} of {len(self._work)} cells done"]
         parts += [f"{failed} failed"] if failed else []
@@ -193,9 +208,12 @@ class _Progress:
             self._stream.write("\n")
 
 
-def commands(planned: Sequence[Cell], out: Path) -> Iterator[list[str]]:
+def _command(cell: Cell, out: epath.Path, distributed: bool) -> list[str]:
+    """The words behind `gqe`."""
+    return cell.command(out / RUNS / cell.name) + ["--distributed"] * distributed
+
+
+def commands(planned: Sequence[Cell], out: epath.Path, *, distributed: bool) -> Iterator[list[str]]:
     """Gives the words of the command of every cell, as a person would type them."""
     for cell in planned:
-        yield ["gqe", *cell.command(out / RUNS / cell.name)]
-
-
+        yield ["gqe", *_command(cell, out, distributed)]

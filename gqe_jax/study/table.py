@@ -7,9 +7,9 @@ import dataclasses
 import io
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from gqe_jax.config import ConfigError, ModelConfig
 from gqe_jax.config_dict import to_dict
@@ -45,7 +45,7 @@ class Row:
     by_position: Mapping[tuple[int, int], float]
 
 
-def finished_cells(study: Study, out: Path) -> dict[str, dict[int, Record]]:
+def finished_cells(study: Study, out: epath.Path) -> dict[str, dict[int, Record]]:
     """Reads the study's cells: arm → seed → record.
 
     Raises:
@@ -126,7 +126,7 @@ def attention_flops(model: ModelConfig) -> float:
     return (flops.attention + flops.shared_head) / model.context
 
 
-def write_tables(study: Study, cells: Mapping[str, Mapping[int, Record]], out: Path) -> str:
+def write_tables(study: Study, cells: Mapping[str, Mapping[int, Record]], out: epath.Path) -> str:
     """Writes table.md, table.csv and table.json into the study's folder; returns the Markdown."""
     table = rows(study, cells)
     text = markdown(study, cells, table)
