@@ -24,6 +24,6 @@ if [ "$(gqe_venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2]
   "$uv" venv --quiet --python "$python" gqe_venv
 fi
 "$uv" pip install --quiet --python gqe_venv/bin/python --constraint gqe_jax/constraints.txt \
-  --editable 'gqe_jax[tpu,tokenizers,tensorboard]'
+  --editable 'gqe_jax[tpu,gcs,tokenizers,tensorboard]'
 echo "$version $python" >gqe_jax/.version # last: a half-done installation has none
 echo "$(hostname): installed $version, $(gqe_venv/bin/python --version)"
