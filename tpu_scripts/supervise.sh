@@ -238,4 +238,6 @@ while true; do
   sleep "$POLL_SECONDS"
 done
 log "the run is done"
-[ "$DELETE" = 0 ] || "$HERE/teardown.sh" "${FORWARD[@]}" || give_up "tear-down failed"
+[ "$DELETE" = 1 ] || exit 0
+failures=0
+until "$HERE/teardown.sh" "${FORWARD[@]}"; do failed "tear-down failed"; done
