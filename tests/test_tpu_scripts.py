@@ -64,12 +64,11 @@ def test_missing_setting_is_named_with_its_remedy(cloud, script):
         (["--type=tpu7x-16"], "TPU7x comes through Compute Engine and GKE only: set ROAD=compute"),
         (["--type=h100"], "TYPE=h100 is unknown: one of v4-N, v5p-N"),
         (["--name=My_Pod"], "NAME=My_Pod must begin with a letter"),
-        (["--spot=yes"], "SPOT=yes must be 1 (spot) or 0 (on demand)"),
         (["--slices=0"], "SLICES=0 must be a positive number"),
         (["--bucket=bucket"], "BUCKET=bucket must begin with gs://"),
         (["--python-version=3.10"], "PYTHON_VERSION=3.10 must be 3.11 or newer"),
         (["--flag-set=v9"], "FLAG_SET=v9: no such file in tpu_scripts/xla_flags"),
-        (["--spott=1"], "unknown argument --spott=1: see create.sh --help"),
+        (["--spot=1"], "unknown argument --spot=1: see create.sh --help"),
         (["--env", "nowhere"], "--env nowhere: no such file: copy tpu_scripts/pod.env.example"),
         (["--zone"], "--zone needs a value"),
     ],
@@ -82,7 +81,7 @@ def test_bad_settings(cloud, arguments, message):
 def test_env_file_and_flags(cloud, tmp_path):
     """Flags override the file; the example file itself is readable, comments and all."""
     file = tmp_path / "my.env"
-    file.write_text((SCRIPTS / "pod.env.example").read_text().replace("SPOT=1", "SPOT=0   # as it must be"))
+    file.write_text((SCRIPTS / "pod.env.example").read_text().replace("CAPACITY=spot", "CAPACITY=on-demand   # so"))
     printed = cloud("create.sh", "--dry-run", "--env", str(file), "--create-args=--network=n --internal-ips").stderr
     assert "create pod " in printed and "--spot" not in printed and "--network=n --internal-ips" in printed
     file.write_text("PROJCT=x\n")
@@ -111,7 +110,7 @@ def test_create_asks_for_the_type_with_its_runtime(cloud, type_, runtime):
 
 
 def test_create_slices_on_demand(cloud):
-    cloud("create.sh", "--slices=4", "--spot=0", "--runtime=mine")
+    cloud("create.sh", "--slices=4", "--capacity=on-demand", "--runtime=mine")
     (create,) = [call for call in cloud.calls() if "create" in call]
     assert create[-2:] == ["--runtime-version=mine", "--node-count=4"]
 
@@ -254,9 +253,13 @@ def test_stop_kills_what_does_not_end(cloud):
     assert states(cloud) == ["ended 137"]
 
 
-def test_watch_follows(ready):
-    ready("launch.sh", "--", *TRAIN)
-    arguments = ready.arguments("watch.sh")
+@pytest.mark.parametrize("road", [[], ON_COMPUTE], ids=["queued", "compute"])
+def test_watch_follows(cloud, road):
+    """Until Ctrl-C, which ends what was started to watch, and not the run."""
+    for script in ("create.sh", "setup.sh"):
+        cloud(script, *road)
+    cloud("launch.sh", *road, "--", *TRAIN)
+    arguments, ready = cloud.arguments("watch.sh", *road), cloud
     watch = subprocess.Popen(
         arguments, env=ready.environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -268,7 +271,7 @@ def test_watch_follows(ready):
     finally:
         os.killpg(watch.pid, signal.SIGINT)  # Ctrl-C
         watch.communicate(timeout=60)
-    assert states(ready)[0].startswith("running")
+    assert "running" in cloud("watch.sh", "--state", *road).stdout
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 CHECKOUT=$(dirname "$HERE")
-SETTINGS="ROAD PROJECT ZONE NAME TYPE SLICES SPOT CAPACITY RESERVATION MAX_RUN DISK_GB SERVICE_ACCOUNT RUNTIME BUCKET"
+SETTINGS="ROAD PROJECT ZONE NAME TYPE SLICES CAPACITY RESERVATION MAX_RUN DISK_GB SERVICE_ACCOUNT RUNTIME BUCKET"
 SETTINGS+=" PYTHON_VERSION FLAG_SET CREATE_ARGS SSH_ARGS"
 DRY_RUN=0
 
@@ -34,8 +34,9 @@ show() { # the command, quoted so that it can be pasted
 # Runs a command for at most so many seconds; then it, and what it started, is killed, and the exit code is 124.
 # A call of gcloud can wait for ever on a connection, beside a pod that is paid for; macOS has no timeout.
 bounded() { # seconds, command
-  local limit=${GQE_CALL_SECONDS:-$1} began=$SECONDS child watcher code=0
+  local limit=${GQE_CALL_SECONDS:-$1} began=$SECONDS child watcher traps code=0
   shift
+  traps=$(trap -p INT TERM)
   set -m # each in a process group of its own: its children, such as ssh, end with it
   "$@" </dev/null & # a question of gcloud gets no answer
   child=$!
@@ -46,6 +47,7 @@ bounded() { # seconds, command
   trap "kill -TERM -- -$child -$watcher 2>/dev/null; exit 130" INT TERM
   { wait "$child" || code=$?; } 2>/dev/null
   trap - INT TERM
+  eval "$traps"
   kill -KILL -- "-$watcher" 2>/dev/null && { wait "$watcher" || true; } 2>/dev/null
   if [ "$code" -gt 128 ] && [ $((SECONDS - began)) -ge "$limit" ]; then
     printf 'no answer within %s s: given up\n' "$limit" >&2
@@ -77,7 +79,7 @@ print_help() { # the script's own header, then what all scripts take
   cat <<'HELP'
 Common flags:
   --env FILE     settings (default: tpu_scripts/pod.env; pod.env.example explains them)
-  --KEY VALUE    overrides a setting: --project, --zone, --name, --type, --slices, --spot, --runtime, --bucket, ...
+  --KEY VALUE    overrides a setting: --project, --zone, --name, --type, --slices, --capacity, --runtime, --bucket, ...
   --dry-run      print the commands, run none
   --help
 HELP
@@ -149,8 +151,8 @@ parse() {
     key=${given[i]} value=${given[i + 1]}
     printf -v "$key" '%s' "$value"
   done
-  ROAD=${ROAD:-queued} NAME=${NAME:-gqe} SLICES=${SLICES:-1} SPOT=${SPOT:-1} PYTHON_VERSION=${PYTHON_VERSION:-3.11}
-  case $ROAD in queued | compute) ;; *) die "ROAD=$ROAD must be queued or compute (docs/tpu_pods.md, section 4)" ;; esac
+  ROAD=${ROAD:-queued} NAME=${NAME:-gqe} SLICES=${SLICES:-1} CAPACITY=${CAPACITY:-spot} PYTHON_VERSION=${PYTHON_VERSION:-3.11}
+  case $ROAD in queued | compute) ;; *) die "ROAD=$ROAD must be queued or compute (docs/tpu_pods.md)" ;; esac
   # shellcheck source=tpu_scripts/roads/queued.sh
   . "$HERE/roads/$ROAD.sh"
 }
@@ -177,8 +179,6 @@ need() { # settings without which the script cannot go on
     flag=--$(printf '%s' "$key" | tr 'A-Z_' 'a-z-')
     [ -n "${!key}" ] || die "$key is not set: give $flag, or set it in tpu_scripts/pod.env (pod.env.example explains it)"
   done
-  case $SPOT in 0 | 1) ;; *) die "SPOT=$SPOT must be 1 (spot) or 0 (on demand)" ;; esac
-  CAPACITY=${CAPACITY:-$([ "$SPOT" = 1 ] && echo spot || echo on-demand)}
   case $CAPACITY in
     spot | on-demand | flex-start) ;;
     reserved)

@@ -3,7 +3,7 @@
 #
 #   supervise.sh [--max-restarts N] [--max-queue N] [--delete-when-done] [common flags] -- COMMAND ...
 #
-#   --max-restarts N     give up after N failures in a row (default 10); preemptions do not count
+#   --max-restarts N     give up after N failures in a row (default 10); preemptions of a run that ran do not count
 #   --max-queue N        give up after N looks, one a minute, at a request that waits for capacity (default 10080: a week)
 #   --delete-when-done   tear the pod down when the run has ended with exit code 0
 #
@@ -60,7 +60,7 @@ what_is_paid_for() {
     ABSENT) say "there is no pod $NAME: nothing is paid for but the bucket" ;;
     UNKNOWN) say "WARNING: whether the pod $NAME is there, and paid for, is not known: $road_list --project=$PROJECT" ;;
     ACTIVE) say "the pod $NAME is still there, and paid for: tpu_scripts/teardown.sh --name=$NAME" ;;
-    *) say "the request $NAME is still there ($state), and paid for once it is ACTIVE: tpu_scripts/teardown.sh --name=$NAME" ;;
+    *) say "$NAME is still there ($state), and paid for as soon as a VM of it runs: tpu_scripts/teardown.sh --name=$NAME" ;;
   esac
   exit "$code"
 }
@@ -83,6 +83,7 @@ failed() { # reason
 # ---------------------------------------------------------------- what is done
 
 launched=0 # whether the command was started on this pod
+ran=0      # whether it was seen to run everywhere on this pod
 healthy=0 silent=0 partial=0 waiting=0 # looks of that kind in a row
 
 # What was refused with 2 or 3 (another command is alive) another try would not change.
@@ -106,8 +107,14 @@ restart() { # reason; stops what is left of the run everywhere first
 
 replace() { # reason
   log "$1: deleting the pod and asking for another"
-  launched=0 silent=0
+  launched=0 ran=0 silent=0
   "$HERE/teardown.sh" "${FORWARD[@]}" || failed "tear-down failed"
+}
+
+# A preemption is no failure of a run that ran; pods that go before it does are not asked for without end.
+lost() { # reason
+  [ "$ran" = 1 ] || failed "$1 before the run ran"
+  replace "$1"
 }
 
 # ---------------------------------------------------------------- looks at a pod that is ACTIVE and launched
@@ -116,7 +123,7 @@ replace() { # reason
 look_silent() {
   silent=$((silent + 1))
   if road_vm_is_gone; then
-    replace "a VM is gone"
+    lost "a VM is gone"
   elif [ "$silent" -ge $((2 * SILENT)) ]; then
     failed "the workers do not answer, though their VMs are there"
     replace "out of reach for $silent looks"
@@ -152,7 +159,7 @@ look() {
   ended=$(grep -c ' ended ' <<<"$states" || true)
   bad=$(sed -n 's/.* ended //p' <<<"$states" | grep -vx 0 | sort -u | tr '\n' ' ' || true)
   if [ "$running" -eq "$HOSTS" ]; then
-    partial=0 healthy=$((healthy + 1))
+    partial=0 ran=1 healthy=$((healthy + 1))
     [ "$healthy" -lt "$HEALTHY" ] || failures=0
     log "$running running, 0 ended"
     return 1
@@ -163,7 +170,7 @@ look() {
   case " $bad" in
     ' ')
       [ "$ended" -lt "$HOSTS" ] || return 0
-      log "nothing runs: launching"
+      failed "nothing runs on some workers"
       ;;
     *' 2 '*) die "the command cannot use its input (exit code 2), which another try would not change: watch.sh --once" ;;
     ' 143 ') log "the run was asked to stop and has saved: launching again" ;;
@@ -228,7 +235,7 @@ while true; do
       fi
       ;;
     ABSENT) create ;;
-    SUSPENDED) replace "preempted (SUSPENDED)" ;;
+    SUSPENDED) lost "preempted (SUSPENDED)" ;;
     FAILED)
       failed "the request ended as FAILED"
       replace FAILED

@@ -126,6 +126,7 @@ each_vm() { # seconds, function of a VM's name
       '--format=value(instance.basename())') || return 1
   fi
   scratch=$(mktemp -d)
+  [ "$FOLLOW" = 0 ] || trap 'kill "${jobs[@]}" 2>/dev/null; exit 130' INT TERM
   for vm in $vms; do
     if [ "$FOLLOW" = 1 ]; then "$call" "$limit" "$vm" & else "$call" "$limit" "$vm" >"$scratch/$vm" 2>&1 & fi
     jobs+=($!)
