@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +94,16 @@ def test_training_reads_a_copy(bucket, tmp_path):
     again = open_data(DataConfig(path="gs://bucket/out"), MODEL)
     with train_batches(again, batch_size=4, seed=0) as batches:
         np.testing.assert_array_equal(next(batches)["targets"], first["targets"])
+
+
+def test_a_copy_that_the_disk_cannot_hold(bucket, tmp_path, monkeypatch):
+    """It is refused before the first byte is copied: a pod would fill its disks for an hour, and then fail."""
+    write_texts(tmp_path / "texts")
+    prepare(files_corpus([tmp_path / "texts/*.jsonl"]), "gs://bucket/out", **SETTINGS)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(ConfigError, match=r"'gs://bucket/out': 0.0 GB of it are to be copied to .*, which has 0"):
+        open_data(DataConfig(path="gs://bucket/out"), MODEL)
+    assert not list((tmp_path / "cache").rglob("*.array_record"))
 
 
 @pytest.mark.parametrize(
