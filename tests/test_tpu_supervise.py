@@ -179,10 +179,13 @@ def test_supervise_takes_up_a_run_that_is_alive(ready, supervise):
     supervisor.wait()
 
 
-def test_supervise_another_command_is_alive(ready, supervise):
+@pytest.mark.parametrize("road", [[], ON_COMPUTE], ids=["queued", "compute"])
+def test_supervise_another_command_is_alive(cloud, supervise, road):
     """It is refused at once, and the word on the cost follows."""
-    ready("launch.sh", "--", *TRAIN)
-    out = supervise("--", *TRAIN, "--config.train.steps=9").wait(code=2)
+    cloud("create.sh", *road)
+    cloud("setup.sh", *road)
+    cloud("launch.sh", *road, "--", *TRAIN)
+    out = supervise(*road, "--", *TRAIN, "--config.train.steps=9").wait(code=2)
     assert "another command is alive" in out and "another try would not change" in out and PAID_FOR in out
 
 

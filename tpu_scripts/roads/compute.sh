@@ -131,19 +131,19 @@ each_vm() { # seconds, function of a VM's name
     if [ "$FOLLOW" = 1 ]; then "$call" "$limit" "$vm" & else "$call" "$limit" "$vm" >"$scratch/$vm" 2>&1 & fi
     jobs+=($!)
     if [ ${#jobs[@]} -ge 16 ] && [ "$FOLLOW" = 0 ]; then
-      wait_for "${jobs[@]}" || failed=1
+      wait_for "${jobs[@]}" || failed=$?
       jobs=()
     fi
   done
-  [ ${#jobs[@]} -eq 0 ] || wait_for "${jobs[@]}" || failed=1
+  [ ${#jobs[@]} -eq 0 ] || wait_for "${jobs[@]}" || failed=$?
   [ "$FOLLOW" = 1 ] || cat "$scratch"/*
   rm -rf "$scratch"
   return "$failed"
 }
 
-wait_for() { # processes
+wait_for() { # processes; returns an exit code of one that failed: gcloud compute ssh hands on the command's
   local job failed=0
-  for job in "$@"; do wait "$job" || failed=1; done
+  for job in "$@"; do wait "$job" || failed=$?; done
   return "$failed"
 }
 
