@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "tpu_scripts"
 TRAIN = ["gqe", "train", "--distributed", "--config", "gqe_250m", "--run", "gs://bucket/run"]
+ON_COMPUTE = ["--road=compute", "--type=v6e:2x4"]  # two hosts
 MUTATING = {"create", "delete", "scp", "ssh"}
 
 # What the tests' `uv venv` makes: a gqe that works until told to end, and on SIGTERM ends with 128 + 15, as ours does.
@@ -50,6 +51,7 @@ class Cloud:
             "gcloud": f'#!/bin/sh\nexec {sys.executable} -IS {Path(__file__).with_name("fake_gcloud.py")} "$@"\n',
             "hostname": '#!/bin/sh\necho "$FAKE_HOSTNAME"\n',
             "uv": UV,
+            "curl": "#!/bin/sh\n[ -n \"$FAKE_SLICE\" ] && echo \"MEGASCALE_SLICE_ID: '$FAKE_SLICE'\"\n",
         }.items():
             (tools / name).write_text(text)
             (tools / name).chmod(0o755)
@@ -58,18 +60,33 @@ class Cloud:
         self.put("after_create", "ACTIVE")
         self.put("hosts", "2")
         self.put("vm_state", "READY")
+        self.put("call_seconds", "60")
 
     def put(self, name: str, text: str) -> None:
         (self.root / name).write_text(text)
 
+    def fault(self, place: str, *lines: str) -> None:
+        """What the next calls at a place meet (`fake_gcloud`)."""
+        (self.root / "faults").mkdir(exist_ok=True)
+        (self.root / "faults" / place).write_text("\n".join(lines))
+
+    def exists(self) -> bool:
+        """Whether there is a pod, which somebody pays for."""
+        return (self.root / "states").exists()
+
     def environment(self) -> dict[str, str]:
-        path = f"{self.tools}{os.pathsep}{os.environ['PATH']}"
-        return os.environ | {"PATH": path, "FAKE_GCLOUD": str(self.root), "GQE_POLL_SECONDS": "1"}
+        settings = {
+            "PATH": f"{self.tools}{os.pathsep}{os.environ['PATH']}",
+            "FAKE_GCLOUD": str(self.root),
+            "GQE_POLL_SECONDS": "0.2",
+            "GQE_CALL_SECONDS": (self.root / "call_seconds").read_text(),
+        }
+        return os.environ | settings
 
     def arguments(self, script: str, *arguments: str) -> list[str]:
         settings = ["--project=p", "--zone=z", "--name=pod"]
-        if not any(x.startswith("--type") for x in arguments):
-            settings.append("--type=v5litepod-8" if self.hosts() == 1 else "--type=v5litepod-16")
+        if not any(x.startswith(("--type", "--road")) for x in arguments):
+            settings.append("--type=v5litepod-8" if self.hosts() == 1 else "--type=v5p-16")
         return ["bash", str(self.checkout / "tpu_scripts" / script), *settings, *arguments]
 
     def hosts(self) -> int:
@@ -78,7 +95,7 @@ class Cloud:
     def __call__(self, script: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
         done = subprocess.run(
             self.arguments(script, *arguments), env=self.environment(), cwd=self.root.parent, capture_output=True,
-            text=True, timeout=60, check=False,
+            text=True, timeout=180, check=False,
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
         return done
@@ -94,6 +111,13 @@ class Cloud:
 
     def workers(self) -> list[Path]:
         return sorted((self.root / "workers").iterdir())
+
+    def lose_disk(self, worker: int) -> None:
+        """What a VM that was made anew looks like."""
+        home = self.workers()[worker]
+        kill_run(home)
+        shutil.rmtree(home)
+        home.mkdir()
 
     def preempt(self) -> None:
         """What Google does: the VMs go without a word, then the queued resource says so."""
@@ -117,7 +141,7 @@ def kill_run(home: Path) -> None:
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.05)

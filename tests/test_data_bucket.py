@@ -2,6 +2,11 @@
 
 import json
 import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 
 from gqe_jax.attention import GQAConfig
+from gqe_jax.cli.main import main
 from gqe_jax.config import ConfigError, DataConfig, ModelConfig
 from gqe_jax.data.manifest import Manifest, verify
 from gqe_jax.data.preparing.prepare import prepare
@@ -88,6 +94,48 @@ def test_training_reads_a_copy(bucket, tmp_path):
     again = open_data(DataConfig(path="gs://bucket/out"), MODEL)
     with train_batches(again, batch_size=4, seed=0) as batches:
         np.testing.assert_array_equal(next(batches)["targets"], first["targets"])
+
+
+def test_a_copy_that_the_disk_cannot_hold(bucket, tmp_path, monkeypatch):
+    """It is refused before the first byte is copied: a pod would fill its disks for an hour, and then fail."""
+    write_texts(tmp_path / "texts")
+    prepare(files_corpus([tmp_path / "texts/*.jsonl"]), "gs://bucket/out", **SETTINGS)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(ConfigError, match=r"'gs://bucket/out': 0.0 GB of it are to be copied to .*, which has 0"):
+        open_data(DataConfig(path="gs://bucket/out"), MODEL)
+    assert not list((tmp_path / "cache").rglob("*.array_record"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config", "smoke", "--run", "gs://bucket/run"],
+        ["train", "--config", "smoke", "--run", "run", "--config.data.path=gs://bucket/data"],
+        ["prepare", "--data", "gs://bucket/*.txt", "--out", "out"],
+        ["eval", "--run", "gs://bucket/run"],
+    ],
+)
+def test_without_gcsfs(arguments, monkeypatch, capsys, tmp_path):
+    """Whatever names a bucket first, the answer is one sentence with the remedy, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert "need gcsfs, which is not installed: pip install 'gqe_jax[gcs]'" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+@pytest.mark.parametrize("recipe", ["worker/install.sh", "gke/Dockerfile"])
+def test_pods_install_what_a_bucket_needs(recipe):
+    """Every way to a pod installs the extra `gcs`, of which each version is fixed."""
+    root = Path(__file__).parents[1]
+    (extras,) = re.findall(r"\[([\w,]+)\]'", (root / "tpu_scripts" / recipe).read_text())
+    assert {"tpu", "gcs"} <= set(extras.split(","))
+    for pins in ("constraints.txt", "constraints-newest.txt"):
+        fixed = set(re.findall(r"^([\w-]+)==", (root / pins).read_text(), re.MULTILINE))
+        assert {"gcsfs", "fsspec", "google-auth", "google-cloud-storage", "aiohttp"} <= fixed
 
 
 def test_what_a_bucket_does_not_hold(bucket):

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -13,12 +15,13 @@ from gqe_jax.config import ConfigError, MeshConfig
 from gqe_jax.config_files import load_config
 from gqe_jax.flops import parameter_count
 from gqe_jax.plan import compile as plan_compile
-from gqe_jax.plan import report
+from gqe_jax.plan import published, report
 from gqe_jax.plan.collectives import NETWORK, Collective, kernel_calls, read_collectives
 from gqe_jax.plan.compile import Request, compile_plan
 from gqe_jax.plan.dense_twin import dense_twin
 from gqe_jax.plan.memory import estimate
-from gqe_jax.plan.roofline import Roofline, ici_seconds, roofline
+from gqe_jax.plan.published import PUBLISHED, predicted
+from gqe_jax.plan.roofline import Roofline, expected_collectives, ici_seconds, roofline
 from gqe_jax.plan.search import remedies, search
 from gqe_jax.tpu import GIB
 
@@ -196,6 +199,36 @@ def test_several_slices_lie_along_data():
         mesh = variant.mesh
         assert math.prod(mesh.values()) == 128 and mesh["data"] % 2 == 0 and mesh["fsdp"] * mesh["expert"] <= 64
         assert variant.times.ici[NETWORK] > 0
+
+
+def test_published_steps_beside_the_predictions():
+    """docs/scaling.md has the predictions as they are, within 5%, and no published step was faster than the bound."""
+    page = (Path(__file__).parents[1] / "docs/scaling.md").read_text()
+    for result in PUBLISHED:
+        times = predicted(result)
+        row = rf"^\| {result.name} \| {result.topology} \| {result.rows} × {result.seq_len:,} \| (.*) \|$"
+        measured, overlapped, serial, *_ = map(float, re.search(row, page, re.MULTILINE)[1].split(" | "))
+        assert result.seconds == pytest.approx(measured, rel=0.01)
+        assert times.overlapped == pytest.approx(overlapped, rel=0.05)
+        assert times.serial == pytest.approx(serial, rel=0.05)
+        assert times.overlapped < result.seconds < 2 * times.overlapped
+    for generation in ("v5e", "v5p", "v6e"):
+        assert f"{generation} {published.factor(generation):.2f}" in page
+    assert published.factor("tpu7x") is None
+
+
+def test_keys_that_go_round(config):
+    """A ring passes K and V on n - 1 times in each direction, backward with their gradients in float32: 4·B·T·G·D
+    bytes forward, 12 backward, one way round; gathered they are 4 forward, 4 again and 4 of gradients."""
+    mesh = {"data": 1, "fsdp": 1, "expert": 1, "context": 4}
+    for method, units in (("ring", 4 + 12), ("gather", 4 + 4 + 4)):
+        attention = dataclasses.replace(config.model.attention, context_parallel=method)
+        one = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
+        passed = expected_collectives(one, topology("v5e:2x2"), mesh, 8, 1024)[-1]
+        assert passed.sent == pytest.approx(2 * units * 8 * 1024 * 2 * 64 * 3 / 4)
+    permute = Collective(kind="collective-permute", axes=("data",), count=1, hidden=0, size=9, sent=9 * 10**9)
+    seconds = ici_seconds(topology("v5e:16x16"), {"data": (16, 1), "fsdp": (1, 1)}, [permute])
+    assert seconds == {("data",): pytest.approx(0.2)}  # one of the two links of a ring that closes
 
 
 def test_memory_estimate_by_hand(config):

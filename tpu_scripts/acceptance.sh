@@ -20,15 +20,25 @@ record="acceptance-$NAME-$stamp.json"
 forward
 "$HERE/launch.sh" "${FORWARD[@]}" -- python tpu_scripts/acceptance.py "--out=$out" ${arguments[@]+"${arguments[@]}"}
 if [ "$DRY_RUN" = 1 ]; then
-  on_workers 'bash gqe_jax/tpu_scripts/worker/state.sh'
-  run gcloud storage cat "$out/record.json"
+  on_workers "$ASKING" 'bash gqe_jax/tpu_scripts/worker/state.sh'
+  run "$CHANGING" gcloud storage cat "$out/record.json"
   exit 0
 fi
-while states=$(worker_states) && grep -q ' running ' <<<"$states"; do
+# A single failed ssh is no end of the list, which takes ten minutes; nor is the list endless.
+unheard=0
+for ((looks = 0; ; looks++)); do
+  if states=$(worker_states) && [ -n "$states" ]; then
+    unheard=0
+    grep -q ' running ' <<<"$states" || break
+  else
+    unheard=$((unheard + 1))
+    [ "$unheard" -lt 10 ] || give_up "the workers do not answer: watch.sh --state; the pod is still paid for"
+  fi
+  [ "$looks" -lt 360 ] || give_up "the list does not end: watch.sh --once; stop.sh; the pod is still paid for"
   sleep "$POLL_SECONDS"
 done
 printf '%s\n' "$states"
-if ! run gcloud storage cat "$out/record.json" >"$record"; then
+if ! run "$CHANGING" gcloud storage cat "$out/record.json" >"$record"; then
   rm -f "$record"
   die "the list ended without a record: tpu_scripts/watch.sh --once shows why"
 fi

@@ -7,16 +7,22 @@ set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 CHECKOUT=$(dirname "$HERE")
-SETTINGS="PROJECT ZONE NAME TYPE SLICES SPOT RUNTIME BUCKET PYTHON_VERSION FLAG_SET CREATE_ARGS SSH_ARGS"
+SETTINGS="ROAD PROJECT ZONE NAME TYPE SLICES CAPACITY RESERVATION MAX_RUN DISK_GB SERVICE_ACCOUNT RUNTIME BUCKET"
+SETTINGS+=" PYTHON_VERSION FLAG_SET CREATE_ARGS SSH_ARGS"
 DRY_RUN=0
 
 # ---------------------------------------------------------------- messages
 
 say() { printf '%s: %s\n' "$(basename "$0")" "$*"; }
 
-die() {
+die() { # what another try would not change: exit code 2
   printf '%s: error: %s\n' "$(basename "$0")" "$*" >&2
   exit 2
+}
+
+give_up() { # what the cloud did: another try may succeed
+  printf '%s: error: %s\n' "$(basename "$0")" "$*" >&2
+  exit 1
 }
 
 show() { # the command, quoted so that it can be pasted
@@ -25,16 +31,45 @@ show() { # the command, quoted so that it can be pasted
   printf '%s\n' "$line" >&2
 }
 
+# Runs a command for at most so many seconds; then it, and what it started, is killed, and the exit code is 124.
+# A call of gcloud can wait for ever on a connection, beside a pod that is paid for; macOS has no timeout.
+bounded() { # seconds, command
+  local limit=${GQE_CALL_SECONDS:-$1} began=$SECONDS child watcher traps code=0
+  shift
+  traps=$(trap -p INT TERM)
+  set -m # each in a process group of its own: its children, such as ssh, end with it
+  "$@" </dev/null & # a question of gcloud gets no answer
+  child=$!
+  { sleep "$limit"; kill -TERM -- "-$child"; sleep 2; kill -KILL -- "-$child"; } >/dev/null 2>&1 </dev/null &
+  watcher=$!
+  set +m
+  # shellcheck disable=SC2064  # these two, not what the names mean later
+  trap "kill -TERM -- -$child -$watcher 2>/dev/null; exit 130" INT TERM
+  { wait "$child" || code=$?; } 2>/dev/null
+  trap - INT TERM
+  eval "$traps"
+  kill -KILL -- "-$watcher" 2>/dev/null && { wait "$watcher" || true; } 2>/dev/null
+  if [ "$code" -gt 128 ] && [ $((SECONDS - began)) -ge "$limit" ]; then
+    printf 'no answer within %s s: given up\n' "$limit" >&2
+    code=124
+  fi
+  return "$code"
+}
+
+ASKING=120 CHANGING=900 INSTALLING=1800 # seconds that a call may take
+
 # Prints a command and runs it, unless this is a dry run.
-run() {
+run() { # seconds, command
+  local limit=$1
+  shift
   show "$@"
-  [ "$DRY_RUN" = 1 ] || "$@"
+  [ "$DRY_RUN" = 1 ] || bounded "$limit" "$@"
 }
 
 # Prints a command that only asks, and runs it.
 ask() {
   show "$@"
-  "$@"
+  bounded "$ASKING" "$@"
 }
 
 # ---------------------------------------------------------------- settings
@@ -44,7 +79,7 @@ print_help() { # the script's own header, then what all scripts take
   cat <<'HELP'
 Common flags:
   --env FILE     settings (default: tpu_scripts/pod.env; pod.env.example explains them)
-  --KEY VALUE    overrides a setting: --project, --zone, --name, --type, --slices, --spot, --runtime, --bucket, ...
+  --KEY VALUE    overrides a setting: --project, --zone, --name, --type, --slices, --capacity, --runtime, --bucket, ...
   --dry-run      print the commands, run none
   --help
 HELP
@@ -116,7 +151,10 @@ parse() {
     key=${given[i]} value=${given[i + 1]}
     printf -v "$key" '%s' "$value"
   done
-  NAME=${NAME:-gqe} SLICES=${SLICES:-1} SPOT=${SPOT:-1} PYTHON_VERSION=${PYTHON_VERSION:-3.11}
+  ROAD=${ROAD:-queued} NAME=${NAME:-gqe} SLICES=${SLICES:-1} CAPACITY=${CAPACITY:-spot} PYTHON_VERSION=${PYTHON_VERSION:-3.11}
+  case $ROAD in queued | compute) ;; *) die "ROAD=$ROAD must be queued or compute (docs/tpu_pods.md)" ;; esac
+  # shellcheck source=tpu_scripts/roads/queued.sh
+  . "$HERE/roads/$ROAD.sh"
 }
 
 # Sets FORWARD: flags that give another script of this folder the settings of this one.
@@ -141,7 +179,17 @@ need() { # settings without which the script cannot go on
     flag=--$(printf '%s' "$key" | tr 'A-Z_' 'a-z-')
     [ -n "${!key}" ] || die "$key is not set: give $flag, or set it in tpu_scripts/pod.env (pod.env.example explains it)"
   done
-  case $SPOT in 0 | 1) ;; *) die "SPOT=$SPOT must be 1 (spot) or 0 (on demand)" ;; esac
+  case $CAPACITY in
+    spot | on-demand | flex-start) ;;
+    reserved)
+      [ "$ROAD" = queued ] || [ -n "$RESERVATION" ] ||
+        die "CAPACITY=reserved needs RESERVATION=projects/PROJECT/reservations/NAME"
+      ;;
+    *) die "CAPACITY=$CAPACITY must be spot, on-demand, flex-start or reserved" ;;
+  esac
+  MAX_RUN=${MAX_RUN:-168h}
+  case $MAX_RUN in *[!0-9hm]* | [hm]*) die "MAX_RUN=$MAX_RUN must be hours or minutes, such as 24h" ;; esac
+  case $DISK_GB in *[!0-9]* | 0*) die "DISK_GB=$DISK_GB must be a number of gigabytes" ;; esac
   case $SLICES in '' | *[!0-9]* | 0) die "SLICES=$SLICES must be a positive number of slices" ;; esac
   case $NAME in
     [!a-z]* | *[!a-z0-9-]*) die "NAME=$NAME must begin with a letter and hold only a-z, 0-9 and -" ;;
@@ -153,39 +201,33 @@ need() { # settings without which the script cannot go on
   fi
 }
 
+# The settings by which a pod is found. On Compute Engine its type says whether it is one VM or a group.
+need_pod() {
+  need PROJECT ZONE
+  [ "$ROAD" = queued ] || { need TYPE && read_type; }
+}
+
+# Ends the script for a command that no pod of this size could run: before anything is created.
+check_command() { # command
+  case $1 in gqe) ;; *) return 0 ;; esac
+  [ "$HOSTS" -gt 1 ] || return 0
+  case " $* " in
+    *" --distributed "* | *" --coordinator"*) ;;
+    *) die "$TYPE has $HOSTS hosts, and without --distributed each would train alone: add it to the gqe command" ;;
+  esac
+  case " $* " in
+    *" train "*" --run gs://"* | *" train "*" --run=gs://"*) ;;
+    *" train "*) die "--run must be a directory that all $HOSTS hosts share: gs://BUCKET/RUN" ;;
+  esac
+}
+
 # ---------------------------------------------------------------- generations
 
-# Sets GENERATION (also the name of its flag set), CHIPS of a slice, HOSTS of all slices, and RUNTIME where none is given.
-# Runtime versions: cloud.google.com/tpu/docs/runtimes. Sizes: cloud.google.com/tpu/docs/<generation>.
+# Sets GENERATION (also the name of its flag set), CHIPS of a slice, HOSTS of all slices, and what the road needs.
+# Sizes: docs.cloud.google.com/tpu/docs/v5p, /v5e, /v6e, /tpu7x
 read_type() {
-  local size=${TYPE##*-} image sizes
-  case $TYPE in
-    v4-*) GENERATION=v4 image=tpu-ubuntu2204-base ;;
-    v5litepod-*) GENERATION=v5e image=v2-alpha-tpuv5-lite ;;
-    v5p-*) GENERATION=v5p image=v2-alpha-tpuv5 ;;
-    v6e-*) GENERATION=v6e image=v2-alpha-tpuv6e ;;
-    tpu7x*) die "TYPE=$TYPE: Google offers TPU7x through GKE only: use tpu_scripts/gke/jobset.yaml (docs/tpu_pods.md)" ;;
-    v5e-*) die "TYPE=$TYPE: Cloud TPU calls it v5litepod-$size" ;;
-    *) die "TYPE=$TYPE is unknown: one of v4-N, v5p-N (N cores), v5litepod-N, v6e-N (N chips)" ;;
-  esac
-  case $GENERATION in
-    v4 | v5p)
-      sizes="a multiple of 8 (cores: 2 a chip, 4 chips a host)"
-      case $size in '' | *[!0-9]* | 0*) die "TYPE=$TYPE: N must be $sizes" ;; esac
-      [ $((size % 8)) -eq 0 ] || die "TYPE=$TYPE: N must be $sizes"
-      CHIPS=$((size / 2)) HOSTS=$((size / 8))
-      ;;
-    *)
-      case $size in
-        1 | 4 | 8) HOSTS=1 ;;
-        16 | 32 | 64 | 128 | 256) HOSTS=$((size / 4)) ;;
-        *) die "TYPE=$TYPE: N must be one of 1, 4, 8, 16, 32, 64, 128, 256 (chips)" ;;
-      esac
-      CHIPS=$size
-      ;;
-  esac
+  road_type
   HOSTS=$((HOSTS * SLICES))
-  RUNTIME=${RUNTIME:-$image}
   FLAG_SET=${FLAG_SET:-$GENERATION}
   [ "$FLAG_SET" = none ] || [ -f "$HERE/xla_flags/$FLAG_SET.flags" ] ||
     die "FLAG_SET=$FLAG_SET: no such file in tpu_scripts/xla_flags: give a name without .flags, or none"
@@ -193,26 +235,20 @@ read_type() {
 
 # ---------------------------------------------------------------- the pod
 
-# Prints the state of the queued resource, or ABSENT. Any other failure of gcloud ends the script.
+# Prints the state of the pod, or ABSENT: WAITING..., ACTIVE, SUSPENDED (taken away), FAILED. Any other failure of gcloud
+# ends the script with exit code 1.
 pod_state() {
-  local answer command=(gcloud compute tpus queued-resources describe "$NAME" "--zone=$ZONE" "--project=$PROJECT"
-    '--format=value(state.state)')
-  show "${command[@]}" # not ask: what gcloud says on stderr is part of the answer
-  if answer=$("${command[@]}" 2>&1); then
+  local answer code=0
+  answer=$(road_state 2>&1) || code=$?
+  grep '^+ ' <<<"$answer" >&2 || true
+  if [ "$code" = 0 ]; then
     printf '%s\n' "$answer" | tail -n 1
   elif [[ $answer == *NOT_FOUND* || $answer == *"not found"* ]]; then
     printf 'ABSENT\n'
   else
     printf '%s\n' "$answer" >&2
-    die "cannot read the state of $NAME: gcloud's message is above (docs/tpu_pods.md: symptoms)"
+    give_up "cannot read the state of $NAME: gcloud's message is above (docs/tpu_pods.md: symptoms)"
   fi
-}
-
-# Runs a command on all workers of all slices.
-on_workers() { # command, quoted for the remote shell
-  # shellcheck disable=SC2086  # SSH_ARGS is a list
-  run gcloud compute tpus queued-resources ssh "$NAME" "--zone=$ZONE" "--project=$PROJECT" --node=all --worker=all \
-    $SSH_ARGS "--command=$1"
 }
 
 need_active() {
@@ -221,13 +257,20 @@ need_active() {
   state=$(pod_state)
   case $state in
     ACTIVE) ;;
-    ABSENT) die "there is no pod $NAME in $ZONE: tpu_scripts/create.sh --wait" ;;
-    FAILED | SUSPENDED) die "pod $NAME is $state: tpu_scripts/teardown.sh, then create.sh again; supervise.sh does both" ;;
-    *) die "pod $NAME is $state, not ACTIVE: wait with tpu_scripts/create.sh --wait" ;;
+    ABSENT) give_up "there is no pod $NAME in $ZONE: tpu_scripts/create.sh --wait" ;;
+    FAILED | SUSPENDED)
+      give_up "pod $NAME is $state: tpu_scripts/teardown.sh, then create.sh again; supervise.sh does both"
+      ;;
+    *) give_up "pod $NAME is $state, not ACTIVE: wait with tpu_scripts/create.sh --wait" ;;
   esac
+}
+
+# Runs a command on all workers of all slices.
+on_workers() { # seconds, command, quoted for the remote shell
+  road_ssh "$1" "$2"
 }
 
 # Prints a line for each worker: HOST running PID | HOST ended CODE | HOST idle. Fails where a worker is out of reach.
 worker_states() {
-  on_workers 'bash gqe_jax/tpu_scripts/worker/state.sh' | sed -n 's/^gqe-state: //p'
+  on_workers "$ASKING" 'bash gqe_jax/tpu_scripts/worker/state.sh' | sed -n 's/^gqe-state: //p'
 }

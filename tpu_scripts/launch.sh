@@ -4,7 +4,7 @@
 #   launch.sh [common flags] -- COMMAND ...
 #   launch.sh -- gqe train --distributed --config gqe_250m --run gs://BUCKET/RUN --config.data.path=gs://BUCKET/DATA
 #
-# Runs with the XLA flags of FLAG_SET. Where the same command is alive, nothing is started; another command that is alive
+# Runs with the XLA flags of FLAG_SET; where BUCKET is set, each worker's log is copied to BUCKET/logs/NAME once a minute. Where the same command is alive, nothing is started; another command that is alive
 # is an error (stop.sh first).
 
 # shellcheck source=tpu_scripts/common.sh
@@ -16,19 +16,12 @@ no_more
 need PROJECT ZONE TYPE
 read_type
 
-if [ "${command[0]}" = gqe ] && [ "$HOSTS" -gt 1 ]; then
-  case " ${command[*]} " in
-    *" --distributed "* | *" --coordinator"*) ;;
-    *) die "$TYPE has $HOSTS hosts, and without --distributed each would train alone: add it to the gqe command" ;;
-  esac
-  case " ${command[*]} " in
-    *" train "*" --run gs://"* | *" train "*" --run=gs://"*) ;;
-    *" train "*) die "--run must be a directory that all $HOSTS hosts share: gs://BUCKET/RUN" ;;
-  esac
-fi
+check_command "${command[@]}"
 need_active
 
-remote="bash gqe_jax/tpu_scripts/worker/start.sh $FLAG_SET"
+logs=none
+[ -z "$BUCKET" ] || logs="${BUCKET%/}/logs/$NAME"
+remote="bash gqe_jax/tpu_scripts/worker/start.sh $FLAG_SET $logs"
 for word in "${command[@]}"; do remote+=" $(printf '%q' "$word")"; done
-on_workers "$remote"
+on_workers "$CHANGING" "$remote"
 say "next: tpu_scripts/watch.sh (logs), tpu_scripts/supervise.sh -- ... (restarts after preemption)"

@@ -9,7 +9,7 @@
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 no_more
-need PROJECT ZONE
+need_pod
 git -C "$CHECKOUT" rev-parse --git-dir >/dev/null 2>&1 || die "$CHECKOUT is no git checkout: clone the repository"
 need_active
 
@@ -25,14 +25,12 @@ tar -czf "$archive" -T "$files"
 
 installed=
 # shellcheck disable=SC2016  # for the worker's shell
-[ "$DRY_RUN" = 1 ] || installed=$(on_workers 'echo "gqe-version: $(cat gqe_jax/.version 2>/dev/null)"' |
+[ "$DRY_RUN" = 1 ] || installed=$(on_workers "$ASKING" 'echo "gqe-version: $(cat gqe_jax/.version 2>/dev/null)"' |
   sed -n 's/^gqe-version: *//p' | sort -u)
 if [ "$installed" = "$version $PYTHON_VERSION" ]; then
   say "all workers have this checkout ($version) and Python $PYTHON_VERSION already"
 else
-  # shellcheck disable=SC2086  # SSH_ARGS is a list
-  run gcloud compute tpus queued-resources scp "$archive" "$HERE/worker/install.sh" "$NAME:" "--zone=$ZONE" \
-    "--project=$PROJECT" --node=all --worker=all $SSH_ARGS
-  on_workers "bash install.sh $version $PYTHON_VERSION"
+  road_copy "$archive" "$HERE/worker/install.sh"
+  on_workers "$INSTALLING" "bash install.sh $version $PYTHON_VERSION"
 fi
 say "next: tpu_scripts/launch.sh -- gqe train --distributed --config gqe_250m --run gs://BUCKET/RUN"

@@ -9,6 +9,6 @@
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 no_more
-need PROJECT ZONE
+need_pod
 need_active
-on_workers 'bash gqe_jax/tpu_scripts/worker/stop.sh'
+on_workers "$CHANGING" 'bash gqe_jax/tpu_scripts/worker/stop.sh'

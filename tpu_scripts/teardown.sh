@@ -9,7 +9,7 @@
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 no_more
-need PROJECT ZONE
+need_pod
 
 state=ACTIVE
 [ "$DRY_RUN" = 1 ] || state=$(pod_state)
@@ -19,7 +19,7 @@ if [ "$state" = ABSENT ]; then
 fi
 if [ "$state" = ACTIVE ]; then
   # Not reaching the workers must not keep the pod, and its bill, alive.
-  on_workers 'bash gqe_jax/tpu_scripts/worker/stop.sh' || say "warning: could not stop the run; deleting all the same"
+  on_workers "$CHANGING" 'bash gqe_jax/tpu_scripts/worker/stop.sh' || say "warning: could not stop the run; deleting all the same"
 fi
-run gcloud compute tpus queued-resources delete "$NAME" "--zone=$ZONE" "--project=$PROJECT" --force --quiet
-say "$NAME is deleted; check that nothing is left: gcloud compute tpus queued-resources list --zone=$ZONE"
+road_delete
+say "$NAME is deleted; check that nothing is left: $road_list"

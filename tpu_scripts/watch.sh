@@ -15,10 +15,10 @@ case "${REST[*]-}" in
   --once) what=once REST=() ;;
 esac
 no_more
-need PROJECT ZONE
+need_pod
 need_active
 case $what in
   state) worker_states ;;
-  once) on_workers 'bash gqe_jax/tpu_scripts/worker/log.sh -n 50' ;;
-  follow) on_workers 'bash gqe_jax/tpu_scripts/worker/log.sh -n 20 -F' ;;
+  once) on_workers "$ASKING" 'bash gqe_jax/tpu_scripts/worker/log.sh -n 50' ;;
+  follow) FOLLOW=1 GQE_CALL_SECONDS='' on_workers 31536000 'bash gqe_jax/tpu_scripts/worker/log.sh -n 20 -F' ;;
 esac

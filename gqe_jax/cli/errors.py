@@ -15,5 +15,9 @@ def report(who: str, error: BaseException) -> int:
     if isinstance(error, (ConfigError, FloatingPointError, OSError)):
         print(f"{who}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    if isinstance(error, ImportError) and "gcsfs" in str(error):  # fsspec's words, at the first path of a bucket
+        remedy = "pip install 'gqe_jax[gcs]'"
+        print(f"{who}: paths of a bucket (gs://) need gcsfs, which is not installed: {remedy}", file=sys.stderr)
+        return 2
     traceback.print_exception(error)
     return 1

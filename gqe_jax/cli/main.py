@@ -90,7 +90,7 @@ def _run_verb(verb: str, argv: list[str]) -> int:
     except BrokenPipeError:  # who read our output has gone: `gqe ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again as it ends
         return 128 + signal.SIGPIPE
-    except (ConfigError, FloatingPointError, OSError, KeyboardInterrupt) as error:
+    except (ConfigError, FloatingPointError, ImportError, OSError, KeyboardInterrupt) as error:
         return report(f"gqe {verb}", error)
 
 

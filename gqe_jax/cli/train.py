@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several.add_argument("--num-processes", type=int, metavar="N", help="with --coordinator: how many")
     several.add_argument("--process-id", type=int, metavar="I", help="with --coordinator: this one, from 0")
     several.add_argument(
-        "--start-timeout", type=float, default=300.0, metavar="SECONDS", help="for all to have started (default: 300)"
+        "--start-timeout", type=float, default=1200.0, metavar="SECONDS", help="for all to have started (default: 1200)"
     )
 
 

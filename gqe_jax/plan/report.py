@@ -8,6 +8,7 @@ from gqe_jax.flops import parameter_count
 from gqe_jax.plan.collectives import NETWORK, kernel_calls, read_collectives
 from gqe_jax.plan.compile import Compiled, OutOfMemory, Request
 from gqe_jax.plan.memory import estimate
+from gqe_jax.plan.published import factor
 from gqe_jax.plan.roofline import Roofline, ici_seconds, roofline, step_flops
 from gqe_jax.plan.search import Candidate
 from gqe_jax.tpu import GIB
@@ -88,6 +89,9 @@ class Plan:
         )
         lines = [f"roofline, ms (peaks of a device: {peaks})"]
         lines += [f"  {name:<38}{seconds * 1e3:10.2f}" for name, seconds in time_rows(times)]
+        known = factor(chip.name) if self.request.mode == "train" else None
+        if known is not None:
+            lines.append(f"  {f'calibrated: {known:.2f} of that (scaling.md)':<38}{known * times.serial * 1e3:10.2f}")
         best, worst = times.overlapped, times.serial
         lines.append(f"tokens per second: {self.tokens / worst:,.0f} to {self.tokens / best:,.0f}")
         lines.append(f"MFU: {times.mfu(worst):.1%} to {times.mfu(best):.1%}")

@@ -8,7 +8,8 @@ What is assumed:
 - HBM: weights are read by each pass, a layer's results written once and read once, the optimizer's state read and
   written once a step.
 - ICI: one ring through the devices of an axis, of all links if the axis covers the whole slice
-  (`topologies.Topology.axis_bandwidth`); collectives one after another.
+  (`topologies.Topology.axis_bandwidth`); collectives one after another. What devices pass on to their neighbours
+  goes one way round, over one link.
 - Several slices: gradients are summed within each slice first, then over the slices, at the network's bandwidth.
 
 If everything overlaps, a step takes as long as the longest of the three; if nothing does, as long as their sum.
@@ -145,6 +146,8 @@ def ici_seconds(
             axes = collective.axes or tuple(extents)
             stretch = tuple(math.prod(sizes) for sizes in zip(*(extents[axis] for axis in axes), strict=True))
             bandwidth = topology.axis_bandwidth(tuple(map(min, stretch, topology.shape)))
+            if collective.kind == "collective-permute":
+                bandwidth = min(bandwidth, topology.generation.link_bandwidth / topology.generation.devices_per_chip)
         seconds[collective.axes] = seconds.get(collective.axes, 0.0) + collective.sent / bandwidth
     return seconds
 
@@ -184,8 +187,11 @@ def expected_collectives(
             found.append(ring("all-reduce", axes, parts, (item if split else 4) * parameters // pieces, 2))
     if expert > 1:
         found.append(ring("all-reduce", ("expert",), parts * model.num_layers * 2 * passes, hidden, 2))
-    if context > 1:
-        found.append(ring("all-gather", ("context",), parts * model.num_layers * (passes + 1), keys, 1))
+    layers = parts * model.num_layers
+    if context > 1 and gathered_keys(config, mesh, batch_size, seq_len):  # their gradients are scattered
+        found.append(ring("all-gather", ("context",), layers * (passes + 1), keys, 1))
+    elif context > 1:  # backward they go round once more, with their gradients, twice as wide
+        found.append(ring("collective-permute", ("context",), layers * (passes + 2), keys, 1))
     return found
 
 

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
 # On a worker: tail of the run's log (arguments are tail's), each line with the worker's name.
 
-exec tail "$@" "$HOME/gqe_run/log" | sed -u "s/^/$(hostname | sed 's/.*-\(w-[0-9]*\)$/\1/'): /"
+name=$(bash "$(dirname "${BASH_SOURCE[0]}")/name.sh")
+exec tail "$@" "$HOME/gqe_run/log" | sed -u "s/^/$name: /"

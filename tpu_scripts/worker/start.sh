@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a worker: starts a command in the background unless one is alive. launch.sh calls it.
 #
-#   start.sh FLAG_SET COMMAND ...
+#   start.sh FLAG_SET LOGS COMMAND ...      LOGS: where in the bucket the log is kept, or none
 
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

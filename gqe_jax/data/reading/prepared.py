@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -242,15 +243,29 @@ def _local_copy(path: str) -> Path:
     local.mkdir(parents=True, exist_ok=True)
     (local / MANIFEST_FILE).write_text(text)
     manifest = Manifest.load(local)
+    files = manifest.files + manifest.train.shards + manifest.heldout.shards
+
+    def is_there(file: FileRecord) -> bool:
+        copy = local / file.name
+        return copy.is_file() and copy.stat().st_size == file.bytes
+
+    missing = sum(file.bytes for file in files if not is_there(file))
+    free = shutil.disk_usage(local).free
+    if missing > free:
+        raise ConfigError(
+            f"data.path={path!r}: {missing / 1e9:,.1f} GB of it are to be copied to {cache_directory()}, which has "
+            f"{free / 1e9:,.1f} GB left: give the machine a larger disk (DISK_GB of tpu_scripts/pod.env), point "
+            f"XDG_CACHE_HOME at one, or prepare less"
+        )
 
     def fetch(file: FileRecord) -> None:
         copy = local / file.name
-        if not (copy.is_file() and copy.stat().st_size == file.bytes):
+        if not is_there(file):
             copy.parent.mkdir(parents=True, exist_ok=True)
             partial = copy.with_name(f"{copy.name}.{os.getpid()}")
             (remote / file.name).copy(epath.Path(partial), overwrite=True)
             partial.rename(copy)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(fetch, manifest.files + manifest.train.shards + manifest.heldout.shards))
+        list(pool.map(fetch, files))
     return local
