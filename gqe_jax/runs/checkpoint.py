@@ -40,6 +40,17 @@ class CheckpointFailed(OSError):
     """A checkpoint could not be written."""
 
 
+def least_bytes(size: int) -> int:
+    """The least that parameters of `size` bytes take in a checkpoint: compressed, those of trained models take more."""
+    return size // 3
+
+
+def cause_of(error: BaseException | None) -> str:
+    """One line of what Orbax raised, by its cause in the operating system where that is known."""
+    system = re.search(r"os_error_code='(\d+)'", str(error))  # at the end of a page from the storage library
+    return os.strerror(int(system.group(1))) if system else (str(error) or repr(error)).splitlines()[0]
+
+
 class Checkpoints:
     """Holds the checkpoints of one run. It is a context manager: leaving it waits for the save in progress.
 
@@ -136,7 +147,7 @@ class Checkpoints:
         self._saving = step
         with self._failures_named(step):
             writer = self._open_writer()
-            self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
+            self._check_space(params)
             writer.save(step, args=ocp.args.Composite(**items), force=True)
         if wait:
             self.wait()
@@ -306,11 +317,16 @@ class Checkpoints:
         # before the rename that makes the step visible: no kill can come between a checkpoint and its record.
         integrity.write_record(Path(self.directory) / f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}")
 
-    def _check_space(self, size: int) -> None:
-        # A write that fails half-way fails safely too, but only after minutes and with a page of library output.
-        free = size if self._remote else int(first_says(str(shutil.disk_usage(self.directory).free)))
-        if free < size:
-            raise OSError(f"it takes {size / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB left")
+    def _check_space(self, params: Any) -> None:
+        # A write that fails half-way fails safely too, but only after minutes. It is as large as the one before.
+        if self._remote:
+            return
+        newest = self.latest()
+        size = 0 if newest is None else integrity.recorded_bytes(Path(self.directory) / str(newest))
+        size = size or least_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+        free = shutil.disk_usage(self.directory).free
+        if found := first_says(f"{size / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB left" if free < size else ""):
+            raise OSError(f"it takes {found}")
 
     @contextlib.contextmanager
     def _failures_named(self, step: int | None) -> Iterator[None]:
@@ -318,14 +334,12 @@ class Checkpoints:
             yield
         # Orbax reports a failed write as OSError, ValueError, TimeoutError or plain Exception, by where it happened.
         except Exception as error:
-            system = re.search(r"os_error_code='(\d+)'", str(error))  # at the end of a page from the storage library
-            cause = os.strerror(int(system.group(1))) if system else (str(error) or repr(error)).splitlines()[0]
             last = "the directory cannot be read"
             with contextlib.suppress(OSError):
                 last = self.newest_in_words()
             raise CheckpointFailed(
-                f"could not save the checkpoint of step {step} in {self.directory}: {cause}; {last}. Free disk space "
-                f"or make the directory writable first"
+                f"could not save the checkpoint of step {step} in {self.directory}: {cause_of(error)}; {last}. Free "
+                f"disk space or make the directory writable first"
             ) from error
 
     def _read(self, step: int, **items: Any) -> Any:
@@ -416,5 +430,12 @@ def _drop_chatter(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING and not record.exc_info and not expected
 
 
+def _drop_unretrieved(record: logging.LogRecord) -> bool:
+    # Of several writes that fail Orbax raises one to us; nobody asks for the others, and their event loop complains.
+    failed = record.exc_info is not None and isinstance(record.exc_info[1], OSError)
+    return not (failed and "exception was never retrieved" in record.getMessage())
+
+
 def _quiet_orbax() -> None:
     logging.getLogger("absl").addFilter(_drop_chatter)  # adding the same filter again does nothing
+    logging.getLogger("asyncio").addFilter(_drop_unretrieved)

@@ -29,6 +29,14 @@ def recorded_items(root: Path) -> set[str]:
     return {name.split("/")[0] for name in json.loads((root / RECORD).read_bytes()) if "/" in name}
 
 
+def recorded_bytes(root: Path) -> int:
+    """Size of all files of the record; 0 where there is none to read."""
+    try:
+        return sum(size for size, _ in json.loads((root / RECORD).read_bytes()).values())
+    except (OSError, ValueError, TypeError, AttributeError):
+        return 0
+
+
 def problems(root: Path, items: Sequence[str] | None, *, part: int, parts: int) -> list[str]:
     """Describes what is wrong with the recorded files of `items` (None: all); reads `part` of `parts` of them."""
     try:
