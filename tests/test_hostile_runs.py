@@ -17,10 +17,10 @@ from gqe_jax.runs.metrics import MetricWriter
 from gqe_jax.runs.new_run import save_run
 
 
-def untrained(directory, *changes):
+def untrained(directory, *changes, argument=""):
     """A run that nobody trained: zeros for parameters."""
     directory.mkdir(exist_ok=True)
-    config, run = tiny_config(directory / "data", *changes), directory / "run"
+    config, run = tiny_config(directory / "data", *changes, argument=argument), directory / "run"
     run.mkdir()
     variables = placed_variables(abstract_model(config.model)).items()
     values = {path.replace("/", "."): placed.variable.get_value() for path, placed in variables}
