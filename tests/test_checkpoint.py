@@ -1,7 +1,10 @@
 """Checkpoints give back what was saved, and say what does not fit, what is damaged and what could not be written."""
 
+import asyncio
 import collections
+import gc
 import json
+import os
 import random
 import re
 import shutil
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 
 from gqe_jax.config import ConfigError, OptimizerConfig
-from gqe_jax.runs.checkpoint import CheckpointDamaged, CheckpointFailed, Checkpoints
+from gqe_jax.runs.checkpoint import CheckpointDamaged, CheckpointFailed, Checkpoints, cause_of
 from gqe_jax.runs.integrity import RECORD
 from gqe_jax.train.optimizer import make_optimizer
 
@@ -271,13 +274,44 @@ def test_set_aside_goes_back_to_a_whole_checkpoint_or_touches_nothing(copy):
 
 
 def test_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
-    """With less room than the arrays take, the save is refused at once; nothing half-written stays behind."""
+    """With less room than it takes, the save is refused at once; nothing half-written stays behind.
+
+    What it takes is what the one before took, byte for byte: arrays are compressed, so their sizes are more.
+    """
     usage = collections.namedtuple("usage", ["total", "used", "free"])
+
+    def with_room(free):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, free))
+
     with Checkpoints(tmp_path) as checkpoints:
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+        with_room(1000)
         with pytest.raises(CheckpointFailed, match=r"step 1 .*GB and the disk has 1e-06 GB left; there is no complete"):
             checkpoints.save(1, **make_items(1))
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("1")]
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith("1")]
+        zeros = {name: jax.tree.map(jnp.zeros_like, make_items(1)[name]) for name in ("params", "opt_state")}
+        with_room(sum(leaf.nbytes for leaf in jax.tree.leaves(zeros["params"])))  # and none for the optimizer's zeros
+        checkpoints.save(1, **make_items(1) | zeros, wait=True)
+        record = json.loads((tmp_path / "1" / RECORD).read_text())
+        written = sum(size for size, _ in record.values())
+        assert written == sum((tmp_path / "1" / name).stat().st_size for name in record)
+        with_room(written)
+        checkpoints.save(2, **make_items(2) | zeros, wait=True)
+        with_room(written // 2)
+        with pytest.raises(CheckpointFailed, match=r"step 3 .*GB left; the checkpoint of step 2 is complete"):
+            checkpoints.save(3, **make_items(3) | zeros)
+
+
+def test_one_line_for_writes_that_fail_together(caplog):
+    """Orbax raises a page for one of them, and its event loop logs the others: a cause is left, and no traceback."""
+    page = "RESOURCE_EXHAUSTED: Error writing local file \"a\":\n ... [os_error_code='28']"
+    assert cause_of(ValueError(page)) == os.strerror(28)
+    Checkpoints("nowhere")
+    loop = asyncio.new_event_loop()
+    for error in (OSError(28, "No space left on device"), KeyError("mine")):
+        loop.create_future().set_exception(error)
+        gc.collect()
+    loop.close()
+    assert [record.exc_info[0] for record in caplog.records] == [KeyError]
 
 
 def test_directory_that_cannot_be_made(tmp_path):

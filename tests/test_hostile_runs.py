@@ -9,6 +9,7 @@ import pytest
 from tiny_run import tiny_config
 
 from gqe_jax.cli.main import main
+from gqe_jax.config import ConfigError
 from gqe_jax.data.tokenizer import ByteTokenizer
 from gqe_jax.models.transformer import abstract_model
 from gqe_jax.parallel.rules import placed_variables
@@ -16,10 +17,10 @@ from gqe_jax.runs.metrics import MetricWriter
 from gqe_jax.runs.new_run import save_run
 
 
-def untrained(directory, *changes):
+def untrained(directory, *changes, argument=""):
     """A run that nobody trained: zeros for parameters."""
     directory.mkdir(exist_ok=True)
-    config, run = tiny_config(directory / "data", *changes), directory / "run"
+    config, run = tiny_config(directory / "data", *changes, argument=argument), directory / "run"
     run.mkdir()
     variables = placed_variables(abstract_model(config.model)).items()
     values = {path.replace("/", "."): placed.variable.get_value() for path, placed in variables}
@@ -144,3 +145,26 @@ def test_a_model_of_another_platform_is_used_here(tmp_path, capsys, caplog, name
     said = f"implementation='{name}', which needs {needs}: here attention takes the fastest that runs"
     assert [said in record.getMessage() for record in caplog.records if record.name == "gqe_jax"] == [True]
     assert main(["export", "--run", str(run), "--out", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[]", "5", "{}", '{"step": "1"}', '{"step": true}', "[" * 100_000, "1" * 5000, "\x00"],
+)
+def test_a_record_that_nobody_wrote_stops_the_next_start(tmp_path, line):
+    """Training drops the lines of later steps from metrics.jsonl: from a file that it cannot read it drops nothing."""
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 1.0}}\n{line}\n')
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"metrics.jsonl, line 2, is not a JSON object with a step") as error:
+        MetricWriter(tmp_path, resume_step=1, config={})
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_odd_metrics_do_not_stop_a_run(tmp_path):
+    """Whatever a kind of attention reports, the next start keeps it; an evaluation of no number of tokens is none."""
+    lines = [{"step": 1, "load": [1.0], "own": {"a": None}}, {"step": 1, "eval/loss": None, "eval/tokens": [1]}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with MetricWriter(tmp_path, resume_step=1, config={}) as writer:
+        assert (1, 5) not in writer.evaluations
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == lines

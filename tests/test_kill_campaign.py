@@ -11,7 +11,7 @@ from tiny_run import leaf_hashes, prepare_tiny, start_gqe, write_config
 
 STEPS = 12
 CHANGES = (f"--config.train.steps={STEPS}", "--config.train.eval_every=2", "--config.train.eval_batches=1")
-KILLS = 3  # of each command
+KILLS = 2  # of each command, one after the other
 
 
 def finished(*command):
@@ -37,7 +37,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Prepared data, and a run of it that nothing interrupts."""
+    """Prepared data and a configuration."""
     place = tmp_path_factory.mktemp("campaign")
     prepare_tiny(place / "data", documents=30)
     write_config(place / "tiny.py", place / "data")
@@ -54,7 +54,7 @@ def rng(capsys):
 
 @pytest.mark.slow
 def test_training(place, tmp_path, rng):
-    """The record and the last parameters are those of the uninterrupted run."""
+    """The record, with its evaluations, and the last parameters are those of the uninterrupted run."""
     command = ["train", "--config", f"{place / 'tiny.py'}:gqa", "--run"]
     cache = f"--config.train.compilation_cache={tmp_path / 'compiled'}"
     seconds = finished(*command, tmp_path / "whole", *CHANGES, cache)
@@ -68,15 +68,26 @@ def test_training(place, tmp_path, rng):
 
 
 def whole_or_absent(command, out, look, rng):
-    """Kills the command, which makes the folder `out`; it is whole or absent, and the next start makes it."""
+    """Kills the command, which makes the folder `out`; it is whole or absent. The next start makes it, and clears away
+    what the killed ones left beside it."""
+    before = {path.name for path in out.parent.iterdir()}
     seconds = finished(*command)
     expected = look(out)
     for _ in range(KILLS):
-        shutil.rmtree(out)
+        shutil.rmtree(out, ignore_errors=True)
         killed(rng.uniform(0.3, 1.0) * seconds, *command)
-        if not out.exists():
-            finished(*command)
-        assert look(out) == expected
+        assert not out.exists() or look(out) == expected
+    shutil.rmtree(out, ignore_errors=True)
+    finished(*command)
+    assert look(out) == expected
+    assert {path.name for path in out.parent.iterdir()} == {*before, out.name}
+
+
+
+def weights(run):
+    """The run's parameters, its configuration and its tokenizer."""
+    files = contents(run)
+    return leaf_hashes(run, 0), {name: files[name] for name in files if name.parts[0] != "checkpoints"}
 
 
 @pytest.mark.slow
@@ -84,21 +95,24 @@ def test_prepare(place, tmp_path, rng):
     """A killed preparation goes on with the next start; the rows are the same bytes."""
     texts = str(place / "data_texts" / "*.txt")
     command = ["prepare", "--data", texts, "--out", tmp_path / "out", "--seq-len", 64, "--heldout", 0.1]
-    seconds = finished(*command)
-    expected = contents(tmp_path / "out")
-    for _ in range(KILLS):
-        shutil.rmtree(tmp_path / "out")
-        killed(rng.uniform(0.3, 1.0) * seconds, *command)
-        if not (tmp_path / "out" / "manifest.json").exists():
-            finished(*command)
-        assert contents(tmp_path / "out") == expected
+    whole_or_absent([*command, "--workers", 2], tmp_path / "out", contents, rng)
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    finished("train", "--config", f"{place / 'tiny.py'}:gqa", "--run", place / "trained", "--config.train.steps=2")
+    finished("export", "--run", place / "trained", "--out", place / "hf")
+    return place
 
 
 @pytest.mark.slow
-def test_export_and_import(place, tmp_path, rng):
-    """The folder that is made is whole or absent, whenever the kill comes."""
-    finished("train", "--config", f"{place / 'tiny.py'}:gqa", "--run", tmp_path / "run", "--config.train.steps=4")
-    export = ["export", "--run", tmp_path / "run", "--out", tmp_path / "hf"]
-    whole_or_absent(export, tmp_path / "hf", contents, rng)
-    again = tmp_path / "imported"
-    whole_or_absent(["import", "--from", tmp_path / "hf", "--run", again], again, lambda run: leaf_hashes(run, 0), rng)
+@pytest.mark.parametrize("verb", ["export", "import", "convert"])
+def test_a_folder_is_whole_or_absent(trained, tmp_path, rng, verb):
+    out = tmp_path / "out"
+    command = {
+        "export": ["export", "--run", trained / "trained", "--out", out],
+        "import": ["import", "--from", trained / "hf", "--run", out],
+        "convert": ["convert", "--run", trained / "trained", "--to", "gqa", "--num-kv-heads", 1, "--out", out,
+                    "--calibration-rows", 4, "--heldout-rows", 4],
+    }[verb]  # fmt: skip
+    whole_or_absent(command, out, contents if verb == "export" else weights, rng)

@@ -78,7 +78,7 @@ def test_half_written_last_line(tmp_path, cut):
 
 def test_foreign_file_is_not_overwritten(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("not json\n")
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl has a line that is not one JSON object with a step"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 1, is not a JSON object with a step"):
         write(tmp_path, [1])
     assert (tmp_path / "metrics.jsonl").read_text() == "not json\n"
 

@@ -21,6 +21,7 @@ from gqe_jax.parallel.mesh import check_batch, check_model, shard_batch
 from gqe_jax.parallel.rules import state_shardings
 from gqe_jax.pytorch.folder import new_folder
 from gqe_jax.pytorch.model import abstract_parameters, parameter_bytes
+from gqe_jax.runs.checkpoint import least_bytes
 from gqe_jax.runs.load import load_model
 from gqe_jax.runs.new_run import CONFIG_FILE, TOKENIZER, config_file, save_run, settings_of
 
@@ -107,7 +108,8 @@ def convert_run(
     def loss_of(model: Transformer) -> HeldOut:
         return evaluate_model(model, rows, mesh, batch_size=size, limit=limit)
 
-    with new_folder(out, "--out", parameter_bytes(abstract_parameters(config.model))) as folder, jax.set_mesh(mesh):
+    written = least_bytes(parameter_bytes(abstract_parameters(config.model)))
+    with new_folder(out, "--out", written) as folder, jax.set_mesh(mesh):
         losses = {"source": loss_of(trained.model)}
         if not math.isfinite(losses["source"].loss):
             raise ConfigError(

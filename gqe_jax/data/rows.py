@@ -92,4 +92,9 @@ def _decode_row(record: bytes, seq_len: int) -> Row:
             "belongs to other data"
         )
     starts = np.frombuffer(record, _HEADER, num_segments, starts_offset).astype(np.int64)
+    if num_segments == 0 or starts[0] != 0 or (np.diff(starts) < 1).any() or starts[-1] > num_tokens - 2:
+        raise ConfigError(
+            f"a row of {num_tokens} tokens has segments from {starts[:5].tolist()} on, which do not ascend from 0 in "
+            "it: prepare the data again"
+        )
     return Row(np.frombuffer(record, f"<u{itemsize}", num_tokens, tokens_offset), starts)

@@ -19,6 +19,7 @@ from types import ModuleType
 
 import numpy as np
 
+from gqe_jax.checked_json import LARGEST
 from gqe_jax.config import ConfigError
 
 REPLACEMENT = "\ufffd"
@@ -188,7 +189,7 @@ class SentencePieceTokenizer(Tokenizer):
             if not model:  # which the library takes for "no model yet"
                 raise RuntimeError("empty")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:  # the latter for pieces that are no text
             empty = "" if model else ", for it is empty"
             raise ConfigError(
                 f"tokenizer {origin} cannot be read as a SentencePiece model{empty}: give the .model file that "
@@ -246,7 +247,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if not 0 < self.vocab_size <= LARGEST:
+            raise ConfigError(
+                f"tokenizer {origin} has ids up to {self.vocab_size - 1}, which must lie in [0, {LARGEST}): copy it "
+                "again"
+            )
         eos = _token_name(names.get("eos_token"), _EOS_NAMES, vocabulary)
         if eos is None:
             raise ConfigError(

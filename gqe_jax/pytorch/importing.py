@@ -27,6 +27,7 @@ from gqe_jax.pytorch.hf_tokenizer import CHAT_TEMPLATE, GENERATION, read_tokeniz
 from gqe_jax.pytorch.model import TorchTensor, abstract_parameters, fill, parameter_bytes, torch_tensors
 from gqe_jax.pytorch.names import ATTENTION_PREFIX, STACKED, split_fused
 from gqe_jax.pytorch.safetensors_io import FLOATING, StoredTensor, read_file, read_folder, refuse_pickle
+from gqe_jax.runs.checkpoint import least_bytes
 from gqe_jax.runs.new_run import CONFIG_FILE, TOKENIZER, config_file, save_run
 from gqe_jax.runs.state import initial_keys
 
@@ -91,7 +92,7 @@ def import_folder(
         _check_tied(stored, source)
         extra.add(HEAD)
     _check_fit(config, tensors, {name: tensor for name, tensor in stored.items() if name not in extra}, source)
-    with new_folder(run, "--run", parameter_bytes(abstract)) as folder:
+    with new_folder(run, "--run", least_bytes(parameter_bytes(abstract))) as folder:
         arrays = _fill_finite(abstract, tensors, stored, source, allow_nonfinite)
         save_run(folder, config, spoken, arrays)
         text = config_file("A model that gqe import read.", settings, SOURCE=str(source), RUN=str(run))
@@ -141,7 +142,7 @@ def import_layers(
     _check_vocabulary(config, spoken, tokenizer or config.data.path or config.data.tokenizer)
 
     abstract = abstract_parameters(config.model)
-    size = parameter_bytes(abstract)
+    size = least_bytes(parameter_bytes(abstract))
     abstract = {path: leaf for path, leaf in abstract.items() if path.startswith(f"{STACKED}.attention.")}
     tensors = []
     for tensor in torch_tensors({path: leaf.shape for path, leaf in abstract.items()}):

@@ -24,12 +24,15 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from gqe_jax.checked_json import read_object, shown
 from gqe_jax.config import ConfigError
 from gqe_jax.processes.joined import every_text, first_says
 from gqe_jax.runs import integrity
 from gqe_jax.runs.state import FORMAT
 
 SPARING_PIECE = 1 << 26  # bytes
+
+_JSON_FILE = "metadata"  # of Orbax, in the folder of an item
 
 
 class CheckpointDamaged(ConfigError):
@@ -38,6 +41,31 @@ class CheckpointDamaged(ConfigError):
 
 class CheckpointFailed(OSError):
     """A checkpoint could not be written."""
+
+
+def least_bytes(size: int) -> int:
+    """The least that parameters of `size` bytes take in a checkpoint: compressed, those of trained models take more."""
+    return size // 3
+
+
+@contextlib.contextmanager
+def unread_arrays_named(checkpoint: epath.Path) -> Iterator[None]:
+    """Turns whatever Orbax and TensorStore raise for arrays that nobody saved into a ConfigError of one line."""
+    try:
+        yield
+    except (ConfigError, jax.errors.JaxRuntimeError):  # which say what does not fit, or that memory is short
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the arrays of {checkpoint} cannot be read ({cause_of(error)[:300]}): copy the checkpoint again from "
+            f"where it came from"
+        ) from error
+
+
+def cause_of(error: BaseException | None) -> str:
+    """One line of what Orbax raised, by its cause in the operating system where that is known."""
+    system = re.search(r"os_error_code='(\d+)'", str(error))  # at the end of a page from the storage library
+    return os.strerror(int(system.group(1))) if system else (str(error) or repr(error)).splitlines()[0]
 
 
 class Checkpoints:
@@ -136,7 +164,7 @@ class Checkpoints:
         self._saving = step
         with self._failures_named(step):
             writer = self._open_writer()
-            self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
+            self._check_space(params)
             writer.save(step, args=ocp.args.Composite(**items), force=True)
         if wait:
             self.wait()
@@ -169,7 +197,14 @@ class Checkpoints:
 
     def read_tokenizer(self, step: int) -> dict[str, bytes]:
         """The tokenizer's files, by name, saved with `step`."""
-        return {name: base64.b64decode(content) for name, content in self._read_json(step, "tokenizer").items()}
+        files = self._read_json(step, "tokenizer")
+        try:
+            return {name: base64.b64decode(content, validate=True) for name, content in files.items()}
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"the tokenizer of step {step} in {self.directory} is none that was saved ({error}): copy the "
+                f"checkpoint again from where it came from"
+            ) from error
 
     def read_format(self, step: int) -> int:
         """The number of the form in which `step` was written.
@@ -177,10 +212,10 @@ class Checkpoints:
         Raises:
           ConfigError: a newer version of gqe_jax wrote it, in a form that this one cannot read.
         """
-        form = self._read_json(step, "format")["version"] if self._has(step, "format") else 1
-        if not isinstance(form, int) or not 1 <= form <= FORMAT:
+        form = self._read_json(step, "format").get("version") if self._has(step, "format") else 1
+        if type(form) is not int or not 1 <= form <= FORMAT:
             raise ConfigError(
-                f"the checkpoint of step {step} in {self.directory} has format {form!r}, but this gqe_jax reads "
+                f"the checkpoint of step {step} in {self.directory} has format {shown(form)}, but this gqe_jax reads "
                 f"formats 1 to {FORMAT}: use the newer version of gqe_jax that wrote it"
             )
         return form
@@ -221,9 +256,11 @@ class Checkpoints:
         abstract = {"params": params, "opt_state": opt_state, "train": train}
         abstract = {name: tree for name, tree in abstract.items() if tree is not None}
         self.verify(step, items=tuple(abstract))
-        self._check_fit(step, abstract)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        return dict(self._read(step, **items).items())
+        with unread_arrays_named(self.directory / str(step)):
+            self._check_fit(step, abstract)
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+                return dict(reader.restore(self.directory / str(step), args=ocp.args.Composite(**items)).items())
 
     def verify(self, step: int, items: Sequence[str] | None = None) -> None:
         """Compares the files of `items` (None: of all) with the record made when they were written; reads each once.
@@ -306,11 +343,16 @@ class Checkpoints:
         # before the rename that makes the step visible: no kill can come between a checkpoint and its record.
         integrity.write_record(Path(self.directory) / f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}")
 
-    def _check_space(self, size: int) -> None:
-        # A write that fails half-way fails safely too, but only after minutes and with a page of library output.
-        free = size if self._remote else int(first_says(str(shutil.disk_usage(self.directory).free)))
-        if free < size:
-            raise OSError(f"it takes {size / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB left")
+    def _check_space(self, params: Any) -> None:
+        # A write that fails half-way fails safely too, but only after minutes. It is as large as the one before.
+        if self._remote:
+            return
+        newest = self.latest()
+        size = 0 if newest is None else integrity.recorded_bytes(Path(self.directory) / str(newest))
+        size = size or least_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+        free = shutil.disk_usage(self.directory).free
+        if found := first_says(f"{size / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB left" if free < size else ""):
+            raise OSError(f"it takes {found}")
 
     @contextlib.contextmanager
     def _failures_named(self, step: int | None) -> Iterator[None]:
@@ -318,23 +360,17 @@ class Checkpoints:
             yield
         # Orbax reports a failed write as OSError, ValueError, TimeoutError or plain Exception, by where it happened.
         except Exception as error:
-            system = re.search(r"os_error_code='(\d+)'", str(error))  # at the end of a page from the storage library
-            cause = os.strerror(int(system.group(1))) if system else (str(error) or repr(error)).splitlines()[0]
             last = "the directory cannot be read"
             with contextlib.suppress(OSError):
                 last = self.newest_in_words()
             raise CheckpointFailed(
-                f"could not save the checkpoint of step {step} in {self.directory}: {cause}; {last}. Free disk space "
-                f"or make the directory writable first"
+                f"could not save the checkpoint of step {step} in {self.directory}: {cause_of(error)}; {last}. Free "
+                f"disk space or make the directory writable first"
             ) from error
-
-    def _read(self, step: int, **items: Any) -> Any:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            return reader.restore(self.directory / str(step), args=ocp.args.Composite(**items))
 
     def _read_json(self, step: int, item: str) -> dict[str, Any]:
         self.verify(step, items=(item,))
-        return self._read(step, **{item: ocp.args.JsonRestore()})[item]
+        return read_object(self.directory / str(step) / item / _JSON_FILE)
 
     def _check_fit(self, step: int, abstract: Mapping[str, Any]) -> None:
         differences = []
@@ -416,5 +452,12 @@ def _drop_chatter(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING and not record.exc_info and not expected
 
 
+def _drop_unretrieved(record: logging.LogRecord) -> bool:
+    # Of several writes that fail Orbax raises one to us; nobody asks for the others, and their event loop complains.
+    failed = record.exc_info is not None and isinstance(record.exc_info[1], OSError)
+    return not (failed and "exception was never retrieved" in record.getMessage())
+
+
 def _quiet_orbax() -> None:
     logging.getLogger("absl").addFilter(_drop_chatter)  # adding the same filter again does nothing
+    logging.getLogger("asyncio").addFilter(_drop_unretrieved)

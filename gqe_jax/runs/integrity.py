@@ -6,12 +6,19 @@ accidents, not forgery; a power failure (not a kill) can lose what the operating
 shows as damage. On object stores (`gs://`), which check what they store themselves, there is no record.
 """
 
+import contextlib
 import json
+import stat
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from gqe_jax.checked_json import parse_json, read_object, shown
+from gqe_jax.config import ConfigError
+from gqe_jax.safe_names import checked_name
+
 RECORD = "integrity.json"
+JSON_FILES = frozenset({".zarray", "_METADATA", "_sharding"})  # of arrays: a deep one would end the process in C++
 # Orbax touches these once more between the record and the rename; nothing is read from them.
 UNRECORDED = frozenset({RECORD, "_CHECKPOINT_METADATA", "commit_success.txt"})
 
@@ -24,16 +31,35 @@ def write_record(root: Path) -> None:
     (root / RECORD).write_text(json.dumps(record, indent=0))
 
 
+def read_record(root: Path) -> dict[str, tuple[int, int]]:
+    """Name → (bytes, CRC-32) of the files in `root`, as they were written.
+
+    Raises ConfigError if there is no such record, or one that names no files in `root`.
+    """
+    record = read_object(root / RECORD)
+    for name, value in record.items():
+        if not (type(value) is list and len(value) == 2 and all(type(n) is int and 0 <= n < 2**63 for n in value)):
+            raise ConfigError(f"{root / RECORD}: {shown(value)} must be the bytes and the CRC-32 of {shown(name)}")
+    return {checked_name(name, root / RECORD): tuple(value) for name, value in record.items()}
+
+
 def recorded_items(root: Path) -> set[str]:
     """Names of the items (folders in `root`) that were written, whether or not they are still there."""
-    return {name.split("/")[0] for name in json.loads((root / RECORD).read_bytes()) if "/" in name}
+    return {name.split("/")[0] for name in read_record(root) if "/" in name}
+
+
+def recorded_bytes(root: Path) -> int:
+    """Size of all files of the record; 0 where there is none to read."""
+    with contextlib.suppress(ConfigError):
+        return sum(size for size, _ in read_record(root).values())
+    return 0
 
 
 def problems(root: Path, items: Sequence[str] | None, *, part: int, parts: int) -> list[str]:
     """Describes what is wrong with the recorded files of `items` (None: all); reads `part` of `parts` of them."""
     try:
-        record = json.loads((root / RECORD).read_bytes())
-    except (OSError, ValueError) as error:
+        record = read_record(root)
+    except ConfigError as error:
         return [f"{RECORD} cannot be read ({error})"]
     chosen = sorted(name for name in record if items is None or name.split("/")[0] in items)[part::parts]
     return [f"{name} {problem}" for name in chosen if (problem := _problem(root / name, *record[name]))]
@@ -51,10 +77,18 @@ def _fingerprint(path: Path) -> tuple[int, int]:
 
 def _problem(path: Path, size: int, checksum: int) -> str | None:
     try:
-        found = path.stat().st_size  # before the checksum: a truncated file need not be read
-        if found != size:
-            return f"has {found} bytes instead of {size}"
-        return None if _fingerprint(path) == (size, checksum) else "has other contents than were written"
+        found = path.stat()  # before the checksum: a truncated file need not be read
+        if not stat.S_ISREG(found.st_mode):
+            return "is no plain file"
+        if found.st_size != size:
+            return f"has {found.st_size} bytes instead of {size}"
+        if _fingerprint(path) != (size, checksum):
+            return "has other contents than were written"
+        if path.name in JSON_FILES:
+            parse_json(path.read_bytes(), path)
+        return None
+    except ConfigError:
+        return "is no JSON"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:

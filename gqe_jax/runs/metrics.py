@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from gqe_jax.config import ConfigError
+from gqe_jax.runs.record import METRICS_FILE, metric_lines
 
 Value = float | int | str | list[Any] | None
 
@@ -38,7 +39,8 @@ class MetricWriter:
       config: of the run, shown by Weights & Biases.
 
     Raises:
-      ConfigError: the package that `tensorboard` or `wandb` needs is not installed.
+      ConfigError: the package that `tensorboard` or `wandb` needs is not installed, or metrics.jsonl has a line that no
+        run wrote.
       OSError: the directory cannot be written.
     """
 
@@ -52,16 +54,16 @@ class MetricWriter:
         config: Mapping[str, Any],
     ):
         self._file = self._board = self._run = self._object = None
-        self.evaluations: set[tuple[int, int]] = set()
+        self.evaluations: list[tuple[int, Any]] = []
         if jax.process_index() != 0:
             return
         remote = "://" in str(directory)
         directory = epath.Path(directory)
         board_class, wandb_module = import_extras(tensorboard=tensorboard, wandb=wandb)
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
+        path = directory / METRICS_FILE
         kept = _drop_after(path, resume_step)
-        self.evaluations = {(line["step"], line.get("eval/tokens")) for line in kept if "eval/loss" in line}
+        self.evaluations = [(line["step"], line.get("eval/tokens")) for line in kept if "eval/loss" in line]
         if remote:
             self._object = path
             self._file = tempfile.TemporaryFile("w+", encoding="utf-8")
@@ -127,28 +129,15 @@ class MetricWriter:
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, without a half-written last one; none if there is no such file."""
-    path = epath.Path(directory) / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in _complete_lines(path)]
-
-
-def _complete_lines(path: epath.Path) -> list[bytes]:
-    return path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was cut off by a kill
+    """What the lines of a run's metrics.jsonl say; see `record.metric_lines`."""
+    return [record for _, record in metric_lines(epath.Path(directory) / METRICS_FILE)]
 
 
 def _drop_after(path: epath.Path, step: int) -> list[dict[str, Any]]:
     """Keeps the lines of steps up to `step`, replacing the file in one rename; returns what they say."""
     if not path.exists():
         return []
-    try:
-        read = [(line, json.loads(line)) for line in _complete_lines(path)]
-        kept = [(line, record) for line, record in read if record["step"] <= step]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path} has a line that is not one JSON object with a step ({error}): repair or move the file away"
-        ) from error
+    kept = [(line, record) for line, record in metric_lines(path) if record["step"] <= step]
     new = path.with_name(path.name + ".new")
     new.write_bytes(b"".join(line + b"\n" for line, _ in kept))
     new.replace(path)

@@ -19,7 +19,7 @@ from gqe_jax.data.reading.position import BEGINNING
 from gqe_jax.data.tokenizer import Tokenizer
 from gqe_jax.models.transformer import abstract_model
 from gqe_jax.runs import directory as runs
-from gqe_jax.runs.checkpoint import CheckpointFailed, Checkpoints
+from gqe_jax.runs.checkpoint import CheckpointFailed, Checkpoints, cause_of
 from gqe_jax.runs.state import TrainState, initial_keys, items_of
 
 TOKENIZER = "tokenizer"  # folder of the run
@@ -64,7 +64,7 @@ def save_run(folder: Path, config: RunConfig, tokenizer: Tokenizer, arrays: Mapp
                 wait=True,
             )
     except CheckpointFailed as error:
-        raise OSError(str(error.__cause__)) from error
+        raise OSError(cause_of(error.__cause__)) from error
 
 
 def config_file(what: str, settings: Mapping[str, Any], **constants: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from etils import epath
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build
 
+METRICS_FILE = "metrics.jsonl"
 DIMENSIONS = {"loss": 0, "eval/loss": 0, "load": 3, "eval/load": 3, "entropy": 1, "eval/by_position": 2}
 """Metric → its dimensions, for what is drawn: load [L, G, M], entropy [L], rows of first, last, loss and tokens."""
 
@@ -70,32 +72,49 @@ def read_run(directory: str | Path) -> RunRecord:
             f"--run={str(directory)!r} has a config.json that is not one of a run ({error}): give the directory that "
             "`gqe train --run` wrote, or use the version of gqe_jax that wrote it"
         ) from error
-    path = directory / "metrics.jsonl"
+    metrics = [record for _, record in metric_lines(directory / METRICS_FILE, _check_drawn)]
+    return RunRecord(directory, config, sorted(metrics, key=lambda line: line["step"]))
+
+
+def metric_lines(
+    path: epath.Path, check: Callable[[dict[str, Any]], None] = lambda line: None
+) -> list[tuple[bytes, dict[str, Any]]]:
+    """(line, what it says) of a run's metrics.jsonl, without a half-written last one; none if there is no such file.
+
+    Args:
+      path: of the file.
+      check: raises ValueError, TypeError or OverflowError for metrics that cannot be used.
+
+    Raises:
+      ConfigError: a file that cannot be read; a line, by its number, that is no object with a step, or that `check`
+        refuses.
+    """
     try:
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # a kill cut off what follows the last end
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): it must be the file that a run wrote") from error
-    metrics = []
+    read = []
     for number, line in enumerate(lines, start=1):
         try:
-            metrics.append(_checked(json.loads(line)))
+            record = json.loads(line)
+            step = record.get("step") if isinstance(record, dict) else None
+            if type(step) is not int or not 0 <= step < 2**63:
+                raise ValueError(f"its step is {step!r:.40}")
+            check(record)
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ConfigError(
                 f"{path}, line {number}, is not a JSON object with a step and metrics ({error}): repair or remove that "
                 f"line"
             ) from error
-    return RunRecord(directory, config, sorted(metrics, key=lambda line: line["step"]))
+        read.append((line, record))
+    return read
 
 
-def _checked(line: Any) -> dict[str, Any]:
-    """The line of metrics.jsonl, if it is what a run writes. Raises ValueError, TypeError or OverflowError."""
-    step = line.get("step") if isinstance(line, dict) else None
-    if type(step) is not int or not 0 <= step < 2**63:
-        raise ValueError(f"its step is {step!r:.40}")
+def _check_drawn(line: dict[str, Any]) -> None:
+    """Raises ValueError, TypeError or OverflowError for metrics that are not what a run writes."""
     for name, value in line.items():
         if value is None or (isinstance(value, str | list) and name not in DIMENSIONS):
             continue
         array = np.asarray(value, np.float64)
         if array.ndim != DIMENSIONS.get(name, 0) or 0 in array.shape or np.isinf(array).any():
             raise ValueError(f"its {name:.40} is {value!r:.40}")
-    return line

@@ -17,7 +17,7 @@ from gqe_jax.config_dict import build
 from gqe_jax.data.tokenizer import Tokenizer, tokenizer_from_files
 from gqe_jax.models.transformer import abstract_model
 from gqe_jax.parallel.rules import placed_variables
-from gqe_jax.runs.checkpoint import Checkpoints
+from gqe_jax.runs.checkpoint import Checkpoints, unread_arrays_named
 from gqe_jax.runs.directory import CHECKPOINTS
 from gqe_jax.runs.load import chosen_step
 from gqe_jax.runs.state import buffers_name
@@ -57,10 +57,11 @@ def open_model(directory: str | Path, step: int | None = None) -> SavedModel:
         tokenizer = tokenizer_from_files(checkpoints.read_tokenizer(step))
         root = checkpoints.directory / str(step)
     handler = ocp.PyTreeCheckpointHandler()
-    places = {**_leaves(handler, root, "params"), **_leaves(handler, root, "train", buffers)}
+    with unread_arrays_named(root):
+        places = {**_leaves(handler, root, "params"), **_leaves(handler, root, "train", buffers)}
+        found = {path: tuple(leaf.shape) for path, (_, _, leaf) in places.items()}
     wanted = placed_variables(abstract_model(config.model))
     wanted = {path.replace("/", "."): placed.variable.get_value() for path, placed in wanted.items()}
-    found = {path: tuple(leaf.shape) for path, (_, _, leaf) in places.items()}
     if found != {path: leaf.shape for path, leaf in wanted.items()}:
         raise ConfigError(
             f"the parameters of step {step} in {directory} are not those of the configuration saved with them: use the "
@@ -74,7 +75,8 @@ def open_model(directory: str | Path, step: int | None = None) -> SavedModel:
         for key in reversed(keys):
             tree, options = {key: tree}, {key: options}
         args = ocp.args.PyTreeRestore(item=tree, restore_args=options, partial_restore=True)
-        (value,) = jax.tree.leaves(handler.restore(root / item, args=args))
+        with unread_arrays_named(root):
+            (value,) = jax.tree.leaves(handler.restore(root / item, args=args))
         return value
 
     return SavedModel(epath.Path(directory), step, config, tokenizer, read)

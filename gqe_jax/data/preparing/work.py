@@ -35,7 +35,7 @@ def work_folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
     """
     prefix = f".{out.name}.partial-{socket.gethostname()}-"
     folder = out.parent / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
-    for stale in sorted(out.parent.glob(f"{prefix}*")):
+    for stale in sorted(path for path in out.parent.iterdir() if path.name.startswith(prefix)):
         pid = stale.name.removeprefix(prefix).split("-")[0]
         if pid.isdigit() and _alive(int(pid)):
             continue
@@ -97,6 +97,8 @@ def _difference(stale: Path, plan: dict[str, Any]) -> str | None:
         return "its plan is lost"
     if before == plan:
         return None
+    if not isinstance(before, dict) or before.keys() != plan.keys():
+        return "its plan is another version's"
     if before["sources"] == plan["sources"]:
         return "with other settings"
     names = sorted({*before["sources"], *plan["sources"]})

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gqe_jax.checked_json import OBJECTS, TEXT, check_record, read_object
+from gqe_jax.checked_json import OBJECTS, TEXT, check_record, read_object, shown
 from gqe_jax.config import ConfigError
 from gqe_jax.safe_names import checked_name
 
@@ -84,11 +84,11 @@ def parse_mixture(text: str) -> list[Part]:
         weight = _weight(written)
         if not path or weight is None:
             raise ConfigError(
-                f"data.mixture={text!r} cannot be read at {item!r}: write prepared folders, each with {_WEIGHTS}, such "
-                "as 'data/web:0.7,data/books:0.3'"
+                f"data.mixture={shown(text)} cannot be read at {shown(item)}: write prepared folders, each with "
+                f"{_WEIGHTS}, such as 'data/web:0.7,data/books:0.3'"
             )
         parts.append(Part(path, weight))
-    _refuse_repeated(f"data.mixture={text!r}", parts)
+    _refuse_repeated(f"data.mixture={shown(text)}", parts)
     return parts
 
 
@@ -104,7 +104,7 @@ def _weight(value: Any) -> Fraction | None:
 def _refuse_repeated(origin: str, parts: Sequence[Part]) -> None:
     (path, count), *_ = collections.Counter(part.path for part in parts).most_common(1)
     if count > 1:
-        raise ConfigError(f"{origin} names {path!r} more than once: add up its weights")
+        raise ConfigError(f"{origin} names {shown(path)} more than once: add up its weights")
 
 
 def quotas(parts: Sequence[Part]) -> list[int]:
@@ -114,10 +114,10 @@ def quotas(parts: Sequence[Part]) -> list[int]:
     common = math.gcd(*numbers)
     numbers = [number // common for number in numbers]
     if sum(numbers) > _LONGEST_PERIOD:
-        shown = ", ".join(str(part.weight) for part in parts)
+        weights = ", ".join(str(part.weight) for part in parts[:20])
         raise ConfigError(
-            f"the mixture's weights {shown} are exact only over {sum(numbers):,} rows, and at most {_LONGEST_PERIOD:,} "
-            "are allowed: round them, for instance to four digits after the point that add up to 1"
+            f"the mixture's weights {weights} are exact only over {sum(numbers):,} rows, and at most "
+            f"{_LONGEST_PERIOD:,} are allowed: round them, for instance to four digits after the point that add up to 1"
         )
     return numbers
 
