@@ -235,6 +235,15 @@ class AttentionConfig(abc.ABC):
         """Whether the output projection has a bias."""
         return self.bias
 
+    @property
+    def unsplit(self) -> str | None:
+        """Why the devices on the mesh's axis `expert` cannot share out the KV heads; None where they can."""
+        return None
+
+    def buffer_fault(self, buffers: Mapping[str, Any]) -> str | None:
+        """Says what is wrong with a folder's buffers, stacked over layers and among the other arrays; None: nothing."""
+        return None
+
     def __post_init__(self):
         require_known(self)
         name, heads = self.query_heads

@@ -5,6 +5,7 @@ from gqe_jax.attention.base import Attention
 from gqe_jax.attention.caches import Cache, KVCache
 from gqe_jax.attention.gqa import GQAConfig, GQAttention
 from gqe_jax.attention.gqe import GQEAttention, GQEConfig
+from gqe_jax.attention.key_driven import KeyDrivenAttention, KeyDrivenConfig
 from gqe_jax.attention.kinds import KINDS, Kind, make_attention
 from gqe_jax.attention.report import Buffer, LayerReport
 from gqe_jax.attention.rotary import rotary_tables
@@ -22,6 +23,8 @@ __all__ = [
     "GQEAttention",
     "GQEConfig",
     "KVCache",
+    "KeyDrivenAttention",
+    "KeyDrivenConfig",
     "Kind",
     "LayerReport",
     "Router",
