@@ -25,7 +25,7 @@ TRANSFORMERS_TESTS := tests/test_pytorch_model_generate.py tests/test_pytorch_mo
 NEWEST_TESTS := tests/test_attention_spec.py tests/test_kernels_attend.py tests/test_kernels_tpu_forward.py \
     tests/test_linen_bridge.py tests/test_step.py tests/test_train_loop.py tests/test_checkpoint.py tests/test_generate.py
 
-.PHONY: demo test test-fast test-newest test-seqio .test-seqio test-transformers lint clean
+.PHONY: demo docs test test-fast test-newest test-seqio .test-seqio test-transformers lint clean
 
 demo: $(VENV)/.core
 	$(BIN)/gqe train --config smoke:steps=$(STEPS) --run $(RUN)
@@ -62,6 +62,11 @@ test-transformers: $(VENV)/.dev $(TRANSFORMERS)/oldest $(TRANSFORMERS)/newest
 	        -m 'not slow' -k 'not loss_and_gradients and not k2' $(PYTEST_ARGS) || exit; \
 	done
 
+# The pages of docs/ and the public docstrings as a site; fails on a broken link.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir $(VENV)/site
+	@echo 'Open $(VENV)/site/index.html, or serve it: $(BIN)/mkdocs serve'
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -87,6 +92,10 @@ $(VENV)/.test: pyproject.toml constraints.txt constraints-newest.txt | $(BIN)/pi
 
 $(VENV)/.dev: pyproject.toml constraints.txt constraints-newest.txt | $(BIN)/pip
 	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt constraints-newest.txt | $(BIN)/pip
+	$(INSTALL) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.seqio: pyproject.toml constraints.txt constraints-newest.txt | $(BIN)/pip

@@ -72,11 +72,11 @@ def require_fraction(config: Any, *names: str) -> None:
 class RopeScaling:
     """Stretches rotary embeddings to contexts beyond the one trained on; formulas in `attention/rotary.py`."""
 
-    kind: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"
+    kind: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"  # which formula stretches the tables
     factor: float = 1.0  # context after / context before
     original_context: int = 2048  # tokens the unscaled tables were trained for (unused by "linear")
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
+    low_freq_factor: float = 1.0  # llama3: fewer turns within original_context, and a frequency is divided by factor
+    high_freq_factor: float = 4.0  # llama3: more turns, and it is left alone
     beta_fast: float = 32.0  # yarn: rotations above which a frequency is left alone
     beta_slow: float = 1.0  # yarn: rotations below which it is fully interpolated
     attention_factor: float | None = None  # yarn: multiplies cos and sin; None = 0.1 ln(factor) + 1
@@ -102,8 +102,8 @@ class AttentionConfig(abc.ABC):
 
     POSITIONAL: ClassVar[tuple[str, ...]]  # fields that the layer's constructor takes by position, after d_model
 
-    kind: str
-    num_kv_heads: int
+    kind: str  # which kind of attention, a name in `gqe_jax.attention.KINDS`
+    num_kv_heads: int  # G, heads of keys and values
     head_dim: int | None = None  # D; None: d_model / number of query heads
     rope_theta: float | None = 10_000.0  # base of the rotary embedding; None: no rotary embedding
     rope_scaling: RopeScaling = RopeScaling()  # stretches it to longer contexts
@@ -176,6 +176,19 @@ class AttentionConfig(abc.ABC):
     def cached_numbers(self, expert: int = 1) -> int:
         """Counts the numbers that a device caches of a token in a layer, where `expert` devices share the KV heads."""
 
+    @property
+    def spread_sizes(self) -> dict[str, int]:
+        """Sizes, beside d_model, that the mesh's `fsdp` and `context` have to divide: name below `model` → size."""
+        return {}
+
+    def attended_numbers(self, expert: int = 1) -> int:
+        """Counts the numbers in the keys and values of one token as `attend` reads them in training."""
+        return self.cached_numbers(expert)
+
+    def decode_flops(self, d_model: int, seen: int) -> dict[str, int]:
+        """Counts the FLOPs of one layer, as `flops` does, for one token that sees `seen` tokens of a cache."""
+        return self.flops(d_model, 1, seen)
+
     @abc.abstractmethod
     def attend_calls(
         self, dtype: str, *, batch: int, q_len: int, kv_len: int, cached: bool, partitioned: bool
@@ -240,6 +253,11 @@ class AttentionConfig(abc.ABC):
         """Why the devices on the mesh's axis `expert` cannot share out the KV heads; None where they can."""
         return None
 
+    @property
+    def rotary_dim(self) -> tuple[str, int | None]:
+        """The setting that says how many dimensions have a rotary frequency table: (its name, its value)."""
+        return "head_dim", self.head_dim
+
     def buffer_fault(self, buffers: Mapping[str, Any]) -> str | None:
         """Says what is wrong with a folder's buffers, stacked over layers and among the other arrays; None: nothing."""
         return None
@@ -267,15 +285,16 @@ class AttentionConfig(abc.ABC):
             f"implementation={self.implementation!r} is unknown: use one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
             f"or None to choose by platform",
         )
+        name, dim = self.rotary_dim
         require(
-            self.rope_theta is None or self.head_dim is None or self.head_dim % 2 == 0,
-            f"head_dim={self.head_dim} is odd, but rotary embedding (rope_theta={self.rope_theta}) turns pairs of "
-            f"dimensions: make head_dim even, or set rope_theta=None",
+            self.rope_theta is None or dim is None or dim % 2 == 0,
+            f"{name}={dim} is odd, but rotary embedding (rope_theta={self.rope_theta}) turns pairs of "
+            f"dimensions: make {name} even, or set rope_theta=None",
         )
         require(
-            self.rope_scaling.kind != "dynamic" or self.head_dim is None or self.head_dim > 2,
-            f"head_dim={self.head_dim} leaves rope_scaling.kind='dynamic' no frequency to stretch (its exponent is "
-            f"D / (D - 2)): raise head_dim, or choose another rope_scaling.kind",
+            self.rope_scaling.kind != "dynamic" or dim is None or dim > 2,
+            f"{name}={dim} leaves rope_scaling.kind='dynamic' no frequency to stretch (its exponent is "
+            f"D / (D - 2)): raise {name}, or choose another rope_scaling.kind",
         )
         require(
             self.rope_scaling.kind == "none" or self.rope_theta is not None,
@@ -299,18 +318,18 @@ class AttentionConfig(abc.ABC):
 class ModelConfig:
     """Configures a pre-norm decoder (RMSNorm, SwiGLU), compatible with Llama in every dense detail."""
 
-    vocab_size: int = 259
-    d_model: int = 1024
-    num_layers: int = 24
+    vocab_size: int = 259  # V; a tokenizer may have fewer tokens, never more
+    d_model: int = 1024  # d, width of the residual stream
+    num_layers: int = 24  # L, blocks of attention and SwiGLU
     d_ff: int = 2816  # hidden width of SwiGLU
     context: int = 2048  # longest sequence, in tokens: rows of training data, cache of generation
-    tie_embeddings: bool = True
-    norm_eps: float = 1e-6
+    tie_embeddings: bool = True  # the embedding is the output matrix too
+    norm_eps: float = 1e-6  # added to the mean square under the root of the blocks' and the last RMS norm
     init_std: float = 0.02  # of every weight; the two projections into the residual stream: / sqrt(2 num_layers)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters, in which the optimizer updates them
     remat: Literal["none", "attention", "dots", "full"] = "none"  # what is kept for the backward pass: `remat.POLICIES`
-    attention: AttentionConfig
+    attention: AttentionConfig  # fields below, by its kind
 
     def __post_init__(self):
         require_known(self)
@@ -348,13 +367,13 @@ class OptimizerConfig:
     learning_rate: float = 5e-4  # peak
     min_learning_rate: float = 1e-5  # floor that the decay ends on
     schedule: Literal["wsd", "cosine"] = "wsd"  # warm-up, stable, decay; or warm-up and half a cosine
-    warmup_steps: int = 100
+    warmup_steps: int = 100  # steps in which the learning rate rises from 0
     decay_steps: int = 100  # "wsd": length of the last, decaying part
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-7
+    b1: float = 0.9  # decay of the running mean of gradients
+    b2: float = 0.95  # decay of the running mean of squared gradients
+    eps: float = 1e-7  # added to the root of the latter
     weight_decay: float = 0.1  # matrices only
-    clip: Literal["zclip", "norm", "none"] = "zclip"
+    clip: Literal["zclip", "norm", "none"] = "zclip"  # how a gradient that is too long is shortened
     clip_norm: float = 1.0  # "norm": longest global gradient norm
     zclip_threshold: float = 2.5  # z-score above which a gradient counts as a spike
     zclip_decay: float = 0.97  # of the running mean and variance of the norm
@@ -398,17 +417,17 @@ class MeshConfig:
 class TrainConfig:
     """Says how long a run is, how often it logs, evaluates and saves, and what it records."""
 
-    steps: int = 1000
+    steps: int = 1000  # updates of the parameters in the whole run
     seed: int = 0  # of initialisation and of all randomness in the model
     accumulate: int = 1  # microbatches per step; router statistics and the balance loss are taken per microbatch
     loss_chunk: int = 512  # tokens of each row whose logits exist at one time
-    log_every: int = 10
+    log_every: int = 10  # steps between two progress lines
     eval_every: int = 250  # 0: only at the end
     eval_batches: int = 0  # of held-out text, in evaluations before the last one; 0: all
-    checkpoint_every: int = 250
+    checkpoint_every: int = 250  # steps between two checkpoints
     keep: int = 3  # newest checkpoints kept
-    tensorboard: bool = False
-    wandb: bool = False
+    tensorboard: bool = False  # write the metrics as TensorBoard events into the run too
+    wandb: bool = False  # log the metrics to Weights & Biases too
     compilation_cache: str | None = None  # directory (gs:// too) of compiled steps, for the next start of the same run
     profile_steps: str | None = None  # "10:13": steps 10 to 13 are traced into the run's profile/
     stall_seconds: float | None = None  # a longer step ends the process, as stuck; None: from the steps so far
@@ -444,12 +463,12 @@ class TrainConfig:
 class RunConfig:
     """Holds the whole configuration of a run; it is saved beside the run's checkpoints."""
 
-    name: str = "gqe"
-    model: ModelConfig
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    mesh: MeshConfig = MeshConfig()
-    train: TrainConfig = TrainConfig()
+    name: str = "gqe"  # of the run, in plans and reports
+    model: ModelConfig  # the decoder
+    data: DataConfig = DataConfig()  # the rows
+    optimizer: OptimizerConfig = OptimizerConfig()  # the updates
+    mesh: MeshConfig = MeshConfig()  # the devices
+    train: TrainConfig = TrainConfig()  # the length, the log and the checkpoints
 
     def __post_init__(self):
         steps, optimizer = self.train.steps, self.optimizer

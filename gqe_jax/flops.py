@@ -78,11 +78,26 @@ def forward_flops(
     attention = model.attention
     if kind == "dense_equivalent":
         attention = attention.dense_twin() or attention
-    layer = attention.flops(model.d_model, sequence, scored_pairs(sequence, attention.window))
+    pairs = scored_pairs(sequence, attention.window)
+    return _of_model(model, sequence, attention.flops(model.d_model, sequence, pairs))
+
+
+def decode_flops(
+    model: ModelConfig, length: int, kind: Literal["active", "dense_equivalent"] = "active"
+) -> ForwardFlops:
+    """Counts the FLOPs of one token that is the last of `length` in a cache, with its logits; `kind` as above."""
+    attention = model.attention
+    if kind == "dense_equivalent":
+        attention = attention.dense_twin() or attention
+    return _of_model(model, 1, attention.decode_flops(model.d_model, min(length, attention.window or length)))
+
+
+def _of_model(model: ModelConfig, tokens: int, layer: dict[str, int]) -> ForwardFlops:
+    """The FLOPs of `tokens` tokens, from those of a layer's attention."""
     return ForwardFlops(
         **{part: model.num_layers * count for part, count in layer.items()},
-        mlp=model.num_layers * sequence * 2 * 3 * model.d_model * model.d_ff,
-        logits=sequence * 2 * model.d_model * model.vocab_size,
+        mlp=model.num_layers * tokens * 2 * 3 * model.d_model * model.d_ff,
+        logits=tokens * 2 * model.d_model * model.vocab_size,
     )
 
 

@@ -2,8 +2,10 @@
 
 Peaks, HBM and its bandwidth: the pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x" of cloud.google.com/tpu/docs, per
 chip. Bandwidth of a link, each way: "How to Scale Your Model" (jax-ml.github.io/scaling-book), chapter 2; the Cloud
-pages state the sum over a chip's links, both ways (v5e 400 GB/s, v5p 1200, v6e 800, TPU7x 1200), a little more. Matrix
-units and delay slots: compiled programs; `aot/bundles.py` refuses a program whose branches have other slots.
+pages state the sum over a chip's links, both ways (v5e 400 GB/s, v5p 1200, v6e 800, TPU7x 1200), a little more. The
+data centre's network: the page "TPU7x" gives 50 Gb/s a chip for v5p and 100 for v6e and TPU7x, the page "v5e" 6.4 Tb/s
+for a pod of 256 chips; v4's is not published, and v5p's is taken. Matrix units and delay slots: compiled programs;
+`aot/bundles.py` refuses a program whose branches have other slots.
 """
 
 import dataclasses
@@ -50,6 +52,7 @@ class Generation:
         matrix_unit_rows: left-hand rows that one takes in a cycle.
       link_bandwidth: bytes/s of one link between neighbouring chips, each way; a chip has two links for each dimension
         of its slices.
+      network_bandwidth: bytes/s that a chip can send to other slices, over the data centre's network.
       devices_per_chip: 2 where JAX sees a chip's two cores apart.
       megacore: whether a device is two cores that share a kernel's work.
       wraps: chips along a dimension of a slice from which on, in multiples of it, the last is linked to the first.
@@ -70,6 +73,7 @@ class Generation:
     matrix_unit_width: int
     matrix_unit_rows: int
     link_bandwidth: float
+    network_bandwidth: float
     devices_per_chip: int = 1
     megacore: bool = False
     wraps: int
@@ -94,7 +98,8 @@ GENERATIONS: Mapping[str, Generation] = {
             name="v4", spellings=(), device_kinds=("TPU v4",),
             peak_flops={"bfloat16": 275e12, "int8": 275e12}, hbm=32 * GIB, hbm_bandwidth=1228e9,
             vmem=16 * MIB, kernel_vmem=14 * MIB, matrix_units=4, matrix_unit_width=128, matrix_unit_rows=1,
-            link_bandwidth=45e9, megacore=True, wraps=4, slices=_CUBES, delay_slots=1,
+            link_bandwidth=45e9, network_bandwidth=6.25e9,
+            megacore=True, wraps=4, slices=_CUBES, delay_slots=1,
             blocks=TunedBlocks(
                 rows=512, block_kv=2048, tile=512, diagonal_part=128, ones_row=False, backward_block=512,
                 backward_piece=512,
@@ -104,25 +109,29 @@ GENERATIONS: Mapping[str, Generation] = {
             name="v5e", spellings=("v5litepod", "v5 lite"), device_kinds=("TPU v5 lite", "TPU v5e"),
             peak_flops={"bfloat16": 197e12, "int8": 394e12}, hbm=16 * GIB, hbm_bandwidth=819e9,
             vmem=128 * MIB, kernel_vmem=100 * MIB, matrix_units=4, matrix_unit_width=128, matrix_unit_rows=1,
-            link_bandwidth=45e9, wraps=16, slices=_FLAT, delay_slots=4, blocks=_BLOCKS_OF_128,
+            link_bandwidth=45e9, network_bandwidth=3.125e9,
+            wraps=16, slices=_FLAT, delay_slots=4, blocks=_BLOCKS_OF_128,
         ),
         Generation(
             name="v5p", spellings=("v5",), device_kinds=("TPU v5", "TPU v5p"),
             peak_flops={"bfloat16": 459e12, "int8": 918e12}, hbm=95 * GIB, hbm_bandwidth=2765e9,
             vmem=64 * MIB, kernel_vmem=60 * MIB, matrix_units=4, matrix_unit_width=128, matrix_unit_rows=1,
-            link_bandwidth=90e9, megacore=True, wraps=4, slices=_CUBES, delay_slots=4, blocks=_BLOCKS_OF_128,
+            link_bandwidth=90e9, network_bandwidth=6.25e9,
+            megacore=True, wraps=4, slices=_CUBES, delay_slots=4, blocks=_BLOCKS_OF_128,
         ),
         Generation(
             name="v6e", spellings=("v6 lite", "trillium"), device_kinds=("TPU v6 lite", "TPU v6e"),
             peak_flops={"bfloat16": 918e12, "int8": 1836e12}, hbm=32 * GIB, hbm_bandwidth=1638e9,
             vmem=128 * MIB, kernel_vmem=100 * MIB, matrix_units=2, matrix_unit_width=256, matrix_unit_rows=2,
-            link_bandwidth=90e9, wraps=16, slices=_FLAT, delay_slots=4, blocks=_BLOCKS_OF_256,
+            link_bandwidth=90e9, network_bandwidth=12.5e9,
+            wraps=16, slices=_FLAT, delay_slots=4, blocks=_BLOCKS_OF_256,
         ),
         Generation(
             name="tpu7x", spellings=("7x", "v7x", "ironwood"), device_kinds=("TPU7x",),
             peak_flops={"bfloat16": 2307e12 / 2, "float8_e4m3fn": 4614e12 / 2}, hbm=96 * GIB, hbm_bandwidth=7380e9 / 2,
             vmem=64 * MIB, kernel_vmem=60 * MIB, matrix_units=2, matrix_unit_width=256, matrix_unit_rows=2,
-            link_bandwidth=90e9, devices_per_chip=2, wraps=4, slices=_CUBES[:9], delay_slots=6, blocks=_BLOCKS_OF_256,
+            link_bandwidth=90e9, network_bandwidth=12.5e9,
+            devices_per_chip=2, wraps=4, slices=_CUBES[:9], delay_slots=6, blocks=_BLOCKS_OF_256,
         ),
     )
 }  # fmt: skip

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.experimental import checkify
 
 from gqe_jax import GQAttention, GQEAttention, natural, zigzag
-from gqe_jax.attention import AsymGQAConfig, GQAConfig, GQEConfig, KeyDrivenConfig, RouterConfig
+from gqe_jax.attention import AsymGQAConfig, GQAConfig, GQEConfig, KeyDrivenConfig, MLAConfig, RouterConfig
 from gqe_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from gqe_jax.models.transformer import Transformer
 from gqe_jax.parallel.mesh import check_batch, check_model, make_mesh, shard_batch
@@ -23,6 +23,7 @@ GQE = {"num_query_experts": 16, **HEADS, **QUICK}
 ALL = {"qk_norm": True, "bias": True, "softcap": 20.0, "num_query_experts": 32, "top_k": 2}
 NOISY = RouterConfig(init_std=0.5, jitter=0.1, bias_update_rate=0.01, z_loss_weight=0.01)
 RANDOM = RouterConfig(kind="random")
+LATENT = {"num_query_heads": 16, "latent_dim": 12, "rope_dim": 4, **HEADS, **QUICK}
 PLAIN = GQEConfig(**GQE, router=RouterConfig(init_std=0.5))
 
 # name → attention, mesh (data, fsdp, expert, context), microbatches
@@ -41,6 +42,8 @@ CASES = {
         (2, 2, 1, 2),
         2,
     ),
+    "latent": (MLAConfig(**LATENT, bias=True, context_parallel="ring"), (1, 2, 2, 2), 1),
+    "latent, gathered": (MLAConfig(**LATENT, latent_norm=True, softcap=20.0), (2, 1, 2, 2), 1),
     "dense": (GQAConfig(num_query_heads=16, **HEADS, **QUICK, bias=True, context_parallel="ring"), (2, 1, 2, 2), 1),
 }
 
@@ -114,7 +117,12 @@ def parameters(model):
 
 def generation():
     """Largest difference of logits, 4 devices on `expert` against one: a prompt of 9 tokens, then 3 one by one."""
-    model_config = run_config(dataclasses.replace(PLAIN, window=7, softcap=5.0, qk_norm=True), 1).model
+    routed = dataclasses.replace(PLAIN, window=7, softcap=5.0, qk_norm=True)
+    return max(difference_of_logits(attention) for attention in (routed, MLAConfig(**LATENT, window=7)))
+
+
+def difference_of_logits(attention):
+    model_config = run_config(attention, 1).model
     tokens = np.random.default_rng(0).integers(0, V, (2, 12)).astype(np.int32)
     logits = []
     for sizes, devices in ((MeshConfig(), 1), (MeshConfig(expert=4), 4)):

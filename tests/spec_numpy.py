@@ -103,3 +103,48 @@ def layer(
         result.z_loss = (log_z[real] ** 2).mean()
         result.entropy = -(probs * np.log(probs))[real].sum(-1).mean()
     return result
+
+
+def latent_layer(
+    state, x, *, num_kv_heads, head_dim, rope_dim, rope_repeats=1, rope_theta=None, softcap=None, window=None,
+    segment_ids=None,
+):
+    """Multi-head latent attention on x [B, S, d], head by head: y [B, S, d] and the latents [B, S, r + R]."""
+    state = {name: np.asarray(value, np.float64) for name, value in state.items()}
+    x, D, R = np.asarray(x, np.float64), head_dim, rope_dim
+    batch, length, _ = x.shape
+    heads = state["q_proj.weight"].shape[0] // (D + R)
+    ids = np.ones((batch, length), int) if segment_ids is None else np.asarray(segment_ids)
+    positions = np.arange(length)
+
+    def linear(name, x):
+        return x @ state[name + ".weight"].T + state.get(name + ".bias", 0.0)
+
+    def turned(h):
+        """Pair i of R/2 turns with frequency i // repeats of the table for R / repeats dimensions."""
+        if rope_theta is None:
+            return h
+        half = R // 2
+        angle = positions[:, None] * rope_theta ** (-(np.arange(half) // rope_repeats) / (half // rope_repeats))
+        z = (h[:, :half] + 1j * h[:, half:]) * np.exp(1j * angle)
+        return np.concatenate([z.real, z.imag], axis=-1)
+
+    y, latents = np.zeros_like(x), []
+    i, t = positions[:, None], positions[None, :]
+    for b in range(batch):
+        c, k_r = linear("kv_down", x[b]), turned(linear("k_rope", x[b]))
+        if "latent_norm.weight" in state:
+            c = c / np.sqrt((c**2).mean(-1, keepdims=True) + 1e-6) * state["latent_norm.weight"]
+        latents.append(np.concatenate([c, k_r], axis=-1))
+        q = linear("q_proj", x[b]).reshape(length, heads, D + R)
+        k, v = (linear(name, c).reshape(length, num_kv_heads, D) for name in ("k_up", "v_up"))
+        visible = (t <= i) & (ids[b][:, None] == ids[b][None, :]) & (ids[b][:, None] != 0)
+        if window is not None:
+            visible &= t > i - window
+        o = []
+        for h in range(heads):
+            g = h * num_kv_heads // heads
+            own = np.concatenate([q[:, h, :D], turned(q[:, h, D:])], axis=-1)
+            o.append(attention(own, np.concatenate([k[:, g], k_r], axis=-1), v[:, g], visible, softcap))
+        y[b] = linear("o_proj", np.concatenate(o, axis=-1))
+    return SimpleNamespace(y=y, latents=np.stack(latents))

@@ -15,7 +15,7 @@ FLOORS = (
     ("kernels", "parallel", "processes"),
     ("linear",),
     ("attention",),
-    ("models", "flops"),
+    ("models", "flops", "cost"),
     ("config_dict", "config_overrides"),
     ("configs",),
     ("config_files",),
@@ -28,6 +28,7 @@ FLOORS = (
     ("train",),
     ("aot",),
     ("plan", "bench"),
+    ("study",),
     ("cli",),
 )
 DATA_FLOORS = (("tokenizer", "choices"), ("sources",), ("manifest", "rows"), ("preparing",), ("reading",))

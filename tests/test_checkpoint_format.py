@@ -9,6 +9,8 @@ import pytest
 from tiny_run import leaf_hashes, prepare_tiny, quick_compiles, read_arrays, tiny_config
 
 from gqe_jax.config import ConfigError
+from gqe_jax.data.reading.position import BEGINNING
+from gqe_jax.data.reading.prepared import open_data
 from gqe_jax.runs import integrity
 from gqe_jax.runs.checkpoint import CheckpointDamaged, Checkpoints
 from gqe_jax.runs.load import load_model
@@ -34,7 +36,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
-    """A run of four steps whose states are written under the names that form 1 had."""
+    """A run of four steps, and the same as form 1 had it: other names, and the step for a position in the data."""
     directory = tmp_path_factory.mktemp("whole")
     train(config, directory / "now")
     with pytest.MonkeyPatch.context() as patch:
@@ -43,6 +45,8 @@ def finished(config, tmp_path_factory):
     for step in (2, 4):
         checkpoint = directory / "before/checkpoints" / str(step)
         shutil.rmtree(checkpoint / "format")
+        data = {"seed": 0, "step": step, "prepared": open_data(config.data, config.model).digest}
+        (checkpoint / "data/metadata").write_text(json.dumps(data))
         integrity.write_record(checkpoint)
     return directory
 
@@ -83,7 +87,7 @@ def test_parameters_alone_start_with_a_fresh_optimizer(finished, config, tmp_pat
     state = loop.Step(config).initial_state()
     items = items_of(state) | {"opt_state": None}
     with Checkpoints(tmp_path / "run/checkpoints") as checkpoints, Checkpoints(finished / "now/checkpoints") as other:
-        data = {"seed": config.data.seed, "step": 0, "prepared": ""}
+        data = {"seed": config.data.seed, "step": 0, "position": BEGINNING.to_json()}
         texts = {"config": other.read_config(2), "tokenizer": other.read_tokenizer(2)}
         checkpoints.save(0, **items, data=data, **texts, wait=True)
         assert not checkpoints.has_optimizer(0) and other.has_optimizer(2)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from gqe_jax.attention import AsymGQAConfig, GQAConfig, GQEConfig, KeyDrivenConfig, RouterConfig
+from gqe_jax.attention import AsymGQAConfig, GQAConfig, GQEConfig, KeyDrivenConfig, MLAConfig, RouterConfig
 from gqe_jax.config import ModelConfig
 from gqe_jax.flops import parameter_count
 from gqe_jax.pytorch import names
@@ -26,6 +26,9 @@ MODELS = {
     "gqe": ModelConfig(attention=GQEConfig(num_query_experts=12, **HEADS), **SIZES),
     "gqe, hard_concat": ModelConfig(attention=GQEConfig(num_query_experts=12, variant="hard_concat", **HEADS), **SIZES),
     "dense": ModelConfig(attention=GQAConfig(num_query_heads=6, **HEADS), **SIZES),
+    "mla, every option": ModelConfig(
+        attention=MLAConfig(num_query_heads=6, latent_dim=5, rope_dim=2, bias=True, latent_norm=True, **HEADS), **SIZES
+    ),
     "dense as Qwen2": ModelConfig(
         attention=GQAConfig(num_query_heads=6, bias=True, out_bias=False, **HEADS), tie_embeddings=False, **SIZES
     ),

@@ -123,8 +123,9 @@ def test_any_process_count_and_start(folder, seed, start, batch_size):
     for name in whole[0]:
         np.testing.assert_array_equal(later[0][name], whole[2][name])
     for count in (2, 3, 4, 8):
-        sizes = {"batch_size": batch_size, "seed": seed, "start_step": start, "process_count": count}
-        parts = [take(train_batches(data, **sizes, process_index=i), 2) for i in range(count)]
+        sizes = {"batch_size": batch_size, "seed": seed, "start_step": start}
+        shares = np.split(np.arange(batch_size), count)
+        parts = [take(train_batches(data, **sizes, rows=share), 2) for share in shares]
         for step in range(2):
             for name in whole[step]:
                 joined = np.concatenate([part[step][name] for part in parts])

@@ -1,6 +1,8 @@
 """README and docs: every `gqe` line parses and every configuration in it exists; README's code runs in its order."""
 
 import argparse
+import dataclasses
+import importlib.util
 import os
 import re
 import shlex
@@ -27,6 +29,28 @@ def code_lines(page: Path) -> list[str]:
         elif fenced or line.startswith("    "):
             lines.append(line.strip())
     return lines
+
+
+def test_the_page_of_fields_is_that_of_the_dataclasses():
+    """The page lists every field with type, default and meaning; the generator refuses a field without a meaning."""
+    spec = importlib.util.spec_from_file_location("make_configuration", ROOT / "docs" / "make_configuration.py")
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    assert page.FILE.read_text() == page.text(), "run: python docs/make_configuration.py"
+    leaves = re.findall(r"^\| `([\w.]+)` \| (?!a section)", page.text(), re.MULTILINE)
+    for name in ("smoke", "gqa_250m"):
+        config = load_config(name)
+        assert {".".join(path) for path in paths(config)} <= set(leaves)
+
+
+def paths(config, prefix=()):
+    """The path of every field of a configuration that is no section."""
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), (*prefix, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from paths(value, path)
+        else:
+            yield path
 
 
 # `gqe VERB`, also behind variables of the environment, `launch.sh --` or the like.

@@ -13,7 +13,7 @@ import torch_folder
 from converted import BYTES, logits, tokens, write_run
 from safetensors.numpy import load_file
 
-from gqe_jax.attention import GQAConfig, GQEConfig, RouterConfig
+from gqe_jax.attention import GQAConfig, GQEConfig, MLAConfig, RouterConfig
 from gqe_jax.cli import main as cli
 from gqe_jax.config import RopeScaling
 from gqe_jax.convert import layer_to_torch
@@ -51,6 +51,11 @@ CLASSES = {
     "qk norm, biases": (GQAConfig(num_query_heads=4, qk_norm=True, bias=True, **HEADS), "Qwen3ForCausalLM", ""),
     "yarn": (GQAConfig(num_query_heads=4, rope_scaling=stretched("yarn"), **HEADS), "LlamaForCausalLM", ""),
     "dynamic": (GQAConfig(num_query_heads=4, rope_scaling=stretched("dynamic"), **HEADS), "LlamaForCausalLM", ""),
+    "mla": (
+        MLAConfig(num_query_heads=4, latent_dim=12, rope_dim=8, rope_repeats=2, out_bias=True, **HEADS),
+        "GQEForCausalLM",
+        "transformers has no class for MLA attention",
+    ),
     "soft cap": (
         GQAConfig(num_query_heads=4, softcap=5.0, **HEADS),
         "GQEForCausalLM",

@@ -16,16 +16,22 @@ from gqe_jax.runs.metrics import MetricWriter
 from gqe_jax.runs.new_run import save_run
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run that nobody trained: zeros for parameters, and two lines of metrics."""
-    directory = tmp_path_factory.mktemp("runs")
-    config, run = tiny_config(directory / "data"), directory / "run"
+def untrained(directory, *changes):
+    """A run that nobody trained: zeros for parameters."""
+    directory.mkdir(exist_ok=True)
+    config, run = tiny_config(directory / "data", *changes), directory / "run"
     run.mkdir()
     variables = placed_variables(abstract_model(config.model)).items()
     values = {path.replace("/", "."): placed.variable.get_value() for path, placed in variables}
     zeros = {path: jnp.zeros(value.shape, value.dtype) for path, value in values.items()}
     save_run(run, config, ByteTokenizer(), zeros)
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An untrained run with two lines of metrics."""
+    run = untrained(tmp_path_factory.mktemp("runs"))
     with MetricWriter(run, config={}) as writer:
         for step in (1, 2):
             writer.write(step, {"loss": 5.0 - step, "load": np.full((2, 2, 2), 0.5), "entropy": [0.5, 0.5]})
@@ -128,3 +134,13 @@ def test_a_load_that_is_no_number_is_left_out(run, tmp_path, capsys):
     )
     assert main(["inspect", "run", "--run", str(copy)]) == 0
     assert f"{len(last['load'])} layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, needs", [("pallas_tpu", "a TPU"), ("cudnn", "an NVIDIA GPU")])
+def test_a_model_of_another_platform_is_used_here(tmp_path, capsys, caplog, name, needs):
+    """A run that names an implementation for TPUs or GPUs is used on a CPU, and a warning says what is done instead."""
+    run = untrained(tmp_path / name, f"model.attention.implementation={name}")
+    assert main(["generate", "--run", str(run), "--prompt", "x", "--max-new-tokens", "1"]) == 0
+    said = f"implementation='{name}', which needs {needs}: here attention takes the fastest that runs"
+    assert [said in record.getMessage() for record in caplog.records if record.name == "gqe_jax"] == [True]
+    assert main(["export", "--run", str(run), "--out", str(tmp_path / "out")]) == 0

@@ -275,7 +275,7 @@ def test_it_compiles_for_tpus_and_reads_the_cache_where_it_lies():
         {},
         {"dtype": "float32", "num_groups": 4},
         {"num_groups": 1, "q_len": 4, "num_slots": 2, "window": 4096, "softcap": 30.0},
-        {"num_groups": 1, "head_dim": 576, "value_dim": 512, "num_slots": 32},
+        {"num_groups": 1, "head_dim": 640, "value_dim": 512, "num_slots": 32},
         {"runs": 12},
     ]
     jobs = [(target, "attention_alone", call) for target in GENERATIONS for call in calls]

@@ -16,7 +16,7 @@ from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.tpu import pallas_tpu as pallas_tpu_module
 from gqe_jax.kernels.tpu.blocks import forward_blocks
 from gqe_jax.kernels.tpu.pallas_tpu import pallas_tpu
-from gqe_jax.kernels.tpu.plan import MaskKind, Plan
+from gqe_jax.kernels.tpu.plan import KernelPlan, MaskKind
 from gqe_jax.kernels.tpu.vmem import backward_bytes, forward_bytes
 from gqe_jax.tpu import GENERATIONS, find_generation
 
@@ -144,7 +144,7 @@ def make_plan(generation="v5e", length=65536, sizes=None, **changes):
     }
     mask = MaskKind(causal=True, window=None, aligned=True, has_length=False, has_segments=False)
     fields = counts | options | {"dtype": jnp.dtype(jnp.bfloat16), "q_len": length, "kv_len": length} | changes
-    return Plan(**fields, mask=mask, generation=generation, block_sizes=BlockSizes(**(sizes or {})))
+    return KernelPlan(**fields, mask=mask, generation=generation, block_sizes=BlockSizes(**(sizes or {})))
 
 
 def call_with(sizes, experts, slots, dtype, backward):

@@ -284,13 +284,14 @@ def test_calibration_allocates_once():
     [
         ({"allocation": "paper"}, "allocation='paper' is unknown: use one of 'kdgqa', 'dgqa_ema', 'dgqa_diff', 'st"),
         ({"allocation_floor": 3}, "allocation_floor=3 must lie between 0 and num_query_heads / num_kv_heads = 2"),
+        ({"num_query_heads": 3 * 2**10}, "num_query_heads=3072 must be below 2048"),
         ({"allocation_window": 0}, "allocation_window=0 must be positive"),
         ({"perturb": True, "head_dim": 1, "rope_theta": None}, "perturb=True with head_dim=1"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, said):
     with pytest.raises(ConfigError) as error:
-        KeyDrivenConfig(num_query_heads=HEADS, num_kv_heads=GROUPS, **settings)
+        KeyDrivenConfig(**{"num_query_heads": HEADS, "num_kv_heads": GROUPS} | settings)
     assert said in str(error.value)
 
 

@@ -27,6 +27,7 @@ from gqe_jax.cli.main import VERBS, main
 lines = [["--help"], ["--version"], [], *([verb, "--help"] for verb in VERBS)]
 lines += [["bench", "attention", "--help"], ["bench", "data", "--help"]]
 lines += [["inspect", what, "--help"] for what in ("run", "data", "kernels")]
+lines += [["study", what, "--help"] for what in ("run", "table", "plot")]
 for line in lines:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
         main(line)

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gqe_jax.aot.child import Child
-from gqe_jax.attention import GQAConfig, GQEConfig
+from gqe_jax.attention import GQAConfig, GQEConfig, MLAConfig
 from gqe_jax.config import ConfigError, MeshConfig, ModelConfig
 from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.tpu.blocks import forward_blocks
@@ -25,6 +25,7 @@ from gqe_jax.models.transformer import abstract_model
 from gqe_jax.parallel.mesh import check_batch, check_model, make_mesh, parse_mesh
 from gqe_jax.parallel.rules import placed_variables, spec_of
 from gqe_jax.parallel.zigzag import natural, zigzag
+from gqe_jax.tpu import GENERATIONS
 
 
 def run_on_eight_devices(function):
@@ -61,8 +62,8 @@ def test_every_mesh_gives_the_numbers_of_one_device(differences, case):
 
 @pytest.mark.slow
 def test_generation_over_expert(differences):
-    """The cache is split by groups, and the shared head's scores are summed over devices: the same logits, prefilled
-    and decoded token by token."""
+    """The cache is split by groups, and the shared head's scores are summed over devices; latents lie on each device:
+    the same logits, prefilled and decoded token by token."""
     assert differences["generation"] <= 1e-5
 
 
@@ -120,8 +121,12 @@ def test_attention_is_shared_out_evenly(devices, length):
 def test_parameters_have_one_place():
     """Every parameter of both kinds of model, with all options on, has a rule; groups, hidden width and vocabulary lie
     on `expert`, and every matrix is spread over `fsdp`."""
-    options = {"num_kv_heads": 2, "head_dim": 8, "bias": True, "qk_norm": True}
-    for attention in (GQEConfig(num_query_experts=4, **options), GQAConfig(num_query_heads=4, **options)):
+    options = {"num_kv_heads": 2, "head_dim": 8, "bias": True}
+    for attention in (
+        GQEConfig(num_query_experts=4, qk_norm=True, **options),
+        GQAConfig(num_query_heads=4, qk_norm=True, **options),
+        MLAConfig(num_query_heads=4, latent_dim=4, rope_dim=2, latent_norm=True, **options),
+    ):
         model = ModelConfig(d_model=16, num_layers=2, d_ff=32, attention=attention, tie_embeddings=False)
         for name, placed in placed_variables(abstract_model(model)).items():
             axes, ndim = placed.axes, placed.variable.get_value().ndim
@@ -160,6 +165,17 @@ def test_a_parameter_is_placed_by_what_its_own_module_says():
 def test_a_mesh_that_is_not_the_devices(config, message):
     with pytest.raises(ConfigError, match=message):
         make_mesh(config, jax.devices()[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_every_mesh_that_a_search_proposes_can_be_made(generation):
+    """Of one, two and four slices, with devices as libtpu describes them: JAX's default arrangement refuses most meshes
+    of several slices, and gives a chip's two devices to `data`."""
+    pytest.importorskip("libtpu", reason="describing TPUs needs libtpu: pip install 'jax[tpu]'")
+    with Child() as child:
+        counts = {child.call("every_mesh:proposed", generation=generation, slices=slices) for slices in (1, 2, 4)}
+    assert len(counts) == 1 and counts.pop() > 100
 
 
 @pytest.mark.parametrize(

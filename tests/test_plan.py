@@ -14,7 +14,7 @@ from gqe_jax.config_files import load_config
 from gqe_jax.flops import parameter_count
 from gqe_jax.plan import compile as plan_compile
 from gqe_jax.plan import report
-from gqe_jax.plan.collectives import Collective, kernel_calls, read_collectives
+from gqe_jax.plan.collectives import NETWORK, Collective, kernel_calls, read_collectives
 from gqe_jax.plan.compile import Request, compile_plan
 from gqe_jax.plan.dense_twin import dense_twin
 from gqe_jax.plan.memory import estimate
@@ -84,6 +84,9 @@ ENTRY %main (p: (s32[], bf16[16,32]), g: f32[10]) -> (f32[10], bf16[8]) {
   %both-start = (f32[10], bf16[8]) all-reduce-start(%g, %h), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, to_apply=%add
   %both-done = (f32[10], bf16[8]) all-reduce-done(%both-start)
   %fused = f32[2,16] fusion(%g), kind=kCustom, calls=%all-reduce-scatter.3
+  %away = (f32[10], u32[], token[]) send(%g, %passed-token), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,2,3,4}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %callback = (f32[10], u32[], token[]) send(%g, %passed-token), channel_id=5, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_host"}
+  %passed-token = token[] after-all()
   %passed = f32[10] collective-permute(%g), source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5},{5,6},{6,7},{7,4}}
   ROOT %out = (f32[10], bf16[8]) tuple(%passed, %h)
 }
@@ -99,6 +102,7 @@ def test_collectives_of_a_program():
         ("reduce-scatter", ("fsdp",)): (4, 3, 3 * gathered + 512, (3 * gathered + 512) * 3 // 4),
         ("all-reduce", ("data",)): (1, 1, summed, summed),  # of two devices: half of it, there and back
         ("collective-permute", ("fsdp",)): (1, 0, 40, 40),
+        ("all-reduce", NETWORK): (1, 1, 40, 60),  # between four slices
     }
     assert kernel_calls(HLO) == 3
 
@@ -178,6 +182,22 @@ def test_seconds_of_collectives(name, extents, links):
     }
 
 
+def test_seconds_between_slices():
+    """A chip sends what is summed over the slices through its share of the network: v5e, 25 Gbit/s."""
+    collective = Collective(kind="all-reduce", axes=NETWORK, count=1, hidden=0, size=10**9, sent=10**9)
+    seconds = ici_seconds(topology("2 x v5e:2x2"), {"data": (1, 1)}, [collective])
+    assert seconds == {NETWORK: pytest.approx(8e9 / 25e9)}
+
+
+def test_several_slices_lie_along_data():
+    """A search for two slices has only meshes whose other axes fit one; each sums its gradients over the network."""
+    found = search(dataclasses.replace(request(load_config("gqe_8b"), "v5p:4x4x4"), topology="2 x v5p:4x4x4"))
+    for variant in found:
+        mesh = variant.mesh
+        assert math.prod(mesh.values()) == 128 and mesh["data"] % 2 == 0 and mesh["fsdp"] * mesh["expert"] <= 64
+        assert variant.times.ici[NETWORK] > 0
+
+
 def test_memory_estimate_by_hand(config):
     """Sixteen bytes for each parameter of a device's share, what `dots` keeps of each token, two copies of a chunk."""
     mesh = {"data": 1, "fsdp": 2, "expert": 2, "context": 1}
@@ -252,6 +272,8 @@ def test_comparison_shows_the_ratio(config):
         (["--topology", "v9:2x2"], "v5p: 1x1x1, 2x2x1, 2x2x2"),
         (["--topology", "v5e:2x2", "--mode", "decode", "--search"], "--search ranks training steps: drop it, or"),
         (["--topology", "v5e:2x2", "--hlo", "x", "--search"], "--hlo=x is for one program: drop it"),
+        (["--topology", "v5e:2x2", "--slices", "0"], "--slices=0 must lie in [1, 1024]"),
+        (["--topology", "v5e:2x2", "--slices", "3", "--config.mesh.data=2"], "need 2 devices, but there are 12"),
         (["--topology", "v5e:2x2", "--batch-size", "0"], "--batch-size=0 must be at least 1: raise it"),
         (["--topology", "v5e:2x2", "--compare", "gqa", "--config.model.attention.kind=gqa"], "config"),
     ],

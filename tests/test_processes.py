@@ -338,8 +338,45 @@ def test_what_differs_after_the_start(tmp_path):
             assert code == 2 and f"process {number}: {wanted}\n" in text and "cannot go on" not in text
 
 
+PLACED = """
+import sys
+import jax
+import numpy as np
+from gqe_jax.config import MeshConfig
+from gqe_jax.parallel.mesh import AXES, local_rows, make_mesh, shard_batch
+from gqe_jax.parallel.zigzag import zigzag
+
+port, number = map(int, sys.argv[1:])
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
+whole = np.arange(4 * 16).reshape(4, 16)
+for sizes in ((1, 1, 1, 4), (1, 1, 4, 1), (1, 2, 1, 2), (2, 1, 2, 1), (1, 4, 1, 1), (2, 2, 1, 1)):
+    mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes))))
+    rows = local_rows(mesh, 4)
+    array = shard_batch(mesh, {"tokens": whole[rows]})["tokens"]
+    assert array.shape == (4, 16), array.shape
+    for shard in array.addressable_shards:
+        np.testing.assert_array_equal(shard.data, zigzag(whole, sizes[3])[shard.index])
+    print(rows)
+"""
+
+
+def test_devices_hold_the_rows_that_their_place_names():
+    """Two processes of two devices: where `expert` or `context` stretches over both, both read the same rows; where it
+    does not, each reads its own. A device that held a part of another row would attend to what its neighbours have not.
+    """
+    port = free_port()
+    with killed_at_the_end([start(PLACED, port, i, devices=2) for i in range(2)]) as children:
+        read = [ends(child, 120) for child in children]
+    assert [code for code, _ in read] == [0, 0], read
+    lines = [[line for line in text.splitlines() if line.startswith("[")] for _, text in read]
+    everything = "[0, 1, 2, 3]"
+    assert lines[0] == [everything, everything, "[0, 1]", "[0, 1]", "[0, 1]", "[0, 1]"]
+    assert lines[1] == [everything, everything, "[2, 3]", "[2, 3]", "[2, 3]", "[2, 3]"]
+
+
 TRAIN = """
 import os, sys, time
+import jax
 import numpy as np
 from gqe_jax.cli.main import main
 from gqe_jax.train import loop
@@ -370,9 +407,8 @@ class Recorded:
         os.replace(f"{name}.part.npz", f"{name}.npz")  # no kill leaves half of one
         return batch
 
-def recorded(data, *, start_step, process_index, **options):
-    batches = train_batches(data, start_step=start_step, process_index=process_index, **options)
-    return Recorded(batches, start_step, process_index)
+def recorded(data, *, start_step, **options):
+    return Recorded(train_batches(data, start_step=start_step, **options), start_step, jax.process_index())
 
 loop.train_batches = recorded
 sys.exit(main(sys.argv[3:]))

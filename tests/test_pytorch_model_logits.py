@@ -10,7 +10,15 @@ import torch_folder
 from flax import nnx
 from torch_folder import model_config
 
-from gqe_jax.attention import AsymGQAConfig, GQAConfig, GQEConfig, KeyDrivenConfig, RouterConfig, RouterStats
+from gqe_jax.attention import (
+    AsymGQAConfig,
+    GQAConfig,
+    GQEConfig,
+    KeyDrivenConfig,
+    MLAConfig,
+    RouterConfig,
+    RouterStats,
+)
 from gqe_jax.config import RopeScaling
 
 torch = pytest.importorskip("torch")
@@ -174,6 +182,14 @@ def test_key_driven(monkeypatch):
     layer.o_proj.register_forward_pre_hook(lambda _, inputs: attended.update(o=inputs[0].unflatten(-1, (6, 8))))
     torch_model(**left_padded())
     assert attended["o"][1, S - LENGTHS[1] :].mean(-1).abs().max() < 1e-5 < attended["o"].abs().max()
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_latent_attention(groups, monkeypatch):
+    """Tied and untied, with a norm of the latent, a window and frequencies that repeat; the cache holds latents."""
+    options = {"latent_norm": True, "bias": True} if groups == 2 else {"window": 4, "rope_repeats": 2}
+    latent = MLAConfig(num_query_heads=4, num_kv_heads=groups, head_dim=8, latent_dim=12, rope_dim=4, **options)
+    check(model_config(latent), monkeypatch)
 
 
 @pytest.mark.slow

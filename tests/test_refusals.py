@@ -7,10 +7,6 @@ import pytest
 from tiny_run import prepare_tiny, write_config
 
 from gqe_jax.cli.main import main
-from gqe_jax.config import ConfigError, DataConfig
-from gqe_jax.config_files import load_config
-from gqe_jax.data.reading.pipeline import check_readable
-from gqe_jax.data.reading.prepared import open_data
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +73,3 @@ def test_refused_before_the_first_write(prepared, tmp_path, monkeypatch, capsys,
     assert (code, err.count("\n")) == (2, 1), err
     assert err.startswith("gqe train: ") and message in err
     assert not run.parent.exists()
-
-
-def test_rows_that_the_processes_cannot_share(prepared, tmp_path):
-    config = load_config(str(write_config(tmp_path / "tiny.py", prepared)), [])
-    data = open_data(DataConfig(path=str(prepared)), config.model)
-    check_readable(data, 4, 2)
-    with pytest.raises(ConfigError, match=r"data.batch_size=3 is no positive multiple of the number of processes"):
-        check_readable(data, 3, 2)

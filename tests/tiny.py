@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from gqe_jax.attention import GQAttention, GQEAttention
+from gqe_jax.attention import GQAttention, GQEAttention, MLAttention
 from gqe_jax.convert import layer_from_torch, layer_to_torch
 
 D_MODEL, HEAD_DIM = 16, 8
@@ -23,6 +23,10 @@ def gqe(groups=2, experts=2, top_k=1, *, seed=0, d_model=D_MODEL, head_dim=HEAD_
 
 def gqa(groups=2, heads=2, *, seed=0, d_model=D_MODEL, head_dim=HEAD_DIM, **options):
     return _make(seed, GQAttention, d_model, groups * heads, groups, head_dim, **options)
+
+
+def mla(groups=2, heads=2, rank=12, rope_dim=4, *, seed=0, d_model=D_MODEL, head_dim=HEAD_DIM, **options):
+    return _make(seed, MLAttention, d_model, groups * heads, groups, rank, rope_dim, head_dim, **options)
 
 
 def _make(seed, cls, *sizes, **options):

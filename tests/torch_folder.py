@@ -19,7 +19,7 @@ from flax import nnx
 
 import gqe_jax.convert
 import gqe_jax.pytorch
-from gqe_jax.attention import GQEConfig, KeyDrivenConfig
+from gqe_jax.attention import GQEConfig, KeyDrivenConfig, MLAConfig
 from gqe_jax.config import ModelConfig
 from gqe_jax.convert import layer_to_torch
 from gqe_jax.models.transformer import Transformer
@@ -138,6 +138,13 @@ def hf_config(config: ModelConfig) -> dict:
     }
     if isinstance(attention, KeyDrivenConfig):
         result["perturb"] = attention.perturb
+    if isinstance(attention, MLAConfig):
+        result |= {
+            "kv_lora_rank": attention.latent_dim,
+            "qk_rope_head_dim": attention.rope_dim,
+            "rope_repeats": attention.rope_repeats,
+            "latent_norm": attention.latent_norm,
+        }
     if isinstance(attention, GQEConfig):
         router = attention.router
         result |= {

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import re
 
 from gqe_jax.config import ConfigError
 from gqe_jax.tpu import GENERATIONS, Generation, UnknownGeneration, find_generation
@@ -10,24 +11,41 @@ from gqe_jax.tpu import GENERATIONS, Generation, UnknownGeneration, find_generat
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Describes a slice: a number of chips of one generation, linked as a torus.
+    """Describes slices of one shape: chips of one generation, linked as a torus.
 
     Attributes:
       generation: of the chips.
-      shape: chips along each dimension.
+      shape: chips along each dimension of a slice.
+      slices: how many, joined by the data centre's network.
     """
 
     generation: Generation
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
-    def name(self) -> str:
-        """As libtpu has it, "v5p:4x4x4"."""
+    def slice_name(self) -> str:
+        """The name of one slice as libtpu has it, "v5p:4x4x4"."""
         return f"{self.generation.name}:{'x'.join(map(str, self.shape))}"
 
     @property
-    def num_devices(self) -> int:
+    def name(self) -> str:
+        """"v5p:4x4x4", or "2 x v5p:4x4x4"."""
+        return self.slice_name if self.slices == 1 else f"{self.slices} x {self.slice_name}"
+
+    @property
+    def slice_devices(self) -> int:
+        """The number of devices of one slice."""
         return math.prod(self.shape) * self.generation.devices_per_chip
+
+    @property
+    def num_devices(self) -> int:
+        return self.slices * self.slice_devices
+
+    @property
+    def network_bandwidth(self) -> float:
+        """Bytes/s that a device can send to other slices."""
+        return self.generation.network_bandwidth / self.generation.devices_per_chip
 
     def axis_bandwidth(self, extents: tuple[int, ...]) -> float:
         """Bytes/s that a device can send along an axis of the mesh.
@@ -54,7 +72,9 @@ class Topology:
         options: dict[str, object] = {"chip_config_name": "megacore"} if self.generation.megacore else {}
         if math.prod(self.shape) == 1:  # libtpu's hosts have four chips otherwise
             options["chips_per_host_bounds"] = (1, 1, 1)
-        return topologies.get_topology_desc(self.name, platform="tpu", **options).devices
+        if self.slices > 1:
+            options["num_slices"] = self.slices
+        return topologies.get_topology_desc(self.slice_name, platform="tpu", **options).devices
 
 
 def smallest_slice(generation: str) -> Topology:
@@ -63,15 +83,17 @@ def smallest_slice(generation: str) -> Topology:
 
 
 def topology(name: str) -> Topology:
-    """The slice of that name, GENERATION:CHIPS.
+    """The slice of that name, GENERATION:CHIPS, or several, "N x GENERATION:CHIPS".
 
     Raises:
       ConfigError: unknown; lists those that are known.
     """
-    spelled, _, shape = name.partition(":")
+    several = re.fullmatch(r"([1-9]\d{0,3}) x (.*)", name)
+    slices, one = (int(several[1]), several[2]) if several else (1, name)
+    spelled, _, shape = one.partition(":")
     with contextlib.suppress(UnknownGeneration):
         generation = find_generation(spelled)
         if shape in generation.slices:
-            return Topology(generation, tuple(map(int, shape.split("x"))))
+            return Topology(generation, tuple(map(int, shape.split("x"))), slices)
     known = "\n".join(f"  {each.name}: {', '.join(each.slices)}" for each in GENERATIONS.values())
     raise ConfigError(f"--topology={name} is unknown: choose GENERATION:CHIPS from\n{known}")

@@ -27,6 +27,7 @@ import numpy as np
 
 from gqe_jax.aot import bundles, scalar_unit
 from gqe_jax.aot.child import Child, CompileError
+from gqe_jax.aot.operations import Operation, operations
 from gqe_jax.aot.topologies import smallest_slice
 from gqe_jax.aot.traced_kernels import KernelCall, kernel_calls
 from gqe_jax.config import ConfigError
@@ -94,7 +95,7 @@ class Compiled:
       arguments, outputs, temporaries: bytes of HBM.
       hlo: the optimised program.
       kernels: Pallas kernels, in the order of their execution; none where a job does not ask for schedules.
-      xla: cycles that XLA estimates for each operation outside the kernels, largest first.
+      xla: the operations outside the kernels, the one with the highest estimate first.
     """
 
     libtpu: str
@@ -103,7 +104,7 @@ class Compiled:
     temporaries: int
     hlo: str
     kernels: tuple[Kernel, ...]
-    xla: tuple[tuple[str, int], ...]
+    xla: tuple[Operation, ...]
 
     @property
     def kernel_cycles(self) -> int:
@@ -111,7 +112,13 @@ class Compiled:
 
     @property
     def xla_cycles(self) -> int:
-        return sum(cycles for _, cycles in self.xla)
+        """Sums XLA's estimates of the operations outside the kernels."""
+        return sum(operation.estimate for operation in self.xla)
+
+    @property
+    def xla_need(self) -> int:
+        """Sums the cycles that the operations outside the kernels need at the least."""
+        return sum(operation.need for operation in self.xla)
 
     @property
     def total(self) -> int:
@@ -203,7 +210,7 @@ def _compile_in(child: Child, job: Job, dump: str) -> Compiled | CompileError:
 
 def _decode(entry: dict[str, Any]) -> Compiled:
     kernels = tuple(Kernel(name, tuple(bundles.Block(**b) for b in blocks)) for name, blocks in entry.pop("kernels"))
-    return Compiled(kernels=kernels, xla=tuple((name, cycles) for name, cycles in entry.pop("xla")), **entry)
+    return Compiled(kernels=kernels, xla=tuple(Operation(**x) for x in entry.pop("xla")), **entry)
 
 
 # ---- in the child process
@@ -237,28 +244,8 @@ def compile_job(
         "temporaries": memory.temp_size_in_bytes,
         "hlo": hlo,
         "kernels": _kernels(pathlib.Path(dump), hlo, calls, target) if schedules else [],
-        "xla": _estimates(hlo),
+        "xla": [dataclasses.asdict(x) for x in operations(hlo, target)],
     }
-
-
-def _estimates(hlo: str) -> list[tuple[str, int]]:
-    """XLA's own estimate of each operation, where it makes one, times the trips of the loop it stands in."""
-    computations = {}
-    for text in hlo.split("\n}\n"):
-        if header := re.search(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$", text, re.MULTILINE):
-            computations[header.group(1)] = text
-    trips = {}
-    for condition, body in re.findall(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", hlo):
-        limit = re.findall(r" constant\((\d+)\)", computations[condition])  # loops of JAX count from 0
-        trips[body] = int(limit[0]) if len(limit) == 1 else 1
-    estimates = [
-        (name, int(cycles) * trips.get(computation, 1))
-        for computation, text in computations.items()
-        for name, cycles in re.findall(
-            r"^ *(?:ROOT )?%?([\w.-]+) = .*\"estimated_cycles\":\"(\d+)\"", text, re.MULTILINE
-        )
-    ]
-    return sorted((x for x in estimates if x[1]), key=lambda estimate: -estimate[1])
 
 
 def _kernels(dump: pathlib.Path, hlo: str, calls: list[KernelCall], target: str) -> list[tuple[str, list[dict]]]:

@@ -2,11 +2,12 @@
 
 from gqe_jax.attention.asym_gqa import AsymGQAConfig, AsymGQAttention
 from gqe_jax.attention.base import Attention
-from gqe_jax.attention.caches import Cache, KVCache
+from gqe_jax.attention.caches import Cache, KVCache, LatentCache
 from gqe_jax.attention.gqa import GQAConfig, GQAttention
 from gqe_jax.attention.gqe import GQEAttention, GQEConfig
 from gqe_jax.attention.key_driven import KeyDrivenAttention, KeyDrivenConfig
 from gqe_jax.attention.kinds import KINDS, Kind, make_attention
+from gqe_jax.attention.mla import MLAConfig, MLAttention
 from gqe_jax.attention.report import Buffer, LayerReport
 from gqe_jax.attention.rotary import rotary_tables
 from gqe_jax.attention.router import Router, RouterConfig, RouterStats, top_k_experts
@@ -26,7 +27,10 @@ __all__ = [
     "KeyDrivenAttention",
     "KeyDrivenConfig",
     "Kind",
+    "LatentCache",
     "LayerReport",
+    "MLAConfig",
+    "MLAttention",
     "Router",
     "RouterConfig",
     "RouterStats",

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Generic, TypeVar, overload
+from typing import Any, ClassVar, Generic, TypeVar, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -103,17 +103,21 @@ class Attention(nnx.Module, Generic[Config, Report]):
         linear = functools.partial(
             Linear, use_bias=config.bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs
         )
-        kv_shape, kv_axes = (config.num_kv_heads, config.head_dim), ("embed", "group", None)
-        self.k_proj = linear(d_model, kv_shape, axes=kv_axes)
-        self.v_proj = linear(d_model, kv_shape, axes=kv_axes)
-        if config.qk_norm:
-            norm = {"epsilon": config.qk_norm_eps, "param_dtype": param_dtype, "rngs": rngs}
-            self.q_norm = make_norm(config.head_dim, **norm)
-            self.k_norm = make_norm(config.head_dim, **norm)
+        self._make_key_values(linear, functools.partial(make_norm, param_dtype=param_dtype, rngs=rngs))
         self._make(linear, functools.partial(linear, kernel_init=out_kernel_init or kernel_init), rngs)
 
+    def _make_key_values(self, linear: Callable[..., Linear], norm: Callable[..., nnx.RMSNorm]) -> None:
+        """Makes W_k, W_v and the QK norm: what `_key_values` computes with."""
+        config = self.config
+        kv_shape, kv_axes = (config.num_kv_heads, config.head_dim), ("embed", "group", None)
+        self.k_proj = linear(self.d_model, kv_shape, axes=kv_axes)
+        self.v_proj = linear(self.d_model, kv_shape, axes=kv_axes)
+        if config.qk_norm:
+            self.q_norm = norm(config.head_dim, epsilon=config.qk_norm_eps)
+            self.k_norm = norm(config.head_dim, epsilon=config.qk_norm_eps)
+
     def _make(self, linear: Callable[..., Linear], out_linear: Callable[..., Linear], rngs: nnx.Rngs) -> None:
-        """Makes the kind's parameters beside `k_proj`, `v_proj` and the norms, W_o as `o_proj` by `out_linear`.
+        """Makes the kind's parameters beside those of `_make_key_values`, W_o as `o_proj` by `out_linear`.
 
         `linear` and `out_linear` are `Linear` with the layer's dtypes, biases and initializers filled in.
         """
@@ -128,16 +132,19 @@ class Attention(nnx.Module, Generic[Config, Report]):
         """
         raise NotImplementedError
 
-    def init_cache(self, batch: int, capacity: int, dtype: jax.typing.DTypeLike | None = None) -> KVCache:
+    @property
+    def cached_shape(self) -> tuple[int, int]:
+        """What `Cache.check` compares the cache of a call with: (G, D)."""
+        return self.config.num_kv_heads, cast(int, self.config.head_dim)
+
+    def init_cache(self, batch: int, capacity: int, dtype: jax.typing.DTypeLike | None = None) -> Cache:
         """Makes an empty cache for `batch` sequences of at most `capacity` tokens, in the layer's dtype by default.
 
         Raises:
           ValueError: batch or capacity is below 1.
         """
-        dtype = dtype or self.k_proj.dtype or self.k_proj.kernel[...].dtype
-        return KVCache.empty(
-            batch, capacity, self.config.num_kv_heads, self.config.head_dim, dtype, parts=axis_size("expert")
-        )
+        dtype = dtype or self.o_proj.dtype or self.o_proj.kernel[...].dtype
+        return KVCache.empty(batch, capacity, *self.cached_shape, dtype, parts=axis_size("expert"))
 
     @overload
     def __call__(
@@ -196,7 +203,7 @@ class Attention(nnx.Module, Generic[Config, Report]):
             positions = zigzag(positions, axis_size("context"))
         config, rope = self.config, None
         if config.rope_theta is not None:
-            rope = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+            rope = rotary_tables(positions, config.rotary_dim[1], config.rope_theta, config.rope_scaling)
         y, report, cache = self._compute(Tokens(x, segment_ids, positions, rope, cache), rngs, layer_index)
         y = self.o_proj.add_bias(checkpoint_name(y, PRODUCT))
         return (y, report) if cache is None else (y, report, cache)

@@ -1,4 +1,7 @@
-"""Defines the caches of generation: the protocol that generation, planning and the model use, and `KVCache`."""
+"""Defines the caches of generation: the protocol that generation, planning and the model use, and two that hold to it.
+
+`KVCache` holds keys and values, `LatentCache` what both are formed from.
+"""
 
 import dataclasses
 from typing import Any, Protocol, Self
@@ -22,7 +25,7 @@ class Cache(Protocol):
         """How many tokens each row of the batch holds in the current layer: int32 [B]."""
         ...
 
-    def append(self, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> Self:
+    def append(self, k: jax.Array, v: jax.Array, /, segment_ids: jax.Array | None = None) -> Self:
         """Returns the cache with S more tokens in each row; tokens of segment id 0 are padding and are not counted."""
         ...
 
@@ -35,8 +38,11 @@ class Cache(Protocol):
         """The logical axes of the cache's arrays (`parallel.rules`), in a tree of the cache's structure."""
         ...
 
-    def check(self, batch: int, heads: tuple[int, int], parts: int = 1) -> None:
-        """Raises ValueError unless the cache was made for `batch` rows and `heads` = (G, D) on `parts` devices."""
+    def check(self, batch: int, shape: tuple[int, int], /, parts: int = 1) -> None:
+        """Raises ValueError unless the cache was made for `batch` rows and the layer's `cached_shape`.
+
+        `parts` is the number of devices that share the layer's KV heads.
+        """
         ...
 
 
@@ -81,11 +87,7 @@ class KVCache:
         Raises:
           ValueError: batch or capacity is below 1.
         """
-        if batch < 1 or capacity < 1:
-            raise ValueError(
-                f"batch={batch}, capacity={capacity}: a cache holds at least one row of at least one token; make both "
-                f"positive"
-            )
+        _check_sizes(batch, capacity)
         side_by_side = heads_side_by_side(num_kv_heads // parts, head_dim)
         shape = (batch, capacity, num_kv_heads // side_by_side, side_by_side * head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
@@ -139,38 +141,121 @@ class KVCache:
         Raises:
           ValueError: S exceeds the capacity, or (outside `jit`) length + S does.
         """
-        capacity, new = self.k.shape[-3], k.shape[1]
-        lengths = self.lengths
-        message = (
-            f"{new} new tokens behind the {{held}} held exceed the cache's capacity of {capacity} tokens: make the "
-            f"cache longer, or the input shorter"
+        length = _grown(self, self.k.shape[-3], k.shape[1], segment_ids)
+        return dataclasses.replace(self, k=_written(self, self.k, k), v=_written(self, self.v, v), length=length)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LatentCache:
+    """Holds what multi-head latent attention keeps of its tokens, for one layer or for all layers stacked.
+
+    Attributes:
+      latent: [B, T_max, r + R], or [L, B, T_max, r + R] stacked over layers: the latent, then the finished (rotated)
+        key that all heads share.
+      rank: r.
+      length, layer: as in `KVCache`.
+    """
+
+    latent: jax.Array
+    length: jax.Array
+    rank: int = dataclasses.field(metadata={"static": True})
+    layer: jax.Array | None = None
+
+    @classmethod
+    def empty(cls, batch: int, capacity: int, shape: tuple[int, int], dtype: jax.typing.DTypeLike) -> "LatentCache":
+        """Makes a cache without tokens for `batch` rows of at most `capacity` tokens, `shape` = (r, R).
+
+        Raises:
+          ValueError: batch or capacity is below 1.
+        """
+        _check_sizes(batch, capacity)
+        return cls(jnp.zeros((batch, capacity, sum(shape)), dtype), jnp.zeros(batch, jnp.int32), shape[0])
+
+    def at(self, layer: jax.Array | None) -> "LatentCache":
+        """Returns the same stacked cache with `layer` as the current one; None: with none, as the loop carries it."""
+        return dataclasses.replace(self, layer=layer)
+
+    @property
+    def axes(self) -> Any:
+        """The logical axes of the arrays (`parallel.rules`): devices that share the heads hold all of the latents."""
+        layers = (None,) * (self.length.ndim - 1)
+        layer = None if self.layer is None else ()
+        buffer = (*layers, "batch", None, None)
+        return dataclasses.replace(self, latent=buffer, length=(*layers, "batch"), layer=layer)
+
+    def check(self, batch: int, shape: tuple[int, int], parts: int = 1) -> None:
+        """Raises ValueError unless the cache holds `batch` rows of `shape` = (r, R)."""
+        *leading, width = self.latent.shape
+        fits = len(leading) == (2 if self.layer is None else 3) and leading[-2] == batch
+        if not fits or (self.rank, width) != (shape[0], sum(shape)):
+            raise ValueError(
+                f"cache has latents of shape {self.latent.shape} and rank {self.rank}, which are not those of B="
+                f"{batch} rows of {shape[0]} + {shape[1]} numbers: make it by this layer's init_cache({batch}, "
+                f"capacity)"
+            )
+
+    @property
+    def lengths(self) -> jax.Array:
+        """How many tokens each row holds in the current layer: int32 [B]."""
+        return self.length if self.layer is None else self.length[self.layer]
+
+    def append(self, c: jax.Array, k_rope: jax.Array, segment_ids: jax.Array | None = None) -> "LatentCache":
+        """Returns the cache with S new tokens behind those held, as `KVCache.append` does.
+
+        Args:
+          c, k_rope: [B, S, r] and [B, S, R].
+          segment_ids: int32 [B, S], 1 = token, 0 = padding; None: all are tokens.
+
+        Raises:
+          ValueError: S exceeds the capacity, or (outside `jit`) length + S does.
+        """
+        length = _grown(self, self.latent.shape[-2], c.shape[1], segment_ids)
+        latent = _written(self, self.latent[..., None, :], jnp.concatenate([c, k_rope], axis=-1)[..., None, :])
+        return dataclasses.replace(self, latent=latent[..., 0, :], length=length)
+
+
+def _check_sizes(batch: int, capacity: int) -> None:
+    if batch < 1 or capacity < 1:
+        raise ValueError(
+            f"batch={batch}, capacity={capacity}: a cache holds at least one row of at least one token; make both "
+            f"positive"
         )
-        if isinstance(lengths, jax.core.Tracer):
-            held = 0
-            debug_check(lengths.max() + new <= capacity, message, held=lengths.max())
-        else:
-            with jax.ensure_compile_time_eval():  # known here, even where a jit around this call closes over it
-                held = int(lengths.max())
-        if held + new > capacity:
-            raise ValueError(message.format(held=held))
-        count = new if segment_ids is None else jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
-        layer = () if self.layer is None else (self.layer,)
 
-        def write(buffer, tokens):
-            shape = buffer.shape
-            if shape[-2] == 1:  # with that axis, a TPU would lay out the whole buffer anew to write, and back to read
-                buffer = buffer.squeeze(-2)
-            token = buffer.shape[len(shape) - 2 :]
-            tokens = tokens.astype(buffer.dtype).reshape(*tokens.shape[:2], *token)
 
-            def write_row(b, buffer):
-                row = jax.lax.dynamic_slice_in_dim(tokens, b, 1).reshape(*(1 for _ in layer), 1, *tokens.shape[1:])
-                return jax.lax.dynamic_update_slice(buffer, row, (*layer, b, lengths[b], *(0 for _ in token)))
+def _grown(cache: KVCache | LatentCache, capacity: int, new: int, segment_ids: jax.Array | None) -> jax.Array:
+    """Returns `cache.length` after `new` tokens more in the current layer; raises as `KVCache.append`."""
+    lengths = cache.lengths
+    message = (
+        f"{new} new tokens behind the {{held}} held exceed the cache's capacity of {capacity} tokens: make the "
+        f"cache longer, or the input shorter"
+    )
+    if isinstance(lengths, jax.core.Tracer):
+        held = 0
+        debug_check(lengths.max() + new <= capacity, message, held=lengths.max())
+    else:
+        with jax.ensure_compile_time_eval():  # known here, even where a jit around this call closes over it
+            held = int(lengths.max())
+    if held + new > capacity:
+        raise ValueError(message.format(held=held))
+    length = lengths + (new if segment_ids is None else jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32))
+    if cache.layer is not None:
+        length = jax.lax.dynamic_update_index_in_dim(cache.length, length, cache.layer, 0)
+    return length
 
-            buffer = vary(buffer, varying_axes((buffer, tokens, lengths, layer)))
-            return jax.lax.fori_loop(0, tokens.shape[0], write_row, buffer).reshape(shape)
 
-        length = lengths + count
-        if layer:
-            length = jax.lax.dynamic_update_index_in_dim(self.length, length, self.layer, 0)
-        return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v), length=length)
+def _written(cache: KVCache | LatentCache, buffer: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Returns `buffer` [(L,) B, T_max, rows, width] with `tokens` [B, S, ...] behind those of the current layer."""
+    shape, lengths = buffer.shape, cache.lengths
+    layer = () if cache.layer is None else (cache.layer,)
+    if shape[-2] == 1:  # with that axis, a TPU would lay out the whole buffer anew to write, and back to read
+        buffer = buffer.squeeze(-2)
+    token = buffer.shape[len(shape) - 2 :]
+    tokens = tokens.astype(buffer.dtype).reshape(*tokens.shape[:2], *token)
+
+    def write_row(b, buffer):
+        row = jax.lax.dynamic_slice_in_dim(tokens, b, 1).reshape(*(1 for _ in layer), 1, *tokens.shape[1:])
+        return jax.lax.dynamic_update_slice(buffer, row, (*layer, b, lengths[b], *(0 for _ in token)))
+
+    buffer = vary(buffer, varying_axes((buffer, tokens, lengths, layer)))
+    return jax.lax.fori_loop(0, tokens.shape[0], write_row, buffer).reshape(shape)

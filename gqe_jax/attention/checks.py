@@ -44,8 +44,8 @@ def check_call(
     for name, ids in (("segment_ids", segment_ids), ("positions", positions)):
         if ids is not None and not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"{name} has dtype {ids.dtype}, but must be integers: pass {name}.astype('int32')")
-    kernel_dtype = layer.k_proj.kernel[...].dtype
-    dtype = jax.dtypes.canonicalize_dtype(layer.k_proj.dtype or jnp.promote_types(x.dtype, kernel_dtype))
+    kernel_dtype = layer.o_proj.kernel[...].dtype
+    dtype = jax.dtypes.canonicalize_dtype(layer.o_proj.dtype or jnp.promote_types(x.dtype, kernel_dtype))
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4:
         raise ValueError(
             f"x has dtype {x.dtype} and the parameters {kernel_dtype}: this layer would compute in {dtype}, but "
@@ -72,7 +72,7 @@ def check_call(
             f"make B a multiple of {rows}, or give the devices to `expert`"
         )
     if cache is not None:
-        cache.check(x.shape[0], (groups, layer.config.head_dim), parts=expert)
+        cache.check(x.shape[0], layer.cached_shape, parts=expert)
     if context > 1 and cache is not None:
         raise ValueError(
             f"a cache is not split along the sequence, as the mesh's `context` axis of {context} devices would "

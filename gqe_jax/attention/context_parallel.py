@@ -80,7 +80,7 @@ def attend_over_context(
     """
     n = shard.size("context")
     if method == "auto":
-        method = "gather" if 2 * n * k.size * k.dtype.itemsize <= GATHERED_BYTES else "ring"
+        method = "gather" if n * (k.size + v.size) * k.dtype.itemsize <= GATHERED_BYTES else "ring"
     if method == "ring":
         scale, eps = (None, None) if q_norm is None else q_norm
         ring = _Ring(shard, eps, tuple(sorted(options.items())))
@@ -154,7 +154,7 @@ def _ring_forward(ring: _Ring, qs, k, v, scale, queries, segment_ids):
     nothing = []
     for q, chunk in zip(qs, queries, strict=True):
         slots = q.shape[3] if chunk.expert_index is None else chunk.expert_index.shape[3]
-        shape = (*q.shape[:3], slots, q.shape[4])
+        shape = (*q.shape[:3], slots, v.shape[-1])
         nothing.append((jnp.zeros(shape, jnp.float32), jnp.full(shape[:-1], EMPTY_LSE, jnp.float32)))
     held = (k, v, segment_ids)
     all_hops = jnp.arange(1, ring.shard.size("context"))

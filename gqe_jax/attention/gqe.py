@@ -24,11 +24,11 @@ class GQEConfig(AttentionConfig):
 
     POSITIONAL: ClassVar = ("num_query_experts", "num_kv_heads", "top_k", "head_dim")
 
-    kind: str = "gqe"
+    kind: str = "gqe"  # chooses this kind
     num_query_experts: int  # N = G · M query heads in all
     top_k: int = 1  # k, experts selected per token and group
     variant: Literal["gqe", "hard_concat", "weighted_concat"] = "gqe"  # the last two have no ō and s, only the slots
-    router: RouterConfig = RouterConfig()
+    router: RouterConfig = RouterConfig()  # of the experts of a token
 
     @property
     def query_heads(self):

@@ -40,7 +40,7 @@ class KeyDrivenConfig(AttentionConfig):
     kind: str = "key_driven"
     num_query_heads: int  # H = G · M; M on each KV head before the first allocation
     out_bias: bool | None = None  # bias of the output projection; None: as `bias`
-    allocation: Allocation = "kdgqa"
+    allocation: Allocation = "kdgqa"  # what the lengths of the runs follow
     allocation_floor: int = 1  # query heads that each KV head has at least; 0: a KV head may have none
     allocation_window: int = 300  # steps between two allocations of "dgqa_ema" and "dgqa_diff"
     perturb: bool = False  # in training, subtract noise with the mean and deviation of each head's output (PGQA)
@@ -57,6 +57,11 @@ class KeyDrivenConfig(AttentionConfig):
             0 <= self.allocation_floor <= members,
             f"allocation_floor={self.allocation_floor} must lie between 0 and num_query_heads / num_kv_heads = "
             f"{members}: no more query heads than that can be every KV head's",
+        )
+        require(
+            self.num_query_heads * SHARES < 2**31,
+            f"num_query_heads={self.num_query_heads} must be below {2**31 // SHARES}: shares of so many are counted in "
+            f"int32",
         )
         require(
             not self.perturb or self.head_dim != 1,
@@ -168,7 +173,7 @@ def allocate(values: jax.Array, heads: int, floor: int) -> jax.Array:
 
     Args:
       values: [..., G], not negative; where they sum to 0, or are not finite, shares are equal.
-      heads: below 2048.
+      heads: below 2³¹ / SHARES.
       floor: at most heads / G.
 
     Returns:

@@ -27,6 +27,7 @@ class KeyValues:
       segment_ids: int32 [B, S], of queries and keys, or None.
       q_offset: position of the first query, int32 scalar or [B].
       kv_length, layer: the cache's lengths, int32 [B], and its current layer, as `attend` takes them; None without one.
+      scale: factor on the scores; None: 1/√D.
     """
 
     shard: Shard
@@ -39,6 +40,7 @@ class KeyValues:
     q_offset: jax.Array | int
     kv_length: jax.Array | None
     layer: jax.Array | None
+    scale: float | None = None
 
     @property
     def num_groups(self) -> int:
@@ -47,8 +49,9 @@ class KeyValues:
 
     @property
     def options(self) -> dict[str, int | float | str | None]:
-        """The options of `attend` that the layer's config sets."""
-        return {name: getattr(self.config, name) for name in ("window", "softcap", "implementation")}
+        """The options of `attend` that the layer's config sets, and the scale."""
+        of_config = {name: getattr(self.config, name) for name in ("window", "softcap", "implementation")}
+        return of_config | {"scale": self.scale}
 
     def attend(
         self,

@@ -9,6 +9,7 @@ from gqe_jax.attention.base import Attention
 from gqe_jax.attention.gqa import GQAConfig, GQAttention
 from gqe_jax.attention.gqe import GQEAttention, GQEConfig
 from gqe_jax.attention.key_driven import KeyDrivenAttention, KeyDrivenConfig
+from gqe_jax.attention.mla import MLAConfig, MLAttention
 from gqe_jax.config import AttentionConfig, ConfigError
 
 
@@ -49,6 +50,7 @@ KINDS: dict[str, Kind] = checked(
         "gqa": Kind(GQAConfig, GQAttention),
         "asym_gqa": Kind(AsymGQAConfig, AsymGQAttention),
         "key_driven": Kind(KeyDrivenConfig, KeyDrivenAttention),
+        "mla": Kind(MLAConfig, MLAttention),
     }
 )
 

@@ -20,8 +20,8 @@ class RouterConfig:
 
     kind: Literal["learned", "fixed", "random"] = "learned"  # fixed: experts 0..k-1; random: a uniform draw per token
     init_std: float = 0.02  # 0 makes every token pick expert 0, and the balance loss then moves all of them together
-    load_balance_weight: float = 0.01
-    z_loss_weight: float = 0.0
+    load_balance_weight: float = 0.01  # of the load-balance loss in the training loss
+    z_loss_weight: float = 0.0  # of the mean squared logsumexp of the logits in the training loss
     jitter: float = 0.0  # training only: router input times U(1 - jitter, 1 + jitter)
     bias_update_rate: float = 0.0  # loss-free balancing: how far a step moves the selection's bias; 0 = off
     seed: int = 0  # of the `random` router's draws where no rngs are given (evaluation, generation)

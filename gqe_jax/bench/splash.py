@@ -75,8 +75,8 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, blocks: tuple[Blocks, Bl
 def implementation(blocks: tuple[Blocks, Blocks]):
     """An implementation of `attend` by splash, for causal attention of one sequence; log-sum-exp is not returned."""
 
-    def attend_by_splash(q, k, v, expert_index, mask, *, q_rope, q_norm, softcap, scale):
-        del mask, softcap
+    def attend_by_splash(q, k, v, expert_index, mask, *, kv_head, q_rope, q_norm, softcap, scale):
+        del mask, kv_head, softcap
         q = prepare_queries(q, expert_index, q_norm, q_rope)
         q = (q.astype(jnp.float32) * scale).astype(q.dtype)
         _, seq_len, groups, slots, head_dim = q.shape

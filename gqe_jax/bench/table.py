@@ -49,30 +49,39 @@ def find(cells: Iterable[Cell], part: str, backward: bool, rival: str, seq_len: 
     return next((c for c in cells if (c.part, c.backward, c.rival, c.seq_len) == key and c.cost is not None), None)
 
 
-def speed_up(cells: Iterable[Cell], part: str, backward: bool, rivals: Sequence[Rival], seq_len: int) -> float | None:
-    """Cost of dense attention over ours."""
-    dense, ours = (find(cells, part, backward, rival.name, seq_len) for rival in (rivals[0], rivals[-1]))
-    return dense.cost / ours.cost if dense and ours else None
+def dense(rivals: Sequence[Rival]) -> list[Rival]:
+    """The rivals that speed-ups refer to: dense attention of others, then our own, where there is one."""
+    return [rival for rival in rivals if rival.kind == "gqa"]
+
+
+def speed_up(
+    cells: Iterable[Cell], part: str, backward: bool, over: Rival, ours: Rival, seq_len: int
+) -> float | None:
+    """Cost of `over` divided by the cost of `ours`; None where either has none."""
+    slow, fast = (find(cells, part, backward, rival.name, seq_len) for rival in (over, ours))
+    return slow.cost / fast.cost if slow and fast else None
 
 
 def text(cells: Sequence[Cell], rivals: Sequence[Rival], part: str, backward: bool) -> str:
     """One block of the table: a line for each length."""
     scale, unit = (1e3, "thousand cycles") if cells[0].unit == "cycles" else (1, "ms")
-    lines = [f"{PARTS[part]}, {PASSES[backward]}: {unit}; speed-up of {rivals[-1].name} over {rivals[0].name}"]
-    header = f"{'S':>8}" + "".join(f"{rival.name:>14}" for rival in rivals) + f"{'speed-up':>10}"
+    lines = [f"{PARTS[part]}, {PASSES[backward]}: {unit}; speed-up of {rivals[-1].name}"]
+    header = f"{'S':>8}" + "".join(f"{rival.name:>14}" for rival in rivals)
+    header += "".join(f"{'over ' + rival.name:>18}" for rival in dense(rivals))
     shares = part == "attention"
     if shares:
-        header += f"{'GFLOP':>10}{'share of bound: dense, ours':>29}"
+        header += f"{'GFLOP':>10}  share of bound: {', '.join(rival.name for rival in rivals)}"
     lines.append(header)
     for seq_len in sorted({cell.seq_len for cell in cells}):
         row = [find(cells, part, backward, rival.name, seq_len) for rival in rivals]
         line = f"{seq_len:8}" + "".join(f"{cell.cost / scale:14,.1f}" if cell else f"{'-':>14}" for cell in row)
-        ratio = speed_up(cells, part, backward, rivals, seq_len)
-        line += f"{ratio:10.2f}" if ratio else f"{'-':>10}"
+        for over in dense(rivals):
+            ratio = speed_up(cells, part, backward, over, rivals[-1], seq_len)
+            line += f"{ratio:18.2f}" if ratio else f"{'-':>18}"
         if shares:
             line += f"{row[-1].flops / 1e9:10,.0f}" if row[-1] else f"{'-':>10}"
-            pair = ["-" if not cell or cell.share is None else f"{cell.share:.0%}" for cell in (row[0], row[-1])]
-            line += f"{pair[0]:>22}{pair[1]:>7}"
+            share = ["-" if not cell or cell.share is None else f"{cell.share:.0%}" for cell in row]
+            line += f"  {', '.join(share)}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -86,7 +95,7 @@ def write_csv(path: str, cells: Sequence[Cell], constants: dict[str, object]) ->
 
 
 def plot(path: str, cells: Sequence[Cell], rivals: Sequence[Rival], bound: float, title: str) -> None:
-    """Figure 1 of the paper: speed-up over dense attention against context length.
+    """Figure 1 of the paper: speed-up over dense attention, our own where there is one, against context length.
 
     Args:
       path: an image file; its ending chooses the format.
@@ -99,11 +108,12 @@ def plot(path: str, cells: Sequence[Cell], rivals: Sequence[Rival], bound: float
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("--plot needs matplotlib: pip install 'gqe_jax[viz]'") from error
+    over = dense(rivals)[-1]
     axes = Figure(figsize=(7, 4.2), layout="constrained").add_subplot()
     for part, name in PARTS.items():
         for backward, passes in PASSES.items():
             lengths = sorted({cell.seq_len for cell in cells})
-            points = [(s, speed_up(cells, part, backward, rivals, s)) for s in lengths]
+            points = [(s, speed_up(cells, part, backward, over, rivals[-1], s)) for s in lengths]
             points = [(s, ratio) for s, ratio in points if ratio]
             style = {"marker": "o", "linestyle": "--" if backward else "-", "color": "C0" if part == "layer" else "C1"}
             axes.plot(*zip(*points, strict=True) if points else ([], []), label=f"{name}, {passes}", **style)
@@ -112,7 +122,7 @@ def plot(path: str, cells: Sequence[Cell], rivals: Sequence[Rival], bound: float
     lengths = sorted({cell.seq_len for cell in cells})
     axes.set_xticks(lengths, [f"{s // 1024}k" if s % 1024 == 0 else str(s) for s in lengths])
     measure = "modelled cycles" if cells[0].unit == "cycles" else "measured time"
-    axes.set(xlabel="context length (tokens)", ylabel=f"speed-up over {rivals[0].name}, {measure}", title=title)
+    axes.set(xlabel="context length (tokens)", ylabel=f"speed-up over {over.name}, {measure}", title=title)
     axes.set_ylim(bottom=0)  # the height of a point is the ratio itself
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

@@ -28,6 +28,8 @@ VERBS = {
     "convert": ("Make a run with another kind of attention of a dense model's run.", "convert"),
     "plan": ("See whether a configuration fits a slice of TPUs, and how fast it could be, without a TPU.", "plan"),
     "inspect": ("Look at a run, at prepared data, or at the kernels that a configuration takes.", "inspect"),
+    "study": ("Train arms from several seeds, and tell which differences are resolved.", "study"),
+    "heads": ("Choose how many heads a model should have for a context length.", "heads"),
     "bench": ("Measure this machine.", "bench"),
 }
 

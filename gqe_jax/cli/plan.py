@@ -20,6 +20,7 @@ COMPILED = 2  # of what the search ranks first
 EPILOG = """examples:
   gqe plan --config gqe_250m --topology v5e:4x4
   gqe plan --config gqe_8b --topology v5p:4x4x4 --search
+  gqe plan --config gqe_8b --topology v6e:16x16 --slices 2 --config.mesh.data=2
   gqe plan --config gqe_8b --topology v6e:16x16 --mode decode --config.mesh.fsdp=1 --config.mesh.expert=4"""
 
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add_config(parser)
     parser.add_argument("--topology", required=True, metavar="NAME", help="slice of TPUs: v5e:1x1, v5p:4x4x4, ...")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="that many of it, joined by the network")
     parser.add_argument("--mode", choices=MODES, default="train", help="which step (default: train)")
     parser.add_argument("--seq-len", type=int, metavar="N", help="tokens of a row (default: the model's context)")
     parser.add_argument("--batch-size", type=int, metavar="ROWS", help="of the global batch (default: the config's)")
@@ -51,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
     from gqe_jax.config_files import load_config
     from gqe_jax.plan.compile import Request
 
-    where = topology(args.topology)
+    if not 1 <= args.slices <= 1024:
+        raise ConfigError(f"--slices={args.slices} must lie in [1, 1024]: choose another number of slices")
+    where = dataclasses.replace(topology(args.topology), slices=args.slices)
     config = load_config(args.config, args.overrides)
     request = Request(
         config=config,

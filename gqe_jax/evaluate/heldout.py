@@ -18,7 +18,7 @@ from gqe_jax.data.reading.compressors import compression_baselines
 from gqe_jax.data.reading.pipeline import heldout_batches
 from gqe_jax.data.reading.prepared import PreparedData, PreparedSet
 from gqe_jax.models.transformer import Transformer
-from gqe_jax.parallel.mesh import shard_batch
+from gqe_jax.parallel.mesh import local_rows, shard_batch
 from gqe_jax.parallel.rules import replicated
 
 LOSS_CHUNK = 512  # tokens of each row whose logits exist at one time
@@ -129,7 +129,7 @@ def _sums(
     between: Callable[[], None],
 ) -> _Sums:
     results: list[dict[str, Any]] = []
-    with heldout_batches(data, batch_size, jax.process_index(), jax.process_count()) as batches:
+    with heldout_batches(data, batch_size, local_rows(mesh, batch_size)) as batches:
         for batch in itertools.islice(batches, limit):
             if len(results) >= _AHEAD:
                 results[-_AHEAD] = jax.device_get(results[-_AHEAD])

@@ -41,7 +41,7 @@ def _configuration(config: RunConfig) -> str:
         "model": f"{model.num_layers} layers, d_model {model.d_model}, d_ff {model.d_ff}, "
         f"vocabulary {model.vocab_size}, context {model.context}, {model.dtype}",
         "attention": f"{model.attention.kind}: {model.attention.summary}",
-        "data": f"{config.data.path or 'default corpus'}, batch {config.data.batch_size} rows = "
+        "data": f"{config.data.path or config.data.mixture or 'default corpus'}, batch {config.data.batch_size} rows = "
         f"{config.data.batch_size * model.context:,} tokens",
         "optimizer": f"{config.optimizer.schedule}, peak {config.optimizer.learning_rate:g}, "
         f"clip {config.optimizer.clip}",

@@ -90,6 +90,12 @@ REQUIREMENTS: dict[str, tuple[str, Callable[[Call], str | None]]] = {
 """Implementation → the platform it needs, and a function that says why it cannot compute a call there, if it cannot."""
 
 
+def platform_lacking(name: str | None, platform: str) -> str | None:
+    """Names the platform that an implementation needs, if it is another one than `platform`; else None."""
+    needed = REQUIREMENTS[name][0] if name in REQUIREMENTS else platform
+    return None if needed == platform else NAMES[needed]
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """Names the implementation that was chosen and says why.
@@ -122,12 +128,11 @@ def target_platform(array: jax.Array | None = None) -> str:
 
 def obstacle(name: str, platform: str, call: Call) -> str | None:
     """Says why the implementation `name` cannot compute a call on a platform; None where it can."""
-    needed, rules = REQUIREMENTS.get(name, (None, None))
-    if needed is not None and platform != needed:
-        return f"{name} needs {NAMES[needed]}, and this computation is for {NAMES.get(platform, platform)}"
+    if (lacking := platform_lacking(name, platform)) is not None:
+        return f"{name} needs {lacking}, and this computation is for {NAMES.get(platform, platform)}"
     if call.block_sizes and name != "pallas_tpu":
         return f"{name} takes no block_sizes, which are those of pallas_tpu"
-    return None if rules is None else rules(call)
+    return REQUIREMENTS[name][1](call) if name in REQUIREMENTS else None
 
 
 def choose(platform: str, call: Call) -> Choice:

@@ -33,7 +33,7 @@ LOG2_E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _XlaPlan:
     """Holds what is static about one call."""
 
     scale: float
@@ -103,7 +103,7 @@ def xla(
 def _xla(q, k, v, expert_index, mask, kv_head, q_rope, norm_scale, norm_eps, softcap, scale, block_q, block_k, on_cpu):
     q_len, num_slots = q.shape[1], q.shape[3] if expert_index is None else expert_index.shape[3]
     num_q_blocks = ceil_div(q_len, max(1, block_q // num_slots))
-    plan = _Plan(
+    plan = _XlaPlan(
         scale=scale,
         softcap=softcap,
         block_q=ceil_div(q_len, num_q_blocks),
@@ -121,7 +121,7 @@ def _xla(q, k, v, expert_index, mask, kv_head, q_rope, norm_scale, norm_eps, sof
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: _Plan, mask: Mask, expert_index, kv_head, q, k, v, q_rope, norm_scale):
+def _attend(plan: _XlaPlan, mask: Mask, expert_index, kv_head, q, k, v, q_rope, norm_scale):
     """Returns o [B, S, R, K, Dv] in q's dtype and lse2 float32 [B, S, R, K].
 
     lse2 is in base 2, as the backward pass wants it unrounded, and 2 · EMPTY_LSE where nothing is seen.
@@ -158,7 +158,7 @@ def _sees_something(lse2):
     return ~(lse2 <= EMPTY_LSE)  # true of a NaN, which goes on
 
 
-def _forward(plan: _Plan, mask: Mask, kv_head, q, k, v):
+def _forward(plan: _XlaPlan, mask: Mask, kv_head, q, k, v):
     def some_heads(bounded, heads, outputs):
         k_block = _block_reader(plan, heads, k, transposed=True)
         v_block = _block_reader(plan, heads, v)

@@ -1,5 +1,6 @@
 """Makes the device mesh, checks that a model and a batch can be split over it, and puts batches on it."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -39,18 +40,43 @@ def make_mesh(
         else:
             need, remedy = "", f"make the product of the sizes {len(devices)}, or set one of them to -1 (what is left)"
         raise ConfigError(f"{asked} need {need}{fixed} devices, but there are {len(devices)}: {remedy}")
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if shape[0] % slices:
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    if shape[0] % len(slices):
         raise ConfigError(
-            f"mesh.data={shape[0]} is no multiple of the {slices} slices, which lie along it: give the other axes "
+            f"mesh.data={shape[0]} is no multiple of the {len(slices)} slices, which lie along it: give the other axes "
             f"fewer devices"
         )
-    if slices > 1:
-        within = (shape[0] // slices, *shape[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices)
-    else:
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    within = (shape[0] // len(slices), *shape[1:])
+    grid = np.concatenate([_grid(within, slices[index]) for index in sorted(slices)])
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _grid(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """Arranges the devices of one slice."""
+    if max(getattr(device, "core_on_chip", 0) for device in devices) == 0:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    # Two devices of a chip are joined by more than any link: they go to the innermost axis that is used.
+    chips: dict[tuple[int, ...], _Chip] = {}
+    for device in devices:
+        chips.setdefault(tuple(device.coords), _Chip(device.coords)).devices.append(device)
+    axis = max(place for place, size in enumerate(shape) if size % 2 == 0)
+    halved = tuple(size // 2 if place == axis else size for place, size in enumerate(shape))
+    grid = mesh_utils.create_device_mesh(halved, list(chips.values()), allow_split_physical_axes=True)
+    pairs = np.array([chip.devices for chip in grid.flat]).reshape(*halved, 2)
+    return np.moveaxis(pairs, -1, axis + 1).reshape(shape)
+
+
+@dataclasses.dataclass
+class _Chip:
+    """Stands for the two devices of a chip where JAX arranges chips as a torus."""
+
+    coords: Sequence[int]
+    devices: list[jax.Device] = dataclasses.field(default_factory=list)
+    core_on_chip: int = 0
+    device_kind: str = "chip"
+    platform: str = "tpu"
 
 
 def parse_mesh(text: str) -> MeshConfig:
@@ -97,11 +123,12 @@ def check_model(mesh: Mesh, model: ModelConfig) -> None:
                 f"mesh.expert={expert} does not divide model.{name}={size}: the next that fits is "
                 f"{round_up(size, expert)}{unused}"
             )
-    if model.d_model % spread:
-        problems.append(
-            f"mesh.fsdp={mesh.shape['fsdp']} × mesh.context={mesh.shape['context']}, over which parameters are spread, "
-            f"do not divide model.d_model={model.d_model}: choose divisors of {model.d_model}"
-        )
+    for name, size in ({"d_model": model.d_model} | model.attention.spread_sizes).items():
+        if size % spread:
+            problems.append(
+                f"mesh.fsdp={mesh.shape['fsdp']} × mesh.context={mesh.shape['context']}, over which parameters are "
+                f"spread, do not divide model.{name}={size}: choose divisors of {size}"
+            )
     if problems:
         raise ConfigError("; ".join(problems))
 
@@ -127,14 +154,31 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec_of(("batch", "sequence")))
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Returns the rows of a global batch that this process has to read, ascending: its devices hold a part of each.
+
+    Processes read the same rows where `expert` or `context` stretches over the devices of several.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size, mesh.shape["context"]))
+    return sorted({row for rows, _ in places.values() for row in range(*rows.indices(batch_size))})
+
+
 def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Makes the global arrays [B, S], split over the devices, from this process's rows [b, S] of each array.
+    """Makes the global arrays [B, S], split over the devices, from the rows [b, S] that `local_rows` names.
 
     Where `context` splits the sequence, the tokens of a row are in the order of `zigzag` from here on.
     """
     sharding = batch_sharding(mesh)
-    pieces = mesh.shape["context"]
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(zigzag(rows, pieces)))
-        for name, rows in batch.items()
-    }
+    pieces, parts = mesh.shape["context"], mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def split(rows: np.ndarray) -> jax.Array:
+        batch_size = len(rows) * parts // len(local_rows(mesh, parts))
+        first = {row: place for place, row in enumerate(local_rows(mesh, batch_size))}
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            return rows[first[start] : first[start] + stop - start, index[1]]
+
+        return jax.make_array_from_callback((batch_size, rows.shape[1]), sharding, part)
+
+    return {name: split(np.asarray(zigzag(rows, pieces))) for name, rows in batch.items()}

@@ -1,5 +1,6 @@
 """The collectives of a compiled program: by kind, by axes of the mesh, with their number and bytes.
 
+What goes between slices is a `send` that the runtime of several slices reduces or gathers: it is of the axis `NETWORK`.
 Read from the text of the optimised HLO. What stands in the body of a loop counts once for each of its trips, and an
 asynchronous pair (`all-gather-start` and `-done`, or a collective wrapped in `async-start`) once.
 """
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+NETWORK = ("network",)
 
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128} | {
     f"{letter}{bits}": bits for letter in "fsu" for bits in (4, 8, 16, 32, 64)
@@ -31,7 +33,7 @@ class Collective:
 
     Attributes:
       kind: one of `KINDS`.
-      axes: of the mesh, over which they run; () where the groups follow none.
+      axes: of the mesh, over which they run; () where the groups follow none; `NETWORK` between slices.
       count: in one run of the program.
       hidden: of these, how many run while the device computes: the rest it waits for.
       size: bytes of their arrays on one device, summed: of the larger side, so of what is gathered or is reduced.
@@ -76,14 +78,16 @@ def read_collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
     computations, entry = _computations(hlo)
     count, hidden, size, sent = (collections.Counter() for _ in range(4))
     for instruction, shapes, trips, asynchronous in _walk(computations, entry, 1):
-        kind = instruction.opcode.removesuffix("-start")
-        axes, devices = _group(instruction.rest, mesh)
         array = sum(_bytes(shapes[name]) for name in instruction.operands)
+        if instruction.opcode == "send":
+            kind, (axes, devices) = _transfer(instruction.rest)
+        else:
+            kind, (axes, devices) = instruction.opcode.removesuffix("-start"), _group(instruction.rest, mesh)
         if kind == "all-gather":
             array *= devices
         key = kind, axes
         count[key] += trips
-        hidden[key] += trips if asynchronous or instruction.opcode.endswith("-start") else 0
+        hidden[key] += trips if asynchronous or instruction.opcode.endswith(("-start", "send")) else 0
         size[key] += trips * array
         shares = {"all-reduce": 2 * (devices - 1) / devices, "collective-permute": 1}
         sent[key] += round(trips * array * shares.get(kind, (devices - 1) / devices))
@@ -125,11 +129,11 @@ def _walk(
 ) -> Iterator[tuple[_Instruction, dict[str, str], int, bool]]:
     """(instruction, shapes of its computation by name, executions, whether the device computes meanwhile) of all
     collectives that run when computation `name` does; with an `opcode`, of the instructions that have it."""
-    wanted = {opcode} if opcode else {kind + suffix for kind in KINDS for suffix in ("", "-start")}
+    wanted = {opcode} if opcode else {kind + suffix for kind in KINDS for suffix in ("", "-start")} | {"send"}
     shapes = {instruction.name: instruction.shape for instruction in computations[name]}
     spread: set[str] = set()
     for instruction in computations[name]:
-        if instruction.opcode in wanted:
+        if instruction.opcode in wanted and ("megascale" in instruction.rest or instruction.opcode != "send"):
             yield instruction, shapes, trips, False
         elif instruction.opcode == "while":
             (body,), (condition,) = instruction.called("body"), instruction.called("condition")
@@ -175,6 +179,14 @@ def _bytes(shape: str) -> int:
         for dtype, sizes in _ARRAY.findall(shape)
         if dtype in _BITS
     )
+
+
+def _transfer(attributes: str) -> tuple[str, tuple[tuple[str, ...], int]]:
+    """(kind, (NETWORK, number of slices)) of a transfer between slices."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)
+    name = kind.group(1).lower().replace("_", "-") if kind else ""
+    slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', attributes)
+    return name if name in KINDS else "collective-permute", (NETWORK, slices.group(1).count(",") + 1 if slices else 2)
 
 
 def _group(attributes: str, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], int]:

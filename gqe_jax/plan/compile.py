@@ -20,7 +20,7 @@ class Request:
     """Says what to compile.
 
     Attributes:
-      topology: name of the slice (`topologies.topology`).
+      topology: name of the slice or slices (`topologies.topology`).
       mode: "train", the whole step; "prefill", prompts into a cache as long as they; "decode", one token more for each
         row of a full cache, weights in the compute dtype in both.
       batch_size, seq_len: rows of the global batch and tokens of each.
@@ -151,9 +151,10 @@ def _extents(mesh, where: Topology) -> dict[str, tuple[int, ...]]:
     extents = {}
     for place, axis in enumerate(mesh.axis_names):
         line = np.moveaxis(mesh.devices, place, 0).reshape(mesh.shape[axis], -1)[:, 0]
+        line = line[: len(line) // (where.slices if axis == "data" else 1)]  # in each slice the same
         coordinates = [device.coords[:dimensions] for device in line]
         spans = [len(set(values)) for values in zip(*coordinates, strict=True)]
-        while math.prod(spans) > mesh.shape[axis]:  # a line that does not keep to one dimension: count its longest
+        while math.prod(spans) > len(line):  # a line that does not keep to one dimension: count its longest
             spans[spans.index(min(span for span in spans if span > 1))] = 1
         extents[axis] = tuple(spans)
     return extents

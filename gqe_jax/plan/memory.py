@@ -49,7 +49,7 @@ def gathered_keys(config: RunConfig, mesh: Mapping[str, int], batch_size: int, s
     attention = config.model.attention
     rows, _ = tokens_per_device(mesh, batch_size // config.train.accumulate, seq_len)
     item = compute_bytes(config.model)
-    size = item * rows * seq_len * attention.cached_numbers(mesh["expert"])
+    size = item * rows * seq_len * attention.attended_numbers(mesh["expert"])
     method = attention.context_parallel
     gathers = method == "gather" or (method == "auto" and size <= GATHERED_BYTES)
     return size if mesh["context"] > 1 and gathers else 0

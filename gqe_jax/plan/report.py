@@ -5,7 +5,7 @@ from typing import Literal
 
 from gqe_jax.aot.topologies import topology
 from gqe_jax.flops import parameter_count
-from gqe_jax.plan.collectives import kernel_calls, read_collectives
+from gqe_jax.plan.collectives import NETWORK, kernel_calls, read_collectives
 from gqe_jax.plan.compile import Compiled, OutOfMemory, Request
 from gqe_jax.plan.memory import estimate
 from gqe_jax.plan.roofline import Roofline, ici_seconds, roofline, step_flops
@@ -118,8 +118,12 @@ def headline(request: Request, mesh: Mapping[str, int]) -> str:
 def time_rows(times: Roofline) -> list[tuple[str, float]]:
     """(term, seconds) of a step."""
     rows = [("matrix products with weights", times.matmul), ("attention", times.attention), ("HBM", times.hbm)]
-    rows += [(f"ICI over {' + '.join(axes) or 'no axis'}", seconds) for axes, seconds in times.ici.items()]
+    rows += [(_link(axes), seconds) for axes, seconds in times.ici.items()]
     return [*rows, ("a step, if all overlap", times.overlapped), ("a step, if nothing does", times.serial)]
+
+
+def _link(axes: tuple[str, ...]) -> str:
+    return "network between slices" if axes == NETWORK else f"ICI over {' + '.join(axes) or 'no axis'}"
 
 
 def out_of_memory(request: Request, failure: OutOfMemory) -> str:

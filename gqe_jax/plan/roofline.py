@@ -9,6 +9,7 @@ What is assumed:
   written once a step.
 - ICI: one ring through the devices of an axis, of all links if the axis covers the whole slice
   (`topologies.Topology.axis_bandwidth`); collectives one after another.
+- Several slices: gradients are summed within each slice first, then over the slices, at the network's bandwidth.
 
 If everything overlaps, a step takes as long as the longest of the three; if nothing does, as long as their sum.
 """
@@ -19,9 +20,9 @@ from collections.abc import Mapping, Sequence
 
 from gqe_jax.aot.topologies import Topology
 from gqe_jax.config import ModelConfig, RunConfig
-from gqe_jax.flops import ForwardFlops, forward_flops, parameter_count
+from gqe_jax.flops import ForwardFlops, decode_flops, forward_flops, parameter_count
 from gqe_jax.plan import Mode
-from gqe_jax.plan.collectives import Collective
+from gqe_jax.plan.collectives import NETWORK, Collective
 from gqe_jax.plan.memory import activation_width, compute_bytes, gathered_keys, tokens_per_device
 from gqe_jax.rounding import ceil_div
 
@@ -103,9 +104,7 @@ def step_flops(model: ModelConfig, mode: Mode, batch_size: int, seq_len: int, ki
     """FLOPs of the forward pass of a step, by part: of whole rows, of prompts with the logits of their last tokens, or
     of one token behind `seq_len` - 1 others in each row."""
     if mode == "decode":
-        one = forward_flops(model, 1, kind)
-        seen = min(seq_len, model.attention.window or seq_len)
-        one = dataclasses.replace(one, attention=one.attention * seen, shared_head=one.shared_head * seen)
+        one = decode_flops(model, seq_len, kind)
     else:
         one = forward_flops(model, seq_len, kind)
         if mode == "prefill":
@@ -140,10 +139,13 @@ def ici_seconds(
     """Axes → seconds of the collectives over them."""
     seconds: dict[tuple[str, ...], float] = {}
     for collective in collectives:
-        axes = collective.axes or tuple(extents)
-        stretch = tuple(math.prod(sizes) for sizes in zip(*(extents[axis] for axis in axes), strict=True))
-        took = collective.sent / topology.axis_bandwidth(tuple(map(min, stretch, topology.shape)))
-        seconds[collective.axes] = seconds.get(collective.axes, 0.0) + took
+        if collective.axes == NETWORK:
+            bandwidth = topology.network_bandwidth
+        else:
+            axes = collective.axes or tuple(extents)
+            stretch = tuple(math.prod(sizes) for sizes in zip(*(extents[axis] for axis in axes), strict=True))
+            bandwidth = topology.axis_bandwidth(tuple(map(min, stretch, topology.shape)))
+        seconds[collective.axes] = seconds.get(collective.axes, 0.0) + collective.sent / bandwidth
     return seconds
 
 
@@ -158,11 +160,13 @@ def expected_collectives(
     rows, tokens = tokens_per_device(mesh, batch_size // config.train.accumulate, seq_len)
     again = model.remat in ("attention", "full")
     hidden = item * rows * tokens * model.d_model
-    keys = item * rows * seq_len * model.attention.cached_numbers(expert)
+    keys = item * rows * seq_len * model.attention.attended_numbers(expert)
     passes = 2 + again
 
+    within = mesh | {"data": mesh["data"] // topology.slices, NETWORK[0]: topology.slices}
+
     def ring(kind, axes, count, size, rounds):
-        devices = math.prod(mesh[axis] for axis in axes)
+        devices = math.prod(within[axis] for axis in axes)
         return Collective(
             kind=kind, axes=axes, count=count, hidden=0, size=count * size,
             sent=round(rounds * count * size * (devices - 1) / devices),
@@ -172,11 +176,12 @@ def expected_collectives(
     split = tuple(axis for axis in ("fsdp", "context") if mesh[axis] > 1)
     pieces = mesh["fsdp"] * context
     if split:
-        whole = pieces == topology.num_devices  # over all dimensions of a torus XLA makes all-reduces of these
+        whole = pieces == topology.slice_devices  # over all dimensions of a torus XLA makes all-reduces of these
         found.append(ring("all-gather", split, 2 * parts, item * parameters, 1 + whole))
         found.append(ring("reduce-scatter", split, parts, item * parameters, 1 + whole))
-    if mesh["data"] > 1:
-        found.append(ring("all-reduce", ("data",), parts, (item if split else 4) * parameters // pieces, 2))
+    for axes in (("data",), NETWORK):
+        if within[axes[0]] > 1:
+            found.append(ring("all-reduce", axes, parts, (item if split else 4) * parameters // pieces, 2))
     if expert > 1:
         found.append(ring("all-reduce", ("expert",), parts * model.num_layers * 2 * passes, hidden, 2))
     if context > 1:
@@ -186,10 +191,12 @@ def expected_collectives(
 
 def likely_extents(topology: Topology, mesh: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Axis → chips along each dimension of the slice, the innermost axis placed first, without asking JAX."""
-    free = list(topology.shape)
+    free, cores = list(topology.shape), topology.generation.devices_per_chip
     extents = {}
     for axis in reversed(list(mesh)):
-        left = max(1, mesh[axis] // (topology.generation.devices_per_chip if axis == "context" else 1))
+        left = mesh[axis] // (topology.slices if axis == "data" else 1)
+        if cores > 1 and left % cores == 0:  # the devices of a chip go to the innermost axis (`parallel.mesh`)
+            left, cores = left // cores, 1
         spans = [1] * len(free)
         for place in sorted(range(len(free)), key=lambda place: (free[place] != left, -free[place])):
             spans[place] = math.gcd(left, free[place])

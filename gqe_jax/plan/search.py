@@ -98,15 +98,18 @@ def search(request: Request) -> list[Candidate]:
 
 
 def meshes(config: RunConfig, where: Topology, seq_len: int) -> Iterator[dict[str, int]]:
-    """Meshes of all devices that split the model evenly, and rows into parts of at least 4096 tokens."""
-    model, devices = config.model, where.num_devices
+    """Meshes of all devices that split the model evenly, and rows into parts of at least 4096 tokens.
+
+    Several slices lie along `data`: the other axes stay inside one.
+    """
+    model, devices = config.model, where.slice_devices
     for expert, context in itertools.product(_powers(model.attention.num_kv_heads), _powers(max(1, seq_len // 4096))):
         rest = devices // (expert * context)
         if devices % (expert * context) or model.d_ff % expert or model.vocab_size % expert or seq_len % (2 * context):
             continue
         for fsdp in _powers(rest):
             if model.d_model % (fsdp * context) == 0:
-                yield dict(zip(AXES, (rest // fsdp, fsdp, expert, context), strict=True))
+                yield dict(zip(AXES, (where.slices * rest // fsdp, fsdp, expert, context), strict=True))
 
 
 def remedies(request: Request, mesh: Mapping[str, int]) -> list[Candidate]:

@@ -204,6 +204,8 @@ def _check_sizes(
         "num_attention_heads": (heads, most, "numbers in its largest tensor"),
         "num_key_value_heads": (attention["num_kv_heads"], most, "numbers in its largest tensor"),
         "head_dim": (attention.get("head_dim") or 1, most, "numbers in its largest tensor"),
+        "kv_lora_rank": (attention.get("latent_dim", 1), most, "numbers in its largest tensor"),
+        "qk_rope_head_dim": (attention.get("rope_dim", 1), most, "numbers in its largest tensor"),
     }
     for name, (claimed, there, what) in claims.items():
         if claimed > there:

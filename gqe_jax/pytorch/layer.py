@@ -26,6 +26,9 @@ def layer_to_torch(layer: Attention) -> dict[str, np.ndarray]:
     | `head_mask` | [G, R] | unequal groups: 1 where a place of a group holds a head |
     | `heads_per_kv`, `key_norm`, `allocation_steps` | [G], [G], [1] | key-driven: runs of query heads, and state |
     | `router.bias_correction` | [G·M] | loss-free balancing: added to the probabilities for the selection only |
+    | `kv_down.weight`, `k_rope.weight` | [r, d], [R, d] | MLA, which has no k_proj and v_proj |
+    | `k_up.weight`, `v_up.weight` | [G·D, r] | MLA, whose q_proj has H·(D + R) rows |
+    | `latent_norm.weight` | [r] | MLA with a norm of the latent |
 
     With `bias`, `q_proj.bias`, `k_proj.bias`, `v_proj.bias`, `o_proj.bias` and `q_shared.bias` stand beside them. A
     dense layer's names and shapes are those of a Llama (with QK norm: Qwen3) attention block.

@@ -15,6 +15,7 @@ from gqe_jax.models.transformer import abstract_model
 from gqe_jax.parallel.rules import Placed, placed_variables
 from gqe_jax.pytorch.names import (
     ATTENTION_PREFIX,
+    ATTENTION_ROWS,
     BLOCK_PREFIX,
     BLOCK_ROWS,
     MODEL_ROWS,
@@ -130,31 +131,34 @@ def to_write(
     """
     abstract, exact = abstract_parameters(config), exact_parameters(config)
     result = []
-    for tensor in torch_tensors({path: leaf.shape for path, leaf in abstract.items()}):
+    tensors = torch_tensors({path: leaf.shape for path, leaf in abstract.items()})
+    for tensor in tensors:
         path = tensor.parts[0].path
         own = np.dtype(abstract[path].dtype)
         own = np.dtype(np.float32) if own.kind in "biu" else own
         target = own if dtype is None or path in exact else np.dtype(dtype)
         make = functools.partial(tensor.gather, read)
         result.append(Tensor(tensor.name, tensor.shape, target, make, source=tensor.parts[0].path))
-    for name, shape in _zeros(config, zero_biases):
+    for name, shape in _zeros(config, tensors, zero_biases):
         target = np.dtype(np.float32 if ".router." in name else dtype or config.param_dtype)
         result.append(Tensor(name, shape, target, functools.partial(np.zeros, shape, target)))
     return result
 
 
-def _zeros(config: ModelConfig, zero_biases: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _zeros(
+    config: ModelConfig, tensors: Sequence[TorchTensor], zero_biases: bool
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Returns names and shapes of exported tensors of zeros, which correspond to none of our parameters."""
     attention = config.attention
-    heads, kv_heads = attention.query_heads[1], attention.num_kv_heads
     for layer in range(config.num_layers):
         prefix = ATTENTION_PREFIX.format(layer=layer)
         yield from ((prefix + name, shape) for name, shape in attention.zero_tensors(config.d_model).items())
-        if zero_biases and not attention.bias:
-            for name, count in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
-                yield f"{prefix}{name}.bias", (count * attention.head_dim,)
-        if zero_biases and not attention.has_out_bias:
-            yield f"{prefix}o_proj.bias", (config.d_model,)
+        if zero_biases:
+            own = {tensor.name.removeprefix(prefix): tensor.shape for tensor in tensors if tensor.layer == layer}
+            biases = {name: f"{name.removesuffix('.weight')}.bias" for name in own if name.endswith(".weight")}
+            for name, bias in biases.items():
+                if bias in ATTENTION_ROWS and bias not in own:
+                    yield prefix + bias, own[name][:1]
 
 
 def parameter_bytes(abstract: Mapping[str, jax.ShapeDtypeStruct]) -> int:

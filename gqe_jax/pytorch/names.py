@@ -22,7 +22,8 @@ class Part(NamedTuple):
     "d -> gmD" is a kernel with input axis d and output axes g, m, D: PyTorch's weight is [(g m D), d]. Without an arrow
     (biases, norm scales, buffers) nothing is transposed, and each word is an axis of PyTorch's: "gmD" is one axis,
     "v d" two. Letters: d model width, g KV group, m query head of the group, k slot, D head dimension, e the two extra
-    slots (ō, then the shared head), f hidden width of the MLP, v vocabulary, 1 a single number.
+    slots (ō, then the shared head), r latent, R the key that heads share, f hidden width of the MLP, v vocabulary, 1 a
+    single number.
     """
 
     path: str
@@ -64,6 +65,13 @@ ATTENTION_ROWS: Rows = {
     "k_proj.bias": (Part("k_proj.bias", "gD"),),
     "v_proj.weight": (Part("v_proj.kernel", "d -> gD"),),
     "v_proj.bias": (Part("v_proj.bias", "gD"),),
+    "kv_down.weight": (Part("kv_down.kernel", "d -> r"),),
+    "kv_down.bias": (Part("kv_down.bias", "r"),),
+    "latent_norm.weight": (Part("latent_norm.scale", "r"),),
+    "k_rope.weight": (Part("k_rope.kernel", "d -> R"),),
+    "k_rope.bias": (Part("k_rope.bias", "R"),),
+    "k_up.weight": (Part("k_up.kernel", "r -> gD"),),
+    "v_up.weight": (Part("v_up.kernel", "r -> gD"),),
     "q_norm.weight": (Part("q_norm.scale", "D"),),
     "k_norm.weight": (Part("k_norm.scale", "D"),),
     "router.weight": (Part("router.proj.kernel", "d -> gm"),),

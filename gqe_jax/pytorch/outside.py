@@ -41,7 +41,8 @@ CONFIG_RULES = {
     **dict.fromkeys(("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"), is_number(0)),
     "router_jitter": is_number(0),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), FLAG),
-    **dict.fromkeys(("qk_norm", "router_bias", "is_causal"), FLAG),
+    **dict.fromkeys(("qk_norm", "router_bias", "is_causal", "latent_norm"), FLAG),
+    **dict.fromkeys(("kv_lora_rank", "qk_rope_head_dim", "rope_repeats"), is_whole(1)),
 }
 ROPE_RULES = {
     "type": TEXT,

@@ -101,7 +101,7 @@ class Checkpoints:
         params: Any,
         opt_state: Any | None,
         train: Any,
-        data: Mapping[str, int],
+        data: Mapping[str, Any],
         config: Mapping[str, Any],
         tokenizer: Mapping[str, bytes],
         wait: bool = False,
@@ -113,7 +113,7 @@ class Checkpoints:
           params: parameters, tree of arrays.
           opt_state: optimizer state, tree of arrays; None: the checkpoint is one of parameters alone.
           train: the rest of the training state, tree of arrays.
-          data: position in the data: seed and step.
+          data: JSON-serialisable: seed, step, and the position in the data as `Position.to_json` gives it.
           config: resolved configuration, JSON-serialisable.
           tokenizer: files of the tokenizer, by name.
           wait: return only when the checkpoint is complete.
@@ -196,8 +196,8 @@ class Checkpoints:
         found = (root / item).is_dir() if self._remote else item in integrity.recorded_items(Path(root))
         return bool(first_says(item if found else ""))
 
-    def read_data(self, step: int) -> dict[str, int]:
-        """The position in the data, saved with `step`."""
+    def read_data(self, step: int) -> dict[str, Any]:
+        """Seed, step and position in the data, saved with `step`."""
         return self._read_json(step, "data")
 
     def restore(self, step: int, *, params: Any, opt_state: Any = None, train: Any = None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Reads a trained model back from the checkpoints of its run."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gqe_jax.attention import Buffer
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build
 from gqe_jax.data.tokenizer import Tokenizer, tokenizer_from_files
+from gqe_jax.kernels.choose import platform_lacking, target_platform
 from gqe_jax.models.transformer import Transformer, abstract_model
 from gqe_jax.parallel.mesh import check_model, make_mesh
 from gqe_jax.parallel.rules import state_shardings
@@ -23,7 +25,11 @@ from gqe_jax.runs.state import TrainState, items_of, state_of
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """A model as a checkpoint holds it, with what is needed to use it."""
+    """A model as a checkpoint holds it, with what is needed to use it.
+
+    `config` is the checkpoint's, but for an implementation of attention that the devices cannot run: None stands there,
+    and a warning says so.
+    """
 
     step: int
     config: RunConfig
@@ -49,10 +55,10 @@ def load_model(
         step = chosen_step(checkpoints, directory, step)
         form = checkpoints.read_format(step)
         checkpoints.verify(step, items=("config", "tokenizer"))
-        config = build(checkpoints.read_config(step))
         tokenizer = tokenizer_from_files(checkpoints.read_tokenizer(step))
         if mesh is None:
             mesh = make_mesh(devices=jax.local_devices()[:1])
+        config = _that_runs_on(mesh, build(checkpoints.read_config(step)))
         check_model(mesh, config.model)
         abstract = abstract_model(config.model)
         graphdef, params, buffers = nnx.split(abstract, nnx.Param, Buffer)
@@ -66,6 +72,23 @@ def load_model(
         state = state_of(checkpoints.restore(step, **abstract_items(state, form, abstract, mesh)), form)
     model = nnx.merge(graphdef, state.params, state.buffers)
     return TrainedModel(step, config, tokenizer, model)
+
+
+def _that_runs_on(mesh: jax.sharding.Mesh, config: RunConfig) -> RunConfig:
+    """The configuration; without its implementation of attention where that is for other devices than the mesh's."""
+    attention = config.model.attention
+    with jax.set_mesh(mesh):
+        platform = target_platform()
+    lacking = platform_lacking(attention.implementation, platform)
+    if lacking is None:
+        return config
+    logging.getLogger("gqe_jax").warning(
+        "the run names model.attention.implementation=%r, which needs %s: here attention takes the fastest that runs",
+        attention.implementation,
+        lacking,
+    )
+    attention = dataclasses.replace(attention, implementation=None)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
 
 
 def chosen_step(checkpoints: Checkpoints, directory: str | Path, step: int | None) -> int:

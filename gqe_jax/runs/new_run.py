@@ -15,6 +15,7 @@ from flax import nnx
 from gqe_jax.attention import Buffer
 from gqe_jax.config import RunConfig
 from gqe_jax.config_dict import to_dict
+from gqe_jax.data.reading.position import BEGINNING
 from gqe_jax.data.tokenizer import Tokenizer
 from gqe_jax.models.transformer import abstract_model
 from gqe_jax.runs import directory as runs
@@ -57,7 +58,7 @@ def save_run(folder: Path, config: RunConfig, tokenizer: Tokenizer, arrays: Mapp
             checkpoints.save(
                 0,
                 **items_of(state),
-                data={"seed": config.data.seed, "step": 0, "prepared": ""},
+                data={"seed": config.data.seed, "step": 0, "position": BEGINNING.to_json()},
                 config=to_dict(config),
                 tokenizer=tokenizer.files(),
                 wait=True,

@@ -13,8 +13,11 @@ from etils import epath
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build
 
-DIMENSIONS = {"loss": 0, "eval/loss": 0, "load": 3, "eval/load": 3, "entropy": 1, "heads": 2}
-"""Metric → its dimensions, for what is drawn: load [L, G, M], entropy [L], heads [L, G]."""
+DIMENSIONS = {
+    "loss": 0, "eval/loss": 0, "load": 3, "eval/load": 3, "entropy": 1, "heads": 2, "eval/by_position": 2
+}  # fmt: skip
+"""Metric → its dimensions, for what is drawn: load [L, G, M], entropy [L], heads [L, G], rows of first, last, loss and
+tokens."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import optax
 
-FORMAT = 2
-"""Number of the form of checkpoints that is written. 1, which is read too, named the buffers `router_bias`."""
+FORMAT = 3
+"""Number of the form of checkpoints that is written. Read too: 2, which has the step for a position in the data, and 1,
+which also named the buffers `router_bias`."""
 
 
 @jax.tree_util.register_dataclass

@@ -1,6 +1,7 @@
 """What a run says while it trains: progress lines, metrics, warnings, and the check for finite numbers."""
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -101,6 +102,7 @@ class Log:
             return
         record: dict[str, Any] = {"eval/loss": result.loss, "eval/bits_per_byte": result.bits_per_byte}
         record |= {"eval/tokens": result.tokens, "eval/load": result.load}
+        record["eval/by_position"] = [dataclasses.astuple(part) for part in result.by_position]
         self.writer.write(step, record | self._split("checkpoint", "evaluation"))
 
     def _write(self, step: int, metrics: dict[str, Any]) -> None:

@@ -10,14 +10,15 @@ import jax
 from etils import epath
 
 from gqe_jax import flops
-from gqe_jax.config import ConfigError, RunConfig
+from gqe_jax.config import ConfigError, RunConfig, require
 from gqe_jax.config_dict import build, to_dict
 from gqe_jax.data.reading.pipeline import check_readable, train_batches
+from gqe_jax.data.reading.position import BEGINNING, Position
 from gqe_jax.data.reading.prepared import PreparedData, open_data
 from gqe_jax.data.tokenizer import tokenizer_from_files
 from gqe_jax.evaluate import kernel_report
 from gqe_jax.evaluate.heldout import HeldOut, evaluate
-from gqe_jax.parallel.mesh import check_batch, check_model, describe, make_mesh, shard_batch
+from gqe_jax.parallel.mesh import check_batch, check_model, describe, local_rows, make_mesh, shard_batch
 from gqe_jax.processes.joined import check_equal, first_says
 from gqe_jax.runs import directory as runs
 from gqe_jax.runs.checkpoint import CheckpointDamaged, Checkpoints
@@ -66,7 +67,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
     # ---------------------------------------------------------------- data
     data = open_data(config.data, config.model)
     check_batch(mesh, config.data.batch_size // config.train.accumulate, data.seq_len)
-    check_readable(data, config.data.batch_size // config.train.accumulate, jax.process_count())
+    check_readable(data)
     say(f"data: {data.describe()}")
     check_equal("the prepared data", data.digest[:12], "point data.path at one directory that all machines share")
 
@@ -92,7 +93,7 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
         checkpoints = stack.enter_context(
             Checkpoints(directory / runs.CHECKPOINTS, keep=config.train.keep, every=config.train.checkpoint_every)
         )
-        state = _restore(checkpoints, directory, step, data, previous_checkpoint)
+        state, position = _restore(checkpoints, directory, step, data, previous_checkpoint)
         start = 0 if state is None else int(state.step)
         if start > steps:
             raise ConfigError(
@@ -118,13 +119,16 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
             watchdog.alive()
             return asked_to_stop()  # the same answer on every process
 
+        def position_at(now: int) -> Position:
+            return position.after(data, (now - start) * config.data.batch_size)
+
         def save(now: int, *, wait: bool) -> None:
             with watchdog.patient(), log.pause("checkpoint"):  # reads this step's metrics: only a finite step is saved
                 writer.upload()
                 checkpoints.save(
                     now,
                     **items_of(state),
-                    data={"seed": config.data.seed, "step": now, "prepared": data.digest},
+                    data={"seed": config.data.seed, "step": now, "position": position_at(now).to_json()},
                     config=to_dict(config),
                     tokenizer=data.tokenizer.files(),
                     wait=wait,
@@ -160,8 +164,8 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
             batch_size=config.data.batch_size,
             seed=config.data.seed,
             start_step=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            position=position,
+            rows=local_rows(mesh, config.data.batch_size),
             workers=config.data.workers,
         )
         batches = (shard_batch(mesh, batch) for batch in stack.enter_context(rows))
@@ -213,17 +217,22 @@ def _restore(
     step: Step,
     data: PreparedData,
     previous_checkpoint: bool,
-) -> TrainState | None:
+) -> tuple[TrainState | None, Position]:
     newest = json.loads(first_says(json.dumps(checkpoints.latest())))
     if newest is None:
-        return None
+        return None, BEGINNING
     try:
         checkpoints.verify(newest, items=("config", "tokenizer", "data"))
         saved = build(checkpoints.read_config(newest))
         runs.check_same_model(directory, saved, step.config)
         data.check_tokenizer(tokenizer_from_files(checkpoints.read_tokenizer(newest)))
-        read_so_far = checkpoints.read_data(newest)
         form = checkpoints.read_format(newest)
+        position = _position(checkpoints, newest, saved, data)
+        require(
+            saved.data.seed == step.config.data.seed or not any(position.rows(data)),
+            f"data.seed was {saved.data.seed} and is now {step.config.data.seed}: in another order the run would read "
+            f"rows of an epoch that has begun again; set data.seed={saved.data.seed}, or choose another directory",
+        )
         wanted = step.abstract_state
         if not checkpoints.has_optimizer(newest):
             wanted = dataclasses.replace(wanted, opt_state=None)
@@ -237,7 +246,19 @@ def _restore(
     say(f"resuming {directory} from step {newest}")
     for line in runs.differences(saved, step.config):
         say(f"changed since: {line}")
-    if read_so_far["prepared"] != data.digest:
-        say(f"changed since: the prepared data; the run goes on with the rows of {data.name}")
+    if position.prepared not in ("", data.digest):
+        say("changed since: the prepared data or its weights")
+    say(f"rows read so far: {position.describe(data)}")
     state = state_of(items, form)
-    return state if state.opt_state is not None else step.with_fresh_optimizer(state)
+    return (state if state.opt_state is not None else step.with_fresh_optimizer(state)), position
+
+
+def _position(checkpoints: Checkpoints, newest: int, saved: RunConfig, data: PreparedData) -> Position:
+    """How far the run has read; before form 3 that is step times batch size, if `data` is what it read."""
+    content = checkpoints.read_data(newest)
+    if checkpoints.read_format(newest) >= 3:
+        return Position.read(content.get("position"), f"{checkpoints.directory}/{newest}/data")
+    if newest == 0 or content.get("prepared") == data.digest:
+        return BEGINNING.after(data, newest * saved.data.batch_size)
+    say("changed since: the prepared data; the checkpoint is too old to say how far each set was read: all begin anew")
+    return BEGINNING

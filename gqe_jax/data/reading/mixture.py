@@ -46,6 +46,11 @@ class Schedule:
         chosen = int(self._order[place])
         return chosen, cycle * self._quotas[chosen] + int(self._before[place])
 
+    def given(self, position: int) -> np.ndarray:
+        """How many rows each set has given before a position, [sets]."""
+        cycle, place = divmod(position, len(self._order))
+        return cycle * np.array(self._quotas) + np.bincount(self._order[:place], minlength=len(self._quotas))
+
 
 def _one_period(quotas: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """(set at each position, rows it has given before)."""

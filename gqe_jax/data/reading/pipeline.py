@@ -1,7 +1,8 @@
 """Batches from prepared rows, through grain: shuffled for training, in order for evaluation.
 
-The global batch s is a pure function of (seed, s). A process reads only its own rows, a contiguous slice of each global
-batch, so any number of processes sees the same global batches, and seeking to a step costs nothing.
+The global batch s is a pure function of (seed, position that the run went on from, s). A process reads only rows that
+its devices hold a part of, so any number of processes sees the same global batches, and seeking to a step costs
+nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from gqe_jax.config import ConfigError
 from gqe_jax.data.manifest import Manifest, check_sizes
-from gqe_jax.data.reading.mixture import Schedule
+from gqe_jax.data.reading.position import BEGINNING, Position
 from gqe_jax.data.reading.prepared import PreparedData, PreparedSet
 from gqe_jax.data.rows import decode_rows
 from gqe_jax.processes.parent import end_with_parent
@@ -173,45 +174,54 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    position: Position | None = None,
+    rows: Sequence[int] | None = None,
     workers: int = 0,
 ) -> Batches:
-    """Endless training batches, from that of step `start_step` on: this process's rows of each global batch.
+    """Endless training batches, from that of step `start_step` on.
 
     Args:
       data: one prepared set, or a mixture.
       batch_size: rows of the global batch. Every epoch of a set holds each of its rows once, in an order of its own;
         batches go on across the end of an epoch. The sets of a mixture take turns by `mixture.Schedule`.
       seed: of the order, in [0, 2**32).
+      position: what was read before the batch of `start_step`; None: `start_step` batches of this size.
+      rows: which rows of each global batch to read (`parallel.mesh.local_rows`); None: all.
       workers: processes that read; 0: threads of this one.
 
-    Returns an iterator of dicts of arrays [batch_size / process_count, S] (see `rows.decode_rows`).
-    Raises ConfigError for data that is missing or damaged, or a batch_size that the processes cannot share.
+    Returns an iterator of dicts of arrays [number of rows, S] (see `rows.decode_rows`).
+    Raises ConfigError for data that is missing or damaged, or a batch_size below 1.
     """
-    mine = _share(batch_size, process_index, process_count)
+    if batch_size < 1:
+        raise ConfigError(f"data.batch_size={batch_size} must be at least 1: raise it")
     if not 0 <= seed < 2**32:
         raise ConfigError(f"data.seed={seed} must lie in [0, 2**32): choose another seed")
-    stream = TrainingStream(data, seed)
-    return Batches(TrainingBatch(stream, batch_size, mine), start_step, sys.maxsize // batch_size, workers)
+    if position is None:
+        position = BEGINNING.after(data, start_step * batch_size)
+    slots = range(batch_size) if rows is None else rows
+    batch = TrainingBatch(TrainingStream(data, seed, position), batch_size, slots)
+    return Batches(batch, 0, sys.maxsize // batch_size, workers)
 
 
 class TrainingStream:
-    """The endless stream of training rows of a set or a mixture; any position is looked up at once."""
+    """The endless stream of training rows of a set or a mixture from a position on; any row is looked up at once."""
 
-    def __init__(self, data: PreparedData, seed: int):
+    def __init__(self, data: PreparedData, seed: int, start: Position = BEGINNING):
         self.rows = [PreparedRows(part.directory, "train", part.damaged) for part in data.sets]
-        self._schedule = Schedule(data.quotas)
-        self._orders = [EpochOrder(len(rows), seed, stream) for stream, rows in enumerate(self.rows)]
+        start = start.on(data)
+        known = [start.sets[part.digest] for part in data.sets]
+        self._schedule, self._turn = data.schedule, start.turn
+        self._first = np.array([part.rows for part in known]) - self._schedule.given(start.turn)
+        self._orders = [EpochOrder(len(rows), seed, part.order) for rows, part in zip(self.rows, known, strict=True)]
 
-    def __getitem__(self, position: int) -> tuple[int, int]:
-        """(number of the set, number of the row in it) at a position."""
-        chosen, draw = self._schedule[position]
-        return chosen, self._orders[chosen][draw]
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        """(number of the set, number of the row in it) of a row of the stream."""
+        chosen, draw = self._schedule[self._turn + number]
+        return chosen, self._orders[chosen][int(self._first[chosen]) + draw]
 
-    def read(self, positions: Sequence[int]) -> dict[str, np.ndarray]:
-        """The batch of the rows at these positions."""
-        places = [self[position] for position in positions]
+    def read(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        """The batch of these rows of the stream."""
+        places = [self[number] for number in numbers]
         records = [b""] * len(places)
         for number, rows in enumerate(self.rows):
             slots = [slot for slot, (chosen, _) in enumerate(places) if chosen == number]
@@ -223,11 +233,11 @@ class TrainingStream:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingBatch:
-    """Returns, for a step, this process's part of the global batch."""
+    """Returns, by the number of steps since the stream's beginning, the rows at `slots` of the global batch."""
 
     stream: TrainingStream
     batch_size: int
-    slots: range
+    slots: Sequence[int]
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         return self.stream.read([step * self.batch_size + slot for slot in self.slots])
@@ -257,34 +267,20 @@ def _epoch_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def heldout_batches(data: PreparedSet, batch_size: int, process_index: int = 0, process_count: int = 1) -> Batches:
-    """The held-out rows in order, once: this process's rows of each global batch of `batch_size`.
+def heldout_batches(data: PreparedSet, batch_size: int, chosen: Sequence[int] | None = None) -> Batches:
+    """The held-out rows in order, once, in global batches of `batch_size`; of each the rows `chosen` (None: all).
 
     The last batch is filled up with rows of padding (mask False), so every token counts exactly once and all processes
     get equally many batches. Raises as `train_batches`.
     """
-    mine = _share(batch_size, process_index, process_count)
+    chosen = range(batch_size) if chosen is None else chosen
     rows = PreparedRows(data.directory, "heldout", data.damaged)
     num_batches = -(-len(rows) // batch_size)
-    return Batches(lambda number: rows.read([number * batch_size + i for i in mine]), 0, num_batches)
+    return Batches(lambda number: rows.read([number * batch_size + i for i in chosen]), 0, num_batches)
 
 
-def check_readable(data: PreparedData, batch_size: int, process_count: int) -> None:
+def check_readable(data: PreparedData) -> None:
     """Opens all that training and evaluation will read. Raises as `train_batches`, before anything depends on it."""
-    _share(batch_size, 0, process_count)
     for part in data.sets:
         for split in ("train", "heldout"):
             PreparedRows(part.directory, split, part.damaged)
-
-
-def _share(batch_size: int, process_index: int, process_count: int) -> range:
-    """The slots of a global batch that this process reads."""
-    if not 0 <= process_index < process_count:
-        raise ConfigError(f"process_index={process_index} must lie in [0, process_count={process_count})")
-    if batch_size < 1 or batch_size % process_count:
-        raise ConfigError(
-            f"data.batch_size={batch_size} is no positive multiple of the number of processes ({process_count}), of "
-            f"which each reads an equal share: set it to a multiple of {process_count}"
-        )
-    local = batch_size // process_count
-    return range(process_index * local, (process_index + 1) * local)

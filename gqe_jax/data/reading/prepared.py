@@ -11,13 +11,14 @@ import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
 from gqe_jax.config import ConfigError, DataConfig, ModelConfig
 from gqe_jax.data.manifest import MANIFEST_FILE, FileRecord, Manifest, check_sizes, damaged_files, prepared_tokenizer
 from gqe_jax.data.preparing.prepare import cache_directory, default_corpus_dir
-from gqe_jax.data.reading.mixture import Part, parse_mixture, quotas, read_mixture
+from gqe_jax.data.reading.mixture import Part, Schedule, parse_mixture, quotas, read_mixture
 from gqe_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -36,6 +37,21 @@ class PreparedSet:
     directory: Path
     manifest: Manifest
     damaged: frozenset[str] = frozenset()
+
+    @property
+    def parts(self) -> list[Any]:
+        """What decides its rows: the manifest, which holds the hashes of all files, and the shards left out."""
+        return [self.manifest.to_json(), sorted(self.damaged)]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of what decides its rows, wherever it lies."""
+        return hashlib.sha256(json.dumps(self.parts).encode()).hexdigest()
+
+    @property
+    def train_rows(self) -> int:
+        """Rows of an epoch of training."""
+        return sum(shard.rows for shard in self.manifest.train.shards if shard.name not in self.damaged)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +86,12 @@ class PreparedData:
     @functools.cached_property
     def digest(self) -> str:
         """Hash of what decides the batches: manifests, which hold the hashes of all files, quotas, shards left out."""
-        parts = [[data.manifest.to_json(), sorted(data.damaged)] for data in self.sets]
-        return hashlib.sha256(json.dumps([parts, self.quotas]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([[data.parts for data in self.sets], self.quotas]).encode()).hexdigest()
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """Whose turn it is at each position of the stream of training rows."""
+        return Schedule(self.quotas)
 
     def tokens_per_byte(self, split: str) -> float:
         """Targets of the split over bytes of its text: nats per token times this over ln 2 are bits per byte.
@@ -131,6 +151,7 @@ def open_data(config: DataConfig, model: ModelConfig, tokenizer: Tokenizer | Non
             data.manifest.check_tokenizer(tokenizer)
     _require_fit(sets, model)
     checked = tuple(_check_files(data, config) for data in sets)
+    _refuse_copies(checked)
     return PreparedData(checked, tuple(weights), prepared_tokenizer(checked[0].directory))
 
 
@@ -173,6 +194,16 @@ def _require_fit(sets: Sequence[PreparedSet], model: ModelConfig) -> None:
             raise ConfigError(
                 f"data.path={str(data.directory)!r} holds no held-out text to evaluate on: prepare it again with "
                 f"--heldout above 0"
+            )
+
+
+def _refuse_copies(sets: Sequence[PreparedSet]) -> None:
+    names: dict[str, str] = {}
+    for data in sets:
+        if (other := names.setdefault(data.digest, data.name)) != data.name:
+            raise ConfigError(
+                f"a mixture's sets must differ, and {other} and {data.name} are copies of the same rows: name one of "
+                f"them, with the sum of their weights"
             )
 
 

@@ -25,15 +25,15 @@ from jax.experimental.pallas import tpu as pltpu
 from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.mesh_axes import result, vary, varying_axes
 from gqe_jax.kernels.tpu.backward_blocks import BackwardBlocks
-from gqe_jax.kernels.tpu.backward_step import Step
-from gqe_jax.kernels.tpu.plan import Plan
+from gqe_jax.kernels.tpu.backward_step import BackwardStep
+from gqe_jax.kernels.tpu.plan import KernelPlan
 from gqe_jax.kernels.tpu.q_bounds import q_bounds
 from gqe_jax.rounding import ceil_div
 from gqe_jax.tpu import LANES
 
 
 def backward(
-    plan: Plan, mask: Mask, operands, o: jax.Array, do: jax.Array, lse: jax.Array, dlse: jax.Array
+    plan: KernelPlan, mask: Mask, operands, o: jax.Array, do: jax.Array, lse: jax.Array, dlse: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """dq [B, S, G·M·D], dk and dv [B, T, G·D] in q's dtype, and the gradient of the norm's scale, float32 [D].
 
@@ -42,7 +42,7 @@ def backward(
       o, do: [B, S, G·K·D]; lse, dlse: float32 [B, G·K, 1, S].
     """
     blocks = plan.backward_blocks
-    call = Call(plan, blocks, operands)
+    call = BackwardCall(plan, blocks, operands)
     bounds = q_bounds(mask, plan.q_len, plan.kv_len, blocks.block_q, blocks.block_kv).reshape(-1)
     limits = [operands["limits"]] if "limits" in operands else []
     inputs = dict(operands, o=o, do=do, lse=lse, dlse=dlse)
@@ -77,10 +77,10 @@ def backward(
     return dq, dk, dv, jnp.sum(d_scale[0].reshape(-1, plan.head_dim), axis=0)
 
 
-class Call:
+class BackwardCall:
     """Describes the Pallas call: its windows onto HBM, its scratch, and its three kinds of grid steps."""
 
-    def __init__(self, plan: Plan, blocks: BackwardBlocks, operands):
+    def __init__(self, plan: KernelPlan, blocks: BackwardBlocks, operands):
         self.plan, self.blocks = plan, blocks
         self.num_q_blocks = ceil_div(plan.q_len, blocks.block_q)
         self.num_kv_blocks = ceil_div(plan.kv_len, blocks.block_kv)
@@ -197,7 +197,7 @@ class Call:
             scalars, refs = refs[:num_scalars], refs[num_scalars:]
             ins, refs = dict(zip(names + sums, refs, strict=False)), refs[len(names + sums) :]
             outs, refs = refs[: len(out_specs)], refs[len(out_specs) :]
-            Step(self, scalars, ins, outs, dict(zip(scratch, refs, strict=True))).run()
+            BackwardStep(self, scalars, ins, outs, dict(zip(scratch, refs, strict=True))).run()
 
         return pl.pallas_call(
             body,

@@ -20,8 +20,8 @@ PART = 512
 """Queries that go through the prologue or epilogue at one time: their values stay in registers, latencies overlap."""
 
 
-class Step:
-    """One step of the grid of a `backward.Call`, by the references to its windows and its scratch."""
+class BackwardStep:
+    """One step of the grid of a `backward.BackwardCall`, by the references to its windows and its scratch."""
 
     def __init__(self, call, scalars, inputs, outputs, scratch):
         self.call, self.plan, self.blocks = call, call.plan, call.blocks

@@ -52,7 +52,7 @@ VMEM_LIMIT_BYTES = 40 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _DecodePlan:
     """Holds what is static about one call."""
 
     scale: float
@@ -68,6 +68,7 @@ class _Plan:
     width: int  # of a row of K, in lanes
     value_width: int
     has_shared: bool
+    has_unread: bool  # there may be KV heads that no run reads
     block_kv: int
 
     @property
@@ -153,7 +154,7 @@ def decode(
     if q_shared is not None:
         q_shared = prepare_queries(q_shared[:, :, None, None, :], None, q_norm, q_rope)[:, :, 0, 0]
     side_by_side = heads_side_by_side(num_kv_heads, head_dim, value_dim)
-    plan = _Plan(
+    plan = _DecodePlan(
         scale=scale,
         softcap=softcap,
         causal=mask.causal,
@@ -167,6 +168,7 @@ def decode(
         width=side_by_side * head_dim,
         value_width=side_by_side * value_dim,
         has_shared=q_shared is not None,
+        has_unread=q_shared is None and kv_head is not None,
         block_kv=block_kv or 0,
     )
     if not block_kv:
@@ -181,7 +183,8 @@ def decode(
     first_row = 0 if layer is None else layer * batch
     k = k.reshape(-1, plan.kv_len * plan.token_rows, plan.width)
     v = v.reshape(-1, plan.kv_len * plan.token_rows, plan.value_width)
-    o, lse = _attend(plan, mask, kv_head, rows, k, v, first_row)
+    read = _lanes_read(plan, kv_head) if plan.has_unread else ()
+    o, lse = _attend(plan, mask, kv_head, read, rows, k, v, first_row)
 
     count = q_len * num_runs * num_slots
     o_routed = o[:, :count].reshape(*q.shape[:-1], side_by_side, value_dim)
@@ -193,14 +196,21 @@ def decode(
     return o_routed, lse, jnp.mean(shared, axis=-2, dtype=jnp.float32).astype(q.dtype)
 
 
-def _block_kv(plan: _Plan, dtype) -> int:
+def _block_kv(plan: _DecodePlan, dtype) -> int:
     """Tokens per block: a multiple of 128, 1 MiB at most of K, of V and of the scores of all rows."""
     row_bytes = dtype.itemsize * round_up(max(plan.width, plan.value_width), LANES)
     token_bytes = plan.token_rows * max(row_bytes, 4 * plan.rows * BLOCK_BYTES // SCORE_BYTES)
     return min(max(BLOCK_BYTES // token_bytes // LANES, 1) * LANES, round_up(plan.kv_len, LANES))
 
 
-def _attend(plan: _Plan, mask: Mask, kv_head, rows, k, v, first_row):
+def _lanes_read(plan: _DecodePlan, kv_head):
+    """(for K [L, W], for V [L, Wv]), float32: 1 in the lanes of KV heads that some run reads, 0 in the others."""
+    read = jnp.zeros(plan.num_kv_heads, jnp.float32).at[kv_head].set(1.0).reshape(plan.token_rows, -1)
+    widths = plan.width // plan.side_by_side, plan.value_width // plan.side_by_side
+    return tuple(jnp.tile(jnp.repeat(read, width, axis=1), (plan.block_kv, 1)) for width in widths)
+
+
+def _attend(plan: _DecodePlan, mask: Mask, kv_head, read, rows, k, v, first_row):
     """o [B, N, Wv] in the dtype of rows, lse float32 [B, N, 128]; batch row b reads row first_row + b of K and V."""
     batch, token_rows = rows.shape[0], plan.token_rows
     num_blocks = ceil_div(plan.kv_len, plan.block_kv)
@@ -249,6 +259,7 @@ def _attend(plan: _Plan, mask: Mask, kv_head, rows, k, v, first_row):
                 whole(*row_data.shape),
                 whole(*column_data.shape),
                 whole(*mean.shape),
+                tuple(whole(*x.shape) for x in read),
             ],
             out_specs=[per_row(plan.rows, plan.value_width), per_row(plan.rows, LANES)],
             scratch_shapes=[
@@ -282,11 +293,12 @@ def _attend(plan: _Plan, mask: Mask, kv_head, rows, k, v, first_row):
         row_data,
         jnp.asarray(column_data),
         jnp.asarray(mean, jnp.float32),
+        read,
     )
 
 
 def _kernel(
-    plan: _Plan,
+    plan: _DecodePlan,
     # Prefetched scalars, one per batch row
     shift_ref,
     length_ref,
@@ -300,6 +312,7 @@ def _kernel(
     row_ref,  # [2, N, 1], position of a query, and which row of a token it reads (-1: all)
     column_ref,  # [2, 1, L], token of a column, and which row of the token
     mean_ref,  # [n, n], 1/G where two of n columns are of one token
+    read_refs,  # `_lanes_read`, or none
     # Outputs
     o_ref,  # [1, N, Wv]
     lse_ref,  # [1, N, 128]
@@ -359,11 +372,17 @@ def _kernel(
             sum_ref[...] = sum_ref[...] * decay + jnp.sum(p, axis=1, keepdims=True)
             acc_ref[...] = acc_ref[...] * decay + dot(p.astype(v.dtype), v, contract=(1, 0), exact=exact)
 
-        pl.when(is_whole)(lambda: add(k_ref[0], v_ref[0]))
+        def block_of_k_and_v():
+            if not plan.has_unread:
+                return k_ref[0], v_ref[0]
+            # A KV head that nobody reads may hold anything, and 0 · NaN is NaN.
+            return tuple(_where_read(ref[0], read[...]) for ref, read in zip((k_ref, v_ref), read_refs, strict=True))
+
+        pl.when(is_whole)(lambda: add(*block_of_k_and_v()))
 
         @pl.when(~is_whole)
         def _():
-            k, v = k_ref[0], v_ref[0]
+            k, v = block_of_k_and_v()
             add(mark_not_finite(k, v), finite(v))
 
     @pl.when(j == pl.num_programs(1) - 1)
@@ -374,6 +393,10 @@ def _kernel(
         o_ref[0] = o.astype(o_ref.dtype)
         lse = jnp.where(none_seen, EMPTY_LSE, (max_ref[...] + jnp.log2(row_sum)) / LOG2_E)
         lse_ref[0] = jnp.broadcast_to(lse, lse_ref.shape[1:])
+
+
+def _where_read(x, read):
+    return jnp.where(read > 0, x.astype(jnp.float32), 0.0).astype(x.dtype)  # not every vector unit knows bfloat16
 
 
 def _capped(plan, s):

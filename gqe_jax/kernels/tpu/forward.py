@@ -10,11 +10,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from gqe_jax.kernels.mesh_axes import result
-from gqe_jax.kernels.tpu.forward_step import ONES_ROWS, Step
-from gqe_jax.kernels.tpu.plan import Plan
+from gqe_jax.kernels.tpu.forward_step import ONES_ROWS, ForwardStep
+from gqe_jax.kernels.tpu.plan import KernelPlan
 
 
-def forward(plan: Plan, operands) -> tuple[jax.Array, jax.Array]:
+def forward(plan: KernelPlan, operands) -> tuple[jax.Array, jax.Array]:
     """o [B, S, G·K·D] in q's dtype, lse float32 [B, G·K, 1, S].
 
     operands: arrays in HBM, by name (`pallas_tpu._operands`).
@@ -67,7 +67,7 @@ def forward(plan: Plan, operands) -> tuple[jax.Array, jax.Array]:
         scalar_refs, refs = refs[: len(scalars)], refs[len(scalars) :]
         inputs = dict(zip(names, refs, strict=False))
         o_ref, lse_ref, *scratch_refs = refs[len(names) :]
-        Step(plan, scalar_refs, inputs, o_ref, lse_ref, dict(zip(scratch, scratch_refs, strict=True))).run()
+        ForwardStep(plan, scalar_refs, inputs, o_ref, lse_ref, dict(zip(scratch, scratch_refs, strict=True))).run()
 
     return pl.pallas_call(
         kernel,

@@ -33,7 +33,7 @@ PARTS_AHEAD = 3
 """Where scores stay in registers: parts of the rows that have theirs before the first is added."""
 
 
-class Step:
+class ForwardStep:
     """One step of the forward kernel's grid, by the references to its scalars, windows and scratch.
 
     Rows are those of all groups of the block, slot-major: row (p · K + slot) · block_q + query.

@@ -17,7 +17,7 @@ from gqe_jax.kernels.queries import prepare_queries
 from gqe_jax.kernels.tpu.backward import backward
 from gqe_jax.kernels.tpu.blocks import BlockSizes, tpu_generation
 from gqe_jax.kernels.tpu.forward import forward
-from gqe_jax.kernels.tpu.plan import MaskKind, Plan
+from gqe_jax.kernels.tpu.plan import KernelPlan, MaskKind
 from gqe_jax.kernels.tpu.schedule import row_bounds
 from gqe_jax.remat import ATTENTION_LSE, ATTENTION_OUT
 from gqe_jax.rounding import round_up
@@ -54,7 +54,7 @@ def _lack_of_memory(call) -> str | None:
     except ValueError:  # a host without a TPU asks what a TPU would run
         return None
     padded_dim, groups_per_block = _lanes(call.num_groups, call.num_experts, call.head_dim, call.kv_head)
-    plan = Plan(
+    plan = KernelPlan(
         batch=call.batch,
         num_groups=call.num_groups,
         num_experts=call.num_experts,
@@ -116,7 +116,7 @@ def pallas_tpu(
     value_dim = v.shape[3]
     v = jnp.pad(v, [(0, 0)] * 3 + [(0, head_dim - value_dim)])  # narrower values are padded to the width of keys
     padded_dim, groups_per_block = _lanes(num_groups, num_experts, head_dim, kv_head is not None)
-    plan = Plan(
+    plan = KernelPlan(
         batch=batch,
         num_groups=num_groups,
         num_experts=num_experts,
@@ -143,7 +143,7 @@ def pallas_tpu(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, mask: Mask, expert_index, kv_head, q_rope, q, k, v, norm_scale):
+def _attend(plan: KernelPlan, mask: Mask, expert_index, kv_head, q_rope, q, k, v, norm_scale):
     """o [B, S, G, K, D] in q's dtype, lse float32 [B, S, G, K]."""
     o, lse = forward(plan, _operands(plan, mask, expert_index, kv_head, q_rope, q, k, v, norm_scale))
     return _heads_apart(plan, o, plan.num_slots), _rows_to_heads(plan, lse)

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from gqe_jax.kernels.tpu import vmem
 from gqe_jax.kernels.tpu.backward_blocks import BackwardBlocks, backward_blocks
 from gqe_jax.kernels.tpu.blocks import Blocks, BlockSizes
-from gqe_jax.kernels.tpu.schedule import Schedule, make_schedule
+from gqe_jax.kernels.tpu.schedule import BlockSchedule, make_schedule
 from gqe_jax.rounding import round_up
 from gqe_jax.tpu import GENERATIONS, LANES
 
@@ -34,7 +34,7 @@ class MaskKind:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class KernelPlan:
     """Sizes and options of one call.
 
     Attributes:
@@ -82,7 +82,7 @@ class Plan:
         return backward_blocks(self)
 
     @functools.cached_property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> BlockSchedule:
         """The order in which the forward kernel visits blocks."""
         blocks = self.blocks
         return make_schedule(self.mask, self.q_len, self.kv_len, blocks.block_q, blocks.block_kv, blocks.unit)

@@ -1,8 +1,8 @@
 """The order in which a kernel's grid visits blocks of scores, and which of them it may leave out.
 
-A grid step (r, c) has a block of queries and a block of keys in memory, and `Schedule.block` says in closed form which:
-there is no table of blocks, on the host or in scalar memory. Within a step, loops run over the keys that the mask lets
-the queries see, `unit` keys at a time where the mask cuts through, several units at a time elsewhere.
+A grid step (r, c) has a block of queries and a block of keys in memory, and `BlockSchedule.block` says in closed form
+which: there is no table of blocks, on the host or in scalar memory. Within a step, loops run over the keys that the
+mask lets the queries see, `unit` keys at a time where the mask cuts through, several units at a time elsewhere.
 
 Plain causal attention folds its triangle. Row i of the triangle has `row_length(i)` blocks, and rows i and n − 1 − i
 have (nearly) the same number together: grid row r does row r, then row n − 1 − r, and no step is left empty.
@@ -28,7 +28,7 @@ from gqe_jax.rounding import ceil_div
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class BlockSchedule:
     """Which blocks of a [q_len, kv_len] matrix of scores are computed, in which order.
 
     Attributes:
@@ -148,13 +148,13 @@ def is_bounded(mask, q_len: int, kv_len: int) -> bool:
     return cut or mask.has_segments or mask.has_length
 
 
-def make_schedule(mask, q_len: int, kv_len: int, block_q: int, block_kv: int, unit: int) -> Schedule:
+def make_schedule(mask, q_len: int, kv_len: int, block_q: int, block_kv: int, unit: int) -> BlockSchedule:
     """The schedule of a `Mask`, or of its static part, a `MaskKind`."""
     width = ceil_div(kv_len, block_kv)
     if mask.window is not None:
         keys = block_q + (mask.window - 1) * (1 if mask.causal else 2)
         width = min(width, ceil_div(keys - 1, block_kv) + 1)
-    return Schedule(
+    return BlockSchedule(
         q_len,
         kv_len,
         block_q,
@@ -166,7 +166,7 @@ def make_schedule(mask, q_len: int, kv_len: int, block_q: int, block_kv: int, un
     )
 
 
-def row_bounds(mask: Mask, schedule: Schedule) -> jax.Array:
+def row_bounds(mask: Mask, schedule: BlockSchedule) -> jax.Array:
     """int32 [4, B · q blocks]: `kv_bounds` of each q block of each batch row, in units."""
     starts = jnp.arange(schedule.num_q_blocks, dtype=jnp.int32) * schedule.block_q
 

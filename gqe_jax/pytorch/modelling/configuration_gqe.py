@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig
 
-ATTENTION_KINDS = ("gqe", "gqa", "asym_gqa", "key_driven")
+ATTENTION_KINDS = ("gqe", "gqa", "asym_gqa", "key_driven", "mla")
 VARIANTS = ("gqe", "hard_concat", "weighted_concat")
 ROUTER_KINDS = ("learned", "fixed", "random")
 ROPE_KEYS = {  # kind → what it needs beside itself
@@ -15,17 +15,22 @@ ROPE_KEYS = {  # kind → what it needs beside itself
 
 
 class GQEConfig(PretrainedConfig):
-    """A Llama-style decoder whose attention is Grouped Query Experts ("gqe") or dense (the other kinds).
+    """A Llama-style decoder with Grouped Query Experts ("gqe"), latent ("mla") or dense attention (the other kinds).
 
     Keys that Llama has too mean what they mean there. The others, and those that differ:
 
     Args:
       attention_kind: "gqe"; "gqa" for dense attention by head counts (MHA, MQA, GQA, SQA); "asym_gqa" for dense
         attention in groups of unequal size, padded; "key_driven" for dense attention in which run g of the query heads,
-        `heads_per_kv[g]` of them in the weights, reads KV head g. Training here does not move `heads_per_kv`.
-      num_attention_heads: N, query-head experts of all groups; "gqa": query heads; "asym_gqa": places for them, of
-        which `num_query_heads` are taken, as the layers' `head_mask` says.
-      num_key_value_heads: G, KV heads, each with its group of N / G experts.
+        `heads_per_kv[g]` of them in the weights, reads KV head g; "mla" for latent attention. Training here does not
+        move `heads_per_kv`.
+      num_attention_heads: N, query-head experts of all groups; "gqa", "mla": query heads; "asym_gqa": places for them,
+        of which `num_query_heads` are taken, as the layers' `head_mask` says.
+      num_key_value_heads: G, KV heads, each with its group of N / G experts; "mla": those that a latent expands to.
+      kv_lora_rank: r, numbers of the latent of "mla".
+      qk_rope_head_dim: R, width of the rotated key of "mla" that all heads share.
+      rope_repeats: how many neighbouring pairs of R turn with the same frequency.
+      latent_norm: whether the latent has an RMS norm.
       router_top_k: k, experts that attend per token and group.
       head_dim: D; None is hidden_size / num_attention_heads.
       perturb: "key_driven": in training, subtract noise with the mean and deviation of each head's output.
@@ -62,6 +67,10 @@ class GQEConfig(PretrainedConfig):
         head_dim=None,
         attention_kind="gqe",
         perturb=False,
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+        rope_repeats=1,
+        latent_norm=False,
         router_top_k=1,
         variant="gqe",
         router_kind="learned",
@@ -99,6 +108,10 @@ class GQEConfig(PretrainedConfig):
         self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
         self.attention_kind = attention_kind
         self.perturb = perturb
+        self.kv_lora_rank = kv_lora_rank
+        self.qk_rope_head_dim = qk_rope_head_dim
+        self.rope_repeats = rope_repeats
+        self.latent_norm = latent_norm
         self.router_top_k = router_top_k
         self.variant = variant
         self.router_kind = router_kind
@@ -138,6 +151,11 @@ class GQEConfig(PretrainedConfig):
         return self.num_attention_heads // self.num_key_value_heads
 
     @property
+    def rotary_dim(self):
+        """How many dimensions have a frequency table."""
+        return self.qk_rope_head_dim // self.rope_repeats if self.attention_kind == "mla" else self.head_dim
+
+    @property
     def ignore_keys_at_rope_validation(self):
         """For transformers 5, which does not know this key in "dynamic"."""
         return {"original_max_position_embeddings"} if self.rope_parameters["rope_type"] == "dynamic" else set()
@@ -169,8 +187,8 @@ class GQEConfig(PretrainedConfig):
         missing = [key for key in ROPE_KEYS[kind] if key not in self.rope_parameters]
         _require(not missing, f"rope_scaling lacks {', '.join(missing)}, which rope_type={kind!r} needs: add it")
         _require(
-            self.rope_theta is None or self.head_dim % 2 == 0,
-            f"head_dim={self.head_dim} is odd, but rotary embedding (rope_theta={self.rope_theta}) turns pairs of "
+            self.rope_theta is None or self.rotary_dim % 2 == 0,
+            f"head_dim={self.rotary_dim} is odd, but rotary embedding (rope_theta={self.rope_theta}) turns pairs of "
             "dimensions: make head_dim even, or set rope_theta to null",
         )
 

@@ -72,7 +72,7 @@ def rotary_tables(positions: torch.Tensor, config: GQEConfig) -> tuple[torch.Ten
     """
     if config.rope_theta is None:
         return None
-    rope, dim, theta = config.rope_parameters, config.head_dim, config.rope_theta
+    rope, dim, theta = config.rope_parameters, config.rotary_dim, config.rope_theta
     kind, factor = rope["rope_type"], rope.get("factor")
     original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
@@ -159,22 +159,23 @@ def eager_attention(module, query, key, value, attention_mask, scaling: float, s
 
 
 class GQEHeads(nn.Module):
-    """softmax(q Kᵀ / √D) V for `queries_per_kv` query heads on each KV head, by the chosen implementation."""
+    """softmax(q Kᵀ / √width) V for `queries_per_kv` query heads on each KV head, by the chosen implementation."""
 
-    def __init__(self, config: GQEConfig, queries_per_kv: int):
+    def __init__(self, config: GQEConfig, queries_per_kv: int, width: int):
         super().__init__()
         self.config = config
+        self.scaling = width**-0.5
         self.num_key_value_groups = queries_per_kv  # read, like is_causal, by transformers' implementations
         self.is_causal = True
 
     def forward(self, q, k, v, attention_mask, **kwargs) -> torch.Tensor:
-        """q [B, S, H, D], k and v [B, G, T, D] → [B, S, H, D]."""
+        """q [B, S, H, width], k [B, G, T, width] and v [B, G, T, D] → [B, S, H, D]."""
         name, softcap = self.config._attn_implementation, self.config.attn_logit_softcapping
         if name == "sdpa" and softcap is not None:
             use = "use 'eager' or 'flash_attention_2'"
             raise ValueError(f"attn_implementation='sdpa' cannot cap scores (attn_logit_softcapping={softcap}): {use}")
         attend = eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-        kwargs |= {"scaling": self.config.head_dim**-0.5, "sliding_window": self.config.sliding_window}
+        kwargs |= {"scaling": self.scaling, "sliding_window": self.config.sliding_window}
         return attend(self, q.transpose(1, 2), k, v, attention_mask, softcap=softcap, **kwargs)[0]
 
 
@@ -197,7 +198,7 @@ class GQEAttention(nn.Module):
             self.q_norm = GQERMSNorm(dim, config.qk_norm_eps)
             self.k_norm = GQERMSNorm(dim, config.qk_norm_eps)
         self.key_driven = config.attention_kind == "key_driven"
-        self.heads = GQEHeads(config, 1 if self.key_driven else self.slots)
+        self.heads = GQEHeads(config, 1 if self.key_driven else self.slots, dim)
         if self.key_driven:  # the last two are read where training goes on
             self.register_buffer("heads_per_kv", torch.full((groups,), float(experts)))
             self.register_buffer("key_norm", torch.zeros(groups))
@@ -209,7 +210,7 @@ class GQEAttention(nn.Module):
             self.register_buffer("head_mask", torch.ones(groups, experts))
         if self.mixed:
             self.q_shared = nn.Linear(width, dim, bias=bias)
-            self.shared_head = GQEHeads(config, 1)
+            self.shared_head = GQEHeads(config, 1, dim)
 
     def forward(
         self, x, *, positions, rotary, attention_mask, cache_position, **kwargs
@@ -284,6 +285,47 @@ class GQEAttention(nn.Module):
         return logits, index, probs.gather(-1, index)
 
 
+class GQELatentAttention(nn.Module):
+    """Causal multi-head latent attention: keys and values are formed from a latent c and a rotated key k_r, the cache.
+
+    score_h = (q_h · c W_kup,g + q_r,h · k_r) / √(D + R),  o_h = Σ p c W_vup,g, where g is the group of head h.
+    """
+
+    def __init__(self, config: GQEConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        width, dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        rank, rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
+        self.q_proj = nn.Linear(width, heads * (dim + rope_dim), bias=bias)
+        self.kv_down = nn.Linear(width, rank, bias=bias)
+        self.k_rope = nn.Linear(width, rope_dim, bias=bias)
+        self.k_up = nn.Linear(rank, groups * dim, bias=False)
+        self.v_up = nn.Linear(rank, groups * dim, bias=False)
+        self.o_proj = nn.Linear(heads * dim, width, bias=bias)
+        if config.latent_norm:
+            self.latent_norm = GQERMSNorm(rank, 1e-6)
+        self.heads = GQEHeads(config, heads // groups, dim + rope_dim)
+
+    def forward(self, x, *, rotary, attention_mask, cache_position, positions, **kwargs):
+        """x [B, S, d] → y [B, S, d], and None in the places of router logits and selected experts."""
+        batch, length, _ = x.shape
+        cache, config, dim = kwargs.pop(CACHE), self.config, self.config.head_dim
+        if rotary is not None:
+            rotary = tuple(table.repeat_interleave(config.rope_repeats, dim=-1) for table in rotary)
+        q = self.q_proj(x).view(batch, length, -1, dim + config.qk_rope_head_dim)
+        q = torch.cat([q[..., :dim], rotate(q[..., dim:], rotary)], dim=-1)
+        c = self.kv_down(x)
+        if config.latent_norm:
+            c = self.latent_norm(c)
+        c, k_rope = c[:, None], rotate(self.k_rope(x)[:, :, None], rotary).transpose(1, 2)
+        if cache is not None:
+            c, k_rope = cache.update(c, k_rope, self.layer_idx, {"cache_position": cache_position})
+        k, v = (up(c[:, 0]).unflatten(-1, (-1, dim)).transpose(1, 2) for up in (self.k_up, self.v_up))
+        k = torch.cat([k, k_rope.expand(-1, k.shape[1], -1, -1)], dim=-1)
+        return self.o_proj(self.heads(q, k, v, attention_mask, **kwargs).flatten(2)), None, None
+
+
 class GQEMLP(nn.Module):
     """SwiGLU: (silu(x W_gate) ⊙ x W_up) W_down."""
 
@@ -303,7 +345,8 @@ class GQEDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: GQEConfig, layer_idx: int):
         super().__init__()
         self.input_layernorm = GQERMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = GQEAttention(config, layer_idx)
+        attention = GQELatentAttention if config.attention_kind == "mla" else GQEAttention
+        self.self_attn = attention(config, layer_idx)
         self.post_attention_layernorm = GQERMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GQEMLP(config)
 

@@ -1,0 +1,1 @@
+"""Studies: arms trained from several seeds each, on equal tokens, and what can be told from them."""
