@@ -249,9 +249,18 @@ class AttentionConfig(abc.ABC):
         return self.bias
 
     @property
+    def unsplit(self) -> str | None:
+        """Why the devices on the mesh's axis `expert` cannot share out the KV heads; None where they can."""
+        return None
+
+    @property
     def rotary_dim(self) -> tuple[str, int | None]:
         """The setting that says how many dimensions have a rotary frequency table: (its name, its value)."""
         return "head_dim", self.head_dim
+
+    def buffer_fault(self, buffers: Mapping[str, Any]) -> str | None:
+        """Says what is wrong with a folder's buffers, stacked over layers and among the other arrays; None: nothing."""
+        return None
 
     def __post_init__(self):
         require_known(self)

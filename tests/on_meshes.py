@@ -10,7 +10,7 @@ from flax import nnx
 from jax.experimental import checkify
 
 from gqe_jax import GQAttention, GQEAttention, natural, zigzag
-from gqe_jax.attention import GQAConfig, GQEConfig, MLAConfig, RouterConfig
+from gqe_jax.attention import AsymGQAConfig, GQAConfig, GQEConfig, KeyDrivenConfig, MLAConfig, RouterConfig
 from gqe_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from gqe_jax.models.transformer import Transformer
 from gqe_jax.parallel.mesh import check_batch, check_model, make_mesh, shard_batch
@@ -36,6 +36,12 @@ CASES = {
     "fsdp, expert, context": (PLAIN, (1, 2, 2, 2), 1),
     "ring": (GQEConfig(**GQE | ALL, window=9, context_parallel="ring", router=NOISY), (1, 1, 2, 4), 1),
     "microbatches": (GQEConfig(**GQE, variant="weighted_concat", router=RANDOM), (1, 2, 4, 1), 2),
+    "unequal groups": (AsymGQAConfig(num_query_heads=12, max_group_size=4, **HEADS, **QUICK), (1, 2, 2, 2), 1),
+    "key-driven": (
+        KeyDrivenConfig(num_query_heads=16, **HEADS, **QUICK, perturb=True, context_parallel="ring"),
+        (2, 2, 1, 2),
+        2,
+    ),
     "latent": (MLAConfig(**LATENT, bias=True, context_parallel="ring"), (1, 2, 2, 2), 1),
     "latent, gathered": (MLAConfig(**LATENT, latent_norm=True, softcap=20.0), (2, 1, 2, 2), 1),
     "dense": (GQAConfig(num_query_heads=16, **HEADS, **QUICK, bias=True, context_parallel="ring"), (2, 1, 2, 2), 1),

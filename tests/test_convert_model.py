@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from gqe_jax.attention import AsymGQAConfig, GQAConfig, GQEConfig, MLAConfig, RouterConfig
+from gqe_jax.attention import AsymGQAConfig, GQAConfig, GQEConfig, KeyDrivenConfig, MLAConfig, RouterConfig
 from gqe_jax.config import ModelConfig
 from gqe_jax.flops import parameter_count
 from gqe_jax.pytorch import names
@@ -32,10 +32,11 @@ MODELS = {
     "dense as Qwen2": ModelConfig(
         attention=GQAConfig(num_query_heads=6, bias=True, out_bias=False, **HEADS), tie_embeddings=False, **SIZES
     ),
+    "key-driven": ModelConfig(attention=KeyDrivenConfig(num_query_heads=6, **HEADS), **SIZES),
     "unequal groups": ModelConfig(attention=AsymGQAConfig(num_query_heads=8, max_group_size=4, **HEADS), **SIZES),
 }
 
-BUFFERS = {"layers.attention.router.bias", "layers.attention.head_mask"}  # no parameters
+BUFFERS = {f"layers.attention.{name}" for name in ("router.bias", "head_mask", "heads", "key_norm", "steps")}
 
 
 def shapes(config):

@@ -13,7 +13,7 @@ from converted import BYTES, logits, read_run, tokens, write_run
 from safetensors.numpy import load_file, save_file
 from tiny_run import prepare_tiny, quick_compiles
 
-from gqe_jax.attention import AsymGQAConfig, GQAConfig, GQEConfig, RouterConfig
+from gqe_jax.attention import AsymGQAConfig, GQAConfig, GQEConfig, KeyDrivenConfig, RouterConfig
 from gqe_jax.cli import main as cli
 from gqe_jax.config import ConfigError, RopeScaling
 from gqe_jax.config_files import load_config
@@ -195,8 +195,9 @@ def assert_same_parameters(run, other):
         GQEConfig(num_query_experts=4, router=RouterConfig(kind="random", seed=3), **HEADS),
         GQAConfig(num_query_heads=4, softcap=3.0, bias=True, **HEADS),
         AsymGQAConfig(num_query_heads=5, max_group_size=4, bias=True, **HEADS),
+        KeyDrivenConfig(num_query_heads=6, allocation="dgqa_diff", allocation_floor=0, perturb=True, **HEADS),
     ],
-    ids=["everything", "weighted_concat", "random", "dense, soft cap", "unequal groups"],
+    ids=["everything", "weighted_concat", "random", "dense, soft cap", "unequal groups", "key-driven"],
 )
 def test_round_trip_is_bitwise(tmp_path, attention, dtype):
     """Run → folder of several shards → run: every parameter to the bit (routers are float32 in both), the attention's
@@ -209,6 +210,26 @@ def test_round_trip_is_bitwise(tmp_path, attention, dtype):
     assert config.model.attention == saved.config.model.attention
     assert config.model.context == saved.config.model.context
     assert back.tokenizer.digest == saved.tokenizer.digest
+
+
+@pytest.mark.parametrize(
+    "attention, name, value, said",
+    [
+        (AsymGQAConfig(num_query_heads=5, max_group_size=4, **HEADS), "head_mask", np.ones((2, 4)), "[8, 5] query"),
+        (KeyDrivenConfig(num_query_heads=6, **HEADS), "heads_per_kv", np.array([7, -1]), "must add up to 6 query"),
+        (KeyDrivenConfig(num_query_heads=6, **HEADS), "heads_per_kv", np.array([3, 2]), "is [[3, 2], ["),
+    ],
+)
+def test_groups_that_are_none_are_refused(tmp_path, attention, name, value, said):
+    """Which query head reads which KV head stands in the weights: nonsense there would be another function."""
+    write_run(tmp_path / "run", attention)
+    export_hf(open_model(tmp_path / "run"), tmp_path / "out")
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    state[f"model.layers.0.self_attn.{name}"] = value.astype(np.float32)
+    save_file(state, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(ConfigError) as error:
+        import_folder(tmp_path / "out", tmp_path / "back")
+    assert said in str(error.value) and not (tmp_path / "back").exists()
 
 
 def test_layers_round_trip(tmp_path):

@@ -138,7 +138,10 @@ def test_from_scratch():
         ),
         ({"variant": "moe"}, "variant='moe' is unknown: use one of 'gqe', 'hard_concat', 'weighted_concat'"),
         ({"router_kind": "hash"}, "router_kind='hash' is unknown: use one of 'learned', 'fixed', 'random'"),
-        ({"attention_kind": "mla"}, "attention_kind='mla' is unknown: use one of 'gqe', 'gqa'"),
+        (
+            {"attention_kind": "mqa"},
+            "attention_kind='mqa' is unknown: use one of 'gqe', 'gqa', 'asym_gqa', 'key_driven', 'mla'",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is unknown: use one of 'silu'"),
         (
             {"rope_scaling": {"rope_type": "longrope"}},

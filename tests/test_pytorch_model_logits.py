@@ -10,7 +10,15 @@ import torch_folder
 from flax import nnx
 from torch_folder import model_config
 
-from gqe_jax.attention import AsymGQAConfig, GQAConfig, GQEConfig, MLAConfig, RouterConfig, RouterStats
+from gqe_jax.attention import (
+    AsymGQAConfig,
+    GQAConfig,
+    GQEConfig,
+    KeyDrivenConfig,
+    MLAConfig,
+    RouterConfig,
+    RouterStats,
+)
 from gqe_jax.config import RopeScaling
 
 torch = pytest.importorskip("torch")
@@ -162,6 +170,18 @@ def test_unequal_groups(monkeypatch):
     """The mask of each layer comes with the weights; what stands in padded places does not count."""
     attention = AsymGQAConfig(num_query_heads=7, num_kv_heads=3, max_group_size=4, head_dim=8, bias=True)
     check(model_config(attention), monkeypatch)
+
+
+def test_key_driven(monkeypatch):
+    """Each layer's run of query heads on each KV head comes with the weights, none on some; no noise in evaluation."""
+    attention = KeyDrivenConfig(num_query_heads=6, num_kv_heads=3, head_dim=8, perturb=True, implementation="reference")
+    check(model_config(attention), monkeypatch)
+    torch_model = torch_folder.load(model_config(attention)).train()
+    attended = {}
+    layer = torch_model.model.layers[0].self_attn
+    layer.o_proj.register_forward_pre_hook(lambda _, inputs: attended.update(o=inputs[0].unflatten(-1, (6, 8))))
+    torch_model(**left_padded())
+    assert attended["o"][1, S - LENGTHS[1] :].mean(-1).abs().max() < 1e-5 < attended["o"].abs().max()
 
 
 @pytest.mark.parametrize("groups", [2, 4])

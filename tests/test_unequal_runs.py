@@ -13,6 +13,7 @@ from gqe_jax.cli import main as cli
 from gqe_jax.pytorch.exporting import export_hf
 from gqe_jax.pytorch.importing import import_folder
 from gqe_jax.runs.load import load_model
+from gqe_jax.runs.metrics import read_metrics
 from gqe_jax.runs.saved_model import open_model
 
 SHORT = ["train.steps=4", "train.checkpoint_every=2", "train.log_every=1", "train.eval_every=0", "data.batch_size=2",
@@ -99,3 +100,40 @@ def test_equal_groups_are_a_plain_gqa(place, capsys):
     assert gqe(f"convert --run @dense {plain}", place) == 0
     one, other = read_run(place / "mqa"), read_run(place / "plain")
     assert all(np.array_equal(one[path], other[path]) for path in other)
+
+
+def test_key_driven_runs_allocate_resume_freeze_and_export(place, capsys):
+    """A dense run goes on as key-driven: its first step is the dense function, then runs follow the norms, as metrics
+    and `inspect run` say; evaluation leaves them; a resumed run has the same bits; frozen it is the same model."""
+    write_run(place / "gqa", GQAConfig(num_query_heads=6, num_kv_heads=2, head_dim=8, implementation="reference"),
+              context=tiny_run.CONTEXT)  # fmt: skip
+    options = "--to key_driven --calibration-rows 8 --heldout-rows 16 --data @data --out @driven"
+    assert gqe(f"convert --run @gqa {options}", place) == 0
+    ids = tokens(259)
+    models = [load_model(place / name).model for name in ("gqa", "driven")]
+    np.testing.assert_allclose(logits(models[1], ids), logits(models[0], ids), atol=1e-5)
+    train(place, "driven/config.py", "driven")
+    assert resumed(place, "driven", "driven/config.py") == tiny_run.leaf_hashes(place / "driven", 4)
+    arrays = read_run(place / "driven")
+    heads = arrays["layers.attention.heads"]
+    assert heads.dtype == np.int32 and (heads.sum(axis=1) == 6).all() and not (heads == 3).all()
+    assert (arrays["layers.attention.steps"] == 4).all() and (arrays["layers.attention.key_norm"] > 0).all()
+    logged = [line["heads"] for line in read_metrics(place / "driven") if "heads" in line]
+    assert logged[0] == [[3, 3], [3, 3]] and logged[-1] != logged[0]
+
+    capsys.readouterr()
+    assert gqe("inspect run --run @driven", place) == 0
+    table = capsys.readouterr().out.split("query heads on each KV head\n")[1].splitlines()
+    assert table[0].split() == ["step", "1", "step", "2", "step", "3", "step", "4"]
+    counts = [" ".join(f"{count:g}" for count in step[0]) for step in logged]
+    assert re.split(" {3,}", table[1]) == ["layer 0", *counts]
+
+    assert gqe("eval --run @driven --data @data", place) == 0
+    assert gqe("generate --run @driven --prompt the --max-new-tokens 3 --temperature 0", place) == 0
+    assert all(np.array_equal(read_run(place / "driven")[path], x) for path, x in arrays.items())
+    assert gqe("convert --run @driven --to asym_gqa --heldout-rows 16 --calibration-rows 8 --out @frozen", place) == 0
+    groups = re.findall(r"groups of ([\d ]+) query heads", capsys.readouterr().out)
+    assert groups == [" ".join(map(str, layer)) for layer in heads]
+    frozen = logits(load_model(place / "frozen").model, ids)
+    np.testing.assert_allclose(frozen, logits(load_model(place / "driven").model, ids), atol=1e-5)
+    assert_exports(place, "driven")

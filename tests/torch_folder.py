@@ -19,7 +19,7 @@ from flax import nnx
 
 import gqe_jax.convert
 import gqe_jax.pytorch
-from gqe_jax.attention import GQEConfig, MLAConfig
+from gqe_jax.attention import GQEConfig, KeyDrivenConfig, MLAConfig
 from gqe_jax.config import ModelConfig
 from gqe_jax.convert import layer_to_torch
 from gqe_jax.models.transformer import Transformer
@@ -46,6 +46,11 @@ def make_model(config: ModelConfig, seed: int = 0) -> Transformer:
     def draw(path, shape):
         if path[-1] == "scale":
             return rng.uniform(0.5, 1.5, shape)
+        if path[-1] == "heads":
+            attention = config.attention
+            return rng.multinomial(attention.num_query_heads, np.full(shape[1], 1 / shape[1]), shape[0])
+        if path[-1] == "steps":
+            return np.full(shape, 7)
         if path[-1] == "head_mask":  # as many places as there are heads, the first ones of each group
             layers, groups, places = shape
             taken = [rng.permutation(groups * places) < config.attention.num_query_heads for _ in range(layers)]
@@ -131,6 +136,8 @@ def hf_config(config: ModelConfig) -> dict:
         "eos_token_id": None,
         "pad_token_id": 0,
     }
+    if isinstance(attention, KeyDrivenConfig):
+        result["perturb"] = attention.perturb
     if isinstance(attention, MLAConfig):
         result |= {
             "kv_lora_rank": attention.latent_dim,

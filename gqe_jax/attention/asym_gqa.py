@@ -9,6 +9,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 
 from gqe_jax.attention import dense_counts
 from gqe_jax.attention.base import Attention
@@ -62,7 +63,7 @@ class AsymGQAConfig(AttentionConfig):
 
     @property
     def attending_heads(self):
-        return self.num_query_heads
+        return self.query_heads[1]  # padding too
 
     @property
     def output_slots(self):
@@ -84,17 +85,14 @@ class AsymGQAConfig(AttentionConfig):
 
     parameters = dense_counts.parameters
 
-    def flops(self, d_model, tokens, pairs):
-        """Counts the real heads; padding costs as much again for each padded one."""
-        heads = 2 * self.num_query_heads + 2 * self.num_kv_heads  # of W_q and W_o, of W_k and W_v
-        counts = dense_counts.flops(self, d_model, tokens, pairs)
-        return counts | {"projections": 2 * tokens * d_model * self.head_dim * heads}
+    saved_bytes = dense_counts.saved_bytes
 
-    def saved_bytes(self, policy, *, d_model, itemsize, expert=1):
-        padded = self.query_heads[1] - self.num_query_heads
-        attended = 0 if policy == "full" else padded // expert * (itemsize * self.head_dim + 4)
-        options = {"d_model": d_model, "itemsize": itemsize, "expert": expert}
-        return dense_counts.saved_bytes(self, policy, **options) + attended
+    def flops(self, d_model, tokens, pairs):
+        """Counts the H heads alone: each padded place costs as much again, and computes nothing."""
+        heads = 2 * self.num_query_heads + 2 * self.num_kv_heads  # of W_q and W_o, of W_k and W_v
+        attention = 2 * 2 * self.head_dim * pairs * self.num_query_heads
+        projections = 2 * tokens * d_model * self.head_dim * heads
+        return {"projections": projections, "router": 0, "attention": attention, "shared_head": 0}
 
     cached_numbers = dense_counts.cached_numbers
 
@@ -123,6 +121,12 @@ class AsymGQAConfig(AttentionConfig):
 
     def zero_tensors(self, d_model):
         return {}
+
+    def buffer_fault(self, buffers):
+        counts = np.asarray(buffers["head_mask"]).sum(axis=(1, 2))
+        if (counts == self.num_query_heads).all():
+            return None
+        return f"head_mask has {counts.tolist()} query heads in its layers, but num_query_heads={self.num_query_heads}"
 
     def updated_buffers(self, buffers, metrics):
         return buffers

@@ -60,6 +60,11 @@ def check_call(
             f"num_kv_heads={groups} groups cannot be shared out over the {expert} devices of the mesh's `expert` "
             f"axis: sizes that work are {fits}"
         )
+    if expert > 1 and layer.config.unsplit:
+        raise ValueError(
+            f"the mesh's `expert` axis of {expert} devices cannot share out the KV heads: {layer.config.unsplit}; give "
+            f"its devices to `data` or `fsdp`"
+        )
     rows = axis_size("data") * axis_size("fsdp")
     if x.shape[0] % rows:
         raise ValueError(

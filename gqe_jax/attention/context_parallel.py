@@ -30,6 +30,7 @@ class Queries:
     Attributes:
       q: [B, S, G, M, D].
       expert_index: int32 [B, S, G, k], or None.
+      kv_head: int32, the KV head of each query run, or None.
       rope: cos and sin, float32 [B or 1, S, D/2] each, or None.
       segment_ids: int32 [B, S], or None.
       offset: int32 scalar, position of the first query in the sequence.
@@ -38,6 +39,7 @@ class Queries:
 
     q: jax.Array
     expert_index: jax.Array | None
+    kv_head: jax.Array | None = None
     rope: tuple[jax.Array, jax.Array] | None
     segment_ids: jax.Array | None
     offset: jax.Array
@@ -90,7 +92,7 @@ def attend_over_context(
     return [
         attend(
             chunk.q, k, v, chunk.expert_index, q_offset=chunk.offset, q_segment_ids=chunk.segment_ids,
-            kv_segment_ids=segment_ids, q_rope=chunk.rope, q_norm=q_norm, **options,
+            kv_segment_ids=segment_ids, kv_head=chunk.kv_head, q_rope=chunk.rope, q_norm=q_norm, **options,
         )
         for chunk in queries
     ]  # fmt: skip
@@ -124,7 +126,7 @@ class _Ring:
         """Returns (o, lse) of the queries over one chunk of keys."""
         return attend(
             q, k, v, queries.expert_index, q_offset=queries.offset, kv_offset=offset,
-            q_segment_ids=queries.segment_ids, kv_segment_ids=segment_ids, q_rope=queries.rope,
+            q_segment_ids=queries.segment_ids, kv_segment_ids=segment_ids, kv_head=queries.kv_head, q_rope=queries.rope,
             q_norm=None if scale is None else (scale, self.eps), return_lse=True, **dict(self.options),
         )  # fmt: skip
 

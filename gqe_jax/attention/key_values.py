@@ -54,7 +54,11 @@ class KeyValues:
         return of_config | {"scale": self.scale}
 
     def attend(
-        self, q: jax.Array, expert_index: jax.Array | None = None, q_shared: jax.Array | None = None
+        self,
+        q: jax.Array,
+        expert_index: jax.Array | None = None,
+        q_shared: jax.Array | None = None,
+        kv_head: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Computes attention of the selected experts' queries.
 
@@ -63,17 +67,18 @@ class KeyValues:
           expert_index: int32 [B, S, G, k], the selected experts; None: all M of each group.
           q_shared: [B, S, D], queries of the shared head; only on a device that holds all groups and all tokens
             (`shared_head.attend_with_shared` sees to the others).
+          kv_head: int32 [R], the KV head of each query run, and q is [B, S, R, M, D]; None: run g reads head g.
 
         Returns:
           o [B, S, G, k, D] (k = M without an index), and with `q_shared` also the shared head's output [B, S, D].
         """
         if self.shard.size("context") > 1:
-            chunks = [self._queries(q, expert_index, *chunk) for chunk in self.chunks(q.shape[1])]
+            chunks = [self._queries(q, expert_index, kv_head, *chunk) for chunk in self.chunks(q.shape[1])]
             return jnp.concatenate(self.attend_chunks(chunks, self.k, self.v), axis=1)
         return attend(
-            q, self.k, self.v, expert_index, q_shared=q_shared, q_offset=self.q_offset, kv_length=self.kv_length,
-            layer=self.layer, q_segment_ids=self.segment_ids, kv_segment_ids=self.segment_ids, q_rope=self.rope,
-            q_norm=self.q_norm, **self.options,
+            q, self.k, self.v, expert_index, q_shared=q_shared, kv_head=kv_head, q_offset=self.q_offset,
+            kv_length=self.kv_length, layer=self.layer, q_segment_ids=self.segment_ids,
+            kv_segment_ids=self.segment_ids, q_rope=self.rope, q_norm=self.q_norm, **self.options,
         )  # fmt: skip
 
     def chunks(self, length: int) -> list[tuple[slice, jax.Array | int, bool]]:
@@ -95,17 +100,18 @@ class KeyValues:
             )
         return [
             attend(
-                chunk.q, k, v, chunk.expert_index, q_offset=chunk.offset, kv_length=self.kv_length,
-                q_segment_ids=chunk.segment_ids, kv_segment_ids=self.segment_ids, q_rope=chunk.rope,
-                q_norm=self.q_norm, **self.options,
+                chunk.q, k, v, chunk.expert_index, kv_head=chunk.kv_head, q_offset=chunk.offset,
+                kv_length=self.kv_length, q_segment_ids=chunk.segment_ids, kv_segment_ids=self.segment_ids,
+                q_rope=chunk.rope, q_norm=self.q_norm, **self.options,
             )
             for chunk in chunks
         ]  # fmt: skip
 
-    def _queries(self, q, expert_index, span, offset, late) -> Queries:
+    def _queries(self, q, expert_index, kv_head, span, offset, late) -> Queries:
         return Queries(
             q=q[:, span],
             expert_index=None if expert_index is None else expert_index[:, span],
+            kv_head=kv_head,
             rope=jax.tree.map(lambda table: table[:, span], self.rope),
             segment_ids=None if self.segment_ids is None else self.segment_ids[:, span],
             offset=offset,

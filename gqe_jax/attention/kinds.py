@@ -8,6 +8,7 @@ from gqe_jax.attention.asym_gqa import AsymGQAConfig, AsymGQAttention
 from gqe_jax.attention.base import Attention
 from gqe_jax.attention.gqa import GQAConfig, GQAttention
 from gqe_jax.attention.gqe import GQEAttention, GQEConfig
+from gqe_jax.attention.key_driven import KeyDrivenAttention, KeyDrivenConfig
 from gqe_jax.attention.mla import MLAConfig, MLAttention
 from gqe_jax.config import AttentionConfig, ConfigError
 
@@ -48,6 +49,7 @@ KINDS: dict[str, Kind] = checked(
         "gqe": Kind(GQEConfig, GQEAttention),
         "gqa": Kind(GQAConfig, GQAttention),
         "asym_gqa": Kind(AsymGQAConfig, AsymGQAttention),
+        "key_driven": Kind(KeyDrivenConfig, KeyDrivenAttention),
         "mla": Kind(MLAConfig, MLAttention),
     }
 )

@@ -195,7 +195,7 @@ class Router(nnx.Module):
             draws, axes = self._random_scores(x.shape[:2], positions, rngs, layer_index), (*axes[:2], "group", None)
         elif rngs is not None and self.config.jitter:
             epsilon = self.config.jitter
-            draws = jax.random.uniform(_key(rngs), x.shape, minval=1 - epsilon, maxval=1 + epsilon)
+            draws = jax.random.uniform(stream_key(rngs), x.shape, minval=1 - epsilon, maxval=1 + epsilon)
         if rngs is not None and draws is not None:  # drawn by place in the sequence, on one device or on many
             draws = zigzag(draws, axis_size("context"))
         return draws, axes
@@ -254,7 +254,7 @@ class Router(nnx.Module):
     def _random_scores(self, tokens, positions, rngs, layer_index) -> jax.Array:
         """Draws scores float32 [B, S, G, M]; `tokens` is (B, S)."""
         if rngs is not None:
-            return jax.random.uniform(_key(rngs), tokens + self.shape)
+            return jax.random.uniform(stream_key(rngs), tokens + self.shape)
         # Without rngs the draw depends on seed, layer and position alone: decoding repeats what a full pass chose.
         groups, experts = self.shape
         column = jnp.arange(groups * experts, dtype=jnp.uint32).reshape(self.shape)
@@ -264,7 +264,8 @@ class Router(nnx.Module):
         return jnp.broadcast_to((bits >> 8).astype(jnp.float32), tokens + self.shape)
 
 
-def _key(rngs: nnx.Rngs) -> jax.Array:
+def stream_key(rngs: nnx.Rngs) -> jax.Array:
+    """Takes a key from the stream of training randomness, "router". Raises ValueError if rngs have none."""
     if "router" not in rngs and "default" not in rngs:
         raise ValueError(
             f"rngs has the streams {', '.join(rngs) or 'none'}, but jitter and the `random` router draw from `router`: "

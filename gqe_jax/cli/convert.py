@@ -28,6 +28,7 @@ OPTIONS = {
     "items": ("asym_gqa",),
     "equal": ("asym_gqa",),
     "max_group_size": ("asym_gqa",),
+    "allocation": ("key_driven",),
     "top_k": ("gqe",),
     "experts": ("gqe",),
     "experts_per_group": ("gqe",),
@@ -40,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `gqe convert`."""
     parser.epilog = EPILOG
     add_run(parser)
-    parser.add_argument("--to", required=True, choices=("gqa", "asym_gqa", "gqe"), help="kind of attention")
+    kinds = ("gqa", "asym_gqa", "key_driven", "gqe")
+    parser.add_argument("--to", required=True, choices=kinds, help="kind of attention to convert to")
     parser.add_argument("--out", required=True, metavar="DIR", help="run to make; must not exist, or be empty")
     parser.add_argument(
         "--data",
@@ -91,6 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-group-size", type=int, metavar="R", help="most query heads of a group (default: twice their mean number)"
     )
 
+    group = parser.add_argument_group("--to key_driven: query heads by the norms of the keys, as training goes on")
+    group.add_argument(
+        "--allocation",
+        choices=("kdgqa", "dgqa_ema", "dgqa_diff", "static"),
+        help="by the last step's norms, their average, their change, or once on calibration rows (default: kdgqa)",
+    )
+
     group = parser.add_argument_group("--to gqe: Grouped Query Experts")
     group.add_argument("--top-k", type=int, metavar="K", help="experts selected in each KV group (default: 1)")
     group.add_argument(
@@ -114,15 +123,19 @@ def run(args: argparse.Namespace) -> int:
     """Converts, and says what came of it; returns the exit code 0. Raises as `convert_run`."""
     import functools
 
-    from gqe_jax.convert.asym import to_asym_gqa
+    from gqe_jax.convert.asym import HEADS, to_asym_gqa
     from gqe_jax.convert.converting import convert_run, loss_table
+    from gqe_jax.convert.driven import to_key_driven
     from gqe_jax.convert.pool import to_gqa
     from gqe_jax.convert.upcycle import to_gqe
     from gqe_jax.parallel.mesh import make_mesh, parse_mesh
     from gqe_jax.runs.new_run import CONFIG_FILE
+    from gqe_jax.runs.saved_model import open_model
 
     options = _options_of(args)
-    to = {"gqa": to_gqa, "asym_gqa": to_asym_gqa, "gqe": to_gqe}[args.to]
+    if args.to == "asym_gqa":
+        options["heads"] = lambda: open_model(args.run, args.step).read(HEADS)
+    to = {"gqa": to_gqa, "asym_gqa": to_asym_gqa, "key_driven": to_key_driven, "gqe": to_gqe}[args.to]
     done = convert_run(
         args.run,
         args.out,

@@ -1,12 +1,13 @@
 """KV heads pooled in groups that are searched: of unequal size (after AsymGQA, arXiv 2406.14963), or of equal size."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from gqe_jax.attention import AsymGQAConfig, GQAConfig
+from gqe_jax.attention import AsymGQAConfig, GQAConfig, KeyDrivenConfig
 from gqe_jax.config import ModelConfig, require
 from gqe_jax.convert.align import pair_moments
 from gqe_jax.convert.groups import (
@@ -24,6 +25,7 @@ from gqe_jax.convert.pool import QK_NORM_NOTE, aligned, check_kv_heads, dense_so
 
 Items = Literal["kv", "k", "v", "weights"]
 ITEMS: tuple[Items, ...] = ("kv", "k", "v", "weights")
+HEADS = "layers.attention.heads"  # of a key-driven model: query heads of each KV head
 
 
 def asym_gqa(
@@ -31,7 +33,7 @@ def asym_gqa(
     config: ModelConfig,
     batches: Sequence[Batch],
     *,
-    num_kv_heads: int,
+    num_kv_heads: int | None = None,
     items: Items = "kv",
     equal: bool = False,
     max_group_size: int | None = None,
@@ -39,7 +41,7 @@ def asym_gqa(
     refit: bool = True,
     seed: int = 0,
 ) -> Converted:
-    """Converts a dense model to fewer KV heads, each in place of those that are most alike.
+    """Converts a dense model to fewer KV heads, each in place of those most alike, or freezes a key-driven one.
 
     Args:
       params: path → array, the model's (`Converted.params`).
@@ -52,7 +54,8 @@ def asym_gqa(
       ConfigError: as `to_asym_gqa`.
     """
     options = {"items": items, "equal": equal, "max_group_size": max_group_size, "align": align, "seed": seed}
-    conversion = to_asym_gqa(config, num_kv_heads=num_kv_heads, **options)
+    heads = functools.partial(params.__getitem__, HEADS)
+    conversion = to_asym_gqa(config, num_kv_heads=num_kv_heads, heads=heads, **options)
     return convert_layers(conversion, params, config, batches, refit=refit)
 
 
@@ -65,6 +68,7 @@ def to_asym_gqa(
     max_group_size: int | None = None,
     align: bool = True,
     seed: int = 0,
+    heads: Callable[[], Any] | None = None,
 ) -> Conversion:
     """The conversion to `num_kv_heads` KV heads, in each layer the means of groups that `groups.best_groups` finds.
 
@@ -77,10 +81,22 @@ def to_asym_gqa(
       max_group_size: most query heads of a group; None: twice their mean number, which bounds the padding.
       align: turn the heads of a group towards each other first, and compare them so turned.
       seed: of the search's random starts.
+      heads: gives the buffer of a key-driven source that is called HEADS, int [L, G]. Such a source becomes the same
+        function with the allocation that it has; the other arguments say nothing of it.
 
     Raises:
-      ConfigError: a source that is not dense, or counts that do not fit.
+      ConfigError: a source that is neither dense nor key-driven, or counts that do not fit.
     """
+    if isinstance(model.attention, KeyDrivenConfig):
+        given = {"--num-kv-heads": num_kv_heads, "--max-group-size": max_group_size, "--equal": equal or None}
+        for option, value in given.items():
+            require(
+                value is None,
+                f"{option} says nothing of a run whose attention is 'key_driven': it is frozen in the groups that it "
+                f"has; leave it out",
+            )
+        assert heads is not None
+        return _frozen(model.attention, int(np.max(heads())))
     source = dense_source(model, "asym_gqa")
     there, members = source.num_kv_heads, source.num_query_heads // source.num_kv_heads
     require(num_kv_heads is not None, "--to asym_gqa needs to know how many KV heads are left: add --num-kv-heads")
@@ -142,6 +158,24 @@ def to_asym_gqa(
     )
 
 
+def _frozen(source: KeyDrivenConfig, most: int) -> Conversion:
+    """A key-driven layer as the padded one with the same runs of query heads, the longest of them of `most` heads."""
+
+    def layer(params: Params, calibration: Calibration, index: int) -> tuple[Params, str]:
+        counts = params["heads"].astype(np.int64)
+        runs = np.split(np.arange(counts.sum()), np.cumsum(counts)[:-1])
+        alone = {path: x for path, x in params.items() if path not in ("heads", "key_norm", "steps")}
+        for path, axis in (("q_proj.kernel", 1), ("q_proj.bias", 0), ("o_proj.kernel", 0)):
+            if path in alone:
+                shape = alone[path].shape
+                alone[path] = alone[path].reshape(*shape[:axis], counts.sum(), 1, *shape[axis + 2 :])
+        return in_places(alone, runs, most), f"groups of {' '.join(map(str, counts))} query heads"
+
+    kept = {field.name for field in dataclasses.fields(AsymGQAConfig)} - {"kind", "max_group_size"}
+    shared = {name: getattr(source, name) for name in kept}
+    return Conversion(AsymGQAConfig(max_group_size=most, **shared), layer, lossless=True)
+
+
 def _most_heads(there: int, members: int, num_kv_heads: int, max_group_size: int | None) -> int:
     """The most KV heads of a group, without places that no partition can fill."""
     least = -(-there // num_kv_heads)
@@ -199,6 +233,12 @@ def padded(params: Params, groups: Groups, most: int) -> Params:
         for path, axis in ((f"{name}.kernel", 1), (f"{name}.bias", 0)):
             if path in params:
                 result[path] = np.stack([params[path].take(own, axis).mean(axis) for own in groups], axis)
+    return in_places(result, groups, most)
+
+
+def in_places(params: Params, groups: Sequence[Sequence[int] | np.ndarray], most: int) -> Params:
+    """The layer with its query heads [d, n, M, D], in groups of the n, in padded places [d, G, most · M, D]."""
+    result = dict(params)
     members = params["q_proj.kernel"].shape[2]
     for path, axis in (("q_proj.kernel", 1), ("q_proj.bias", 0), ("o_proj.kernel", 0)):
         if path in params:
@@ -206,7 +246,7 @@ def padded(params: Params, groups: Groups, most: int) -> Params:
             result[path] = np.zeros((*before, len(groups), most * members, *after))
             places = np.moveaxis(result[path], axis, 0)
             for place, own in zip(places, groups, strict=True):
-                heads = params[path].take(own, axis).reshape(*before, -1, *after)
+                heads = params[path].take(np.asarray(own, np.int64), axis).reshape(*before, -1, *after)
                 place[(slice(None),) * axis + (slice(len(own) * members),)] = heads
     sizes = np.array([len(own) * members for own in groups])
     result["head_mask"] = (np.arange(most * members) < sizes[:, None]).astype(np.float64)

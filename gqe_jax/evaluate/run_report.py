@@ -15,11 +15,12 @@ from gqe_jax.runs.record import RunRecord
 
 BAR = 40  # characters of all bars of a line
 HEIGHT, WIDTH = 12, 64  # of the loss curve, in characters
+MOST_STEPS = 5  # of a table over time
 HEAT_MAP_LABELS = 24  # as many numbers have room below the picture
 
 
 def report(run: RunRecord) -> str:
-    """The run in text: configuration, parameters, last metrics, loss curve, load of the experts."""
+    """The run in text: configuration, parameters, last metrics, loss curve, load of experts or of KV heads."""
     parts = [_configuration(run.config), _parameters(run.config.model)]
     if run.last(""):
         parts += [_last_metrics(run), "loss, nats per token\n" + plot_text(*run.series("loss"))]
@@ -28,6 +29,8 @@ def report(run: RunRecord) -> str:
     load = run.load()
     if load is not None:
         parts.append(_expert_load(load, run.last("").get("entropy")))
+    if run.heads():
+        parts.append(_heads_over_time(run.heads()))
     return "\n\n".join(parts)
 
 
@@ -116,6 +119,19 @@ def _expert_load(load: np.ndarray, entropy: Sequence[float] | None) -> str:
             bars = "  ".join(f"{share:6.1%} {'#' * round(share * bar):<{bar}}" for share in shares)
             lines.append(f"  group {group:<2} {bars}".rstrip())
     return "\n".join(lines)
+
+
+def _heads_over_time(logged: Sequence[tuple[int, np.ndarray]]) -> str:
+    """A row for each layer, a column for each of some steps, first and last among them: query heads on each KV head."""
+    places = np.linspace(0, len(logged) - 1, MOST_STEPS).astype(int)
+    chosen = [logged[place] for place in np.unique(places)]
+    rows = [["", *(f"step {step}" for step, _ in chosen)]]
+    for layer in range(len(chosen[0][1])):
+        counts = (" ".join(f"{count:g}" for count in heads[layer]) for _, heads in chosen)
+        rows.append([f"layer {layer}", *counts])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(["query heads on each KV head", *lines])
 
 
 def write_png(run: RunRecord, path: str | Path) -> None:

@@ -114,6 +114,8 @@ def check_model(mesh: Mesh, model: ModelConfig) -> None:
             f"mesh.expert={expert} does not divide model.attention.num_kv_heads={groups}, whose groups it shares out: "
             f"set it to one of {fits}"
         )
+    if expert > 1 and model.attention.unsplit:
+        problems.append(f"mesh.expert={expert} cannot share out the KV heads: {model.attention.unsplit}; set it to 1")
     for name, size in (("d_ff", model.d_ff), ("vocab_size", model.vocab_size)):
         if size % expert:
             unused = " (the ids beyond the tokenizer's stay unused)" if name == "vocab_size" else ""

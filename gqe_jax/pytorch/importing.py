@@ -94,6 +94,7 @@ def import_folder(
     _check_fit(config, tensors, {name: tensor for name, tensor in stored.items() if name not in extra}, source)
     with new_folder(run, "--run", least_bytes(parameter_bytes(abstract))) as folder:
         arrays = _fill_finite(abstract, tensors, stored, source, allow_nonfinite)
+        _check_buffers(config, arrays, source)
         save_run(folder, config, spoken, arrays)
         text = config_file("A model that gqe import read.", settings, SOURCE=str(source), RUN=str(run))
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -154,6 +155,7 @@ def import_layers(
         fresh = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(config.model, rngs=nnx.Rngs(init_key)))))()
         fresh = {".".join(path): leaf for path, leaf in nnx.traversals.flatten_mapping(fresh).items()}
         read = _fill_finite(abstract, tensors, stored, source, allow_nonfinite)
+        _check_buffers(config, read, source)
         save_run(folder, config, spoken, fresh | read)
     return config
 
@@ -253,6 +255,14 @@ def _fill_finite(
             f"{named}{rest}; copy or download the folder again, or take them as they are with --allow-nonfinite"
         )
     return arrays
+
+
+def _check_buffers(config: RunConfig, arrays: Mapping[str, jax.Array], source: Path) -> None:
+    prefix = f"{STACKED}.attention."
+    buffers = {path.removeprefix(prefix): x for path, x in arrays.items() if path.startswith(prefix)}
+    fault = config.model.attention.buffer_fault(buffers)
+    if fault is not None:
+        raise ConfigError(f"{source}: {fault}: copy the folder again from where it came from")
 
 
 def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer, origin: object) -> None:

@@ -13,7 +13,7 @@ from gqe_jax.pytorch.names import ATTENTION_ROWS, Part
 
 
 def layer_to_torch(layer: Attention) -> dict[str, np.ndarray]:
-    """The parameters under PyTorch's names and in its layout, for `GQEAttention`, `GQAttention` and `MLAttention`.
+    """The parameters under PyTorch's names and in its layout, for all kinds of attention here.
 
     | name | shape | |
     |---|---|---|
@@ -23,6 +23,8 @@ def layer_to_torch(layer: Attention) -> dict[str, np.ndarray]:
     | `q_norm.weight`, `k_norm.weight` | [D] | with QK norm |
     | `router.weight` | [G·M, d] | GQE |
     | `q_shared.weight` | [D, d] | variant "gqe" |
+    | `head_mask` | [G, R] | unequal groups: 1 where a place of a group holds a head |
+    | `heads_per_kv`, `key_norm`, `allocation_steps` | [G], [G], [1] | key-driven: runs of query heads, and state |
     | `router.bias_correction` | [G·M] | loss-free balancing: added to the probabilities for the selection only |
     | `kv_down.weight`, `k_rope.weight` | [r, d], [R, d] | MLA, which has no k_proj and v_proj |
     | `k_up.weight`, `v_up.weight` | [G·D, r] | MLA, whose q_proj has H·(D + R) rows |
@@ -36,7 +38,7 @@ def layer_to_torch(layer: Attention) -> dict[str, np.ndarray]:
     "random": whoever loads them without the configuration computes the "fixed" layer.
 
     Returns:
-      name → array in the parameter's own dtype (bfloat16 is `ml_dtypes.bfloat16`).
+      name → array in the parameter's own dtype (bfloat16 is `ml_dtypes.bfloat16`); float32 for truth values and counts.
 
     Raises:
       ValueError: a parameter that the name table does not know (a kind of attention without this layout).

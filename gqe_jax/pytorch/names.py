@@ -22,7 +22,8 @@ class Part(NamedTuple):
     "d -> gmD" is a kernel with input axis d and output axes g, m, D: PyTorch's weight is [(g m D), d]. Without an arrow
     (biases, norm scales, buffers) nothing is transposed, and each word is an axis of PyTorch's: "gmD" is one axis,
     "v d" two. Letters: d model width, g KV group, m query head of the group, k slot, D head dimension, e the two extra
-    slots (ō, then the shared head), r latent, R the key that heads share, f hidden width of the MLP, v vocabulary.
+    slots (ō, then the shared head), r latent, R the key that heads share, f hidden width of the MLP, v vocabulary, 1 a
+    single number.
     """
 
     path: str
@@ -78,6 +79,9 @@ ATTENTION_ROWS: Rows = {
     "q_shared.weight": (Part("q_shared.kernel", "d -> D"),),
     "q_shared.bias": (Part("q_shared.bias", "D"),),
     "head_mask": (Part("head_mask", "g m"),),
+    "heads_per_kv": (Part("heads", "g"),),
+    "key_norm": (Part("key_norm", "g"),),
+    "allocation_steps": (Part("steps", "1"),),
     "o_proj.weight": (Part("o_proj.kernel", "gkD -> d"), Part("o_extra.kernel", "eD -> d")),
     "o_proj.bias": (Part("o_proj.bias", "d"),),
 }

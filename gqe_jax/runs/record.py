@@ -15,8 +15,11 @@ from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_dict import build
 
 METRICS_FILE = "metrics.jsonl"
-DIMENSIONS = {"loss": 0, "eval/loss": 0, "load": 3, "eval/load": 3, "entropy": 1, "eval/by_position": 2}
-"""Metric → its dimensions, for what is drawn: load [L, G, M], entropy [L], rows of first, last, loss and tokens."""
+DIMENSIONS = {
+    "loss": 0, "eval/loss": 0, "load": 3, "eval/load": 3, "entropy": 1, "heads": 2, "eval/by_position": 2
+}  # fmt: skip
+"""Metric → its dimensions, for what is drawn: load [L, G, M], entropy [L], heads [L, G], rows of first, last, loss and
+tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,11 @@ class RunRecord:
         loads = (line["load"] for line in reversed(self.metrics) if line.get("load") is not None)
         arrays = (np.asarray(load, np.float64) for load in loads)
         return next((load for load in arrays if np.isfinite(load).all()), None)
+
+    def heads(self) -> list[tuple[int, np.ndarray]]:
+        """(step, [L, G] query heads that read each KV head) of the logged steps that say so: key-driven attention."""
+        found = [(line["step"], np.asarray(line["heads"], np.float64)) for line in self.metrics if line.get("heads")]
+        return [(step, heads) for step, heads in found if heads.shape == found[-1][1].shape]
 
 
 def read_run(directory: str | Path) -> RunRecord:

@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig
 
-ATTENTION_KINDS = ("gqe", "gqa", "asym_gqa", "mla")
+ATTENTION_KINDS = ("gqe", "gqa", "asym_gqa", "key_driven", "mla")
 VARIANTS = ("gqe", "hard_concat", "weighted_concat")
 ROUTER_KINDS = ("learned", "fixed", "random")
 ROPE_KEYS = {  # kind → what it needs beside itself
@@ -15,13 +15,15 @@ ROPE_KEYS = {  # kind → what it needs beside itself
 
 
 class GQEConfig(PretrainedConfig):
-    """A Llama-style decoder with Grouped Query Experts ("gqe"), dense ("gqa", "asym_gqa") or latent attention ("mla").
+    """A Llama-style decoder with Grouped Query Experts ("gqe"), latent ("mla") or dense attention (the other kinds).
 
     Keys that Llama has too mean what they mean there. The others, and those that differ:
 
     Args:
       attention_kind: "gqe"; "gqa" for dense attention by head counts (MHA, MQA, GQA, SQA); "asym_gqa" for dense
-        attention in groups of unequal size, padded; "mla" for latent attention.
+        attention in groups of unequal size, padded; "key_driven" for dense attention in which run g of the query heads,
+        `heads_per_kv[g]` of them in the weights, reads KV head g; "mla" for latent attention. Training here does not
+        move `heads_per_kv`.
       num_attention_heads: N, query-head experts of all groups; "gqa", "mla": query heads; "asym_gqa": places for them,
         of which `num_query_heads` are taken, as the layers' `head_mask` says.
       num_key_value_heads: G, KV heads, each with its group of N / G experts; "mla": those that a latent expands to.
@@ -31,6 +33,7 @@ class GQEConfig(PretrainedConfig):
       latent_norm: whether the latent has an RMS norm.
       router_top_k: k, experts that attend per token and group.
       head_dim: D; None is hidden_size / num_attention_heads.
+      perturb: "key_driven": in training, subtract noise with the mean and deviation of each head's output.
       variant: "gqe", "hard_concat" (no mixed slot, no shared head) or "weighted_concat" (likewise; slots times p).
       router_kind: "learned", "fixed" (experts 0..k-1 always) or "random" (a uniform draw per token).
       router_seed: of the "random" router outside training.
@@ -63,6 +66,7 @@ class GQEConfig(PretrainedConfig):
         num_key_value_heads=8,
         head_dim=None,
         attention_kind="gqe",
+        perturb=False,
         kv_lora_rank=512,
         qk_rope_head_dim=64,
         rope_repeats=1,
@@ -103,6 +107,7 @@ class GQEConfig(PretrainedConfig):
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
         self.attention_kind = attention_kind
+        self.perturb = perturb
         self.kv_lora_rank = kv_lora_rank
         self.qk_rope_head_dim = qk_rope_head_dim
         self.rope_repeats = rope_repeats

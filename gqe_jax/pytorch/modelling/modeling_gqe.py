@@ -197,7 +197,12 @@ class GQEAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = GQERMSNorm(dim, config.qk_norm_eps)
             self.k_norm = GQERMSNorm(dim, config.qk_norm_eps)
-        self.heads = GQEHeads(config, self.slots, dim)
+        self.key_driven = config.attention_kind == "key_driven"
+        self.heads = GQEHeads(config, 1 if self.key_driven else self.slots, dim)
+        if self.key_driven:  # the last two are read where training goes on
+            self.register_buffer("heads_per_kv", torch.full((groups,), float(experts)))
+            self.register_buffer("key_norm", torch.zeros(groups))
+            self.register_buffer("allocation_steps", torch.zeros(1))
         if self.routed:
             self.router = GQERouter(config)
             self.router.weight.requires_grad_(config.router_kind == "learned")
@@ -226,12 +231,21 @@ class GQEAttention(nn.Module):
         v = self.v_proj(x).view(batch, length, groups, dim).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, {"cache_position": cache_position})
+        if self.key_driven:
+            ends = self.heads_per_kv.long().cumsum(0)
+            kv_head = torch.searchsorted(ends, torch.arange(groups * experts, device=ends.device), right=True)
+            k, v = k[:, kv_head], v[:, kv_head]
 
         o = self.heads(q, k, v, attention_mask, **kwargs).view(batch, length, groups, self.slots, dim)
         if self.routed and config.variant == "weighted_concat":
             o = (o * probs[..., None]).to(o.dtype)
         if config.attention_kind == "asym_gqa":
             o = o.masked_fill(self.head_mask[..., None] == 0, 0)
+        if self.key_driven and config.perturb and self.training:
+            noise, sample = torch.rand_like(o, dtype=torch.float32), o.float()
+            deviation = (sample.var(-1, keepdim=True) + 1e-12).sqrt()
+            noise = (noise - noise.mean(-1, keepdim=True)) / noise.std(-1, keepdim=True)
+            o = (sample - noise * deviation - sample.mean(-1, keepdim=True)).to(o.dtype)
         slots = o.flatten(2)
         if self.mixed:
             weights = probs / probs.sum((-2, -1), keepdim=True).clamp(min=1e-9)
