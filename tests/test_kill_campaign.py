@@ -100,7 +100,7 @@ def test_prepare(place, tmp_path, rng):
 
 @pytest.fixture(scope="module")
 def trained(place):
-    finished("train", "--config", f"{place / 'tiny.py'}:gqa", "--run", place / "trained", "--config.train.steps=2")
+    finished("train", "--config", f"{place / 'tiny.py'}:gqa", "--run", place / "trained", "--config.train.steps=4")
     finished("export", "--run", place / "trained", "--out", place / "hf")
     return place
 

@@ -73,9 +73,9 @@ def _remove_abandoned(out: Path) -> None:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[bool]:
-    """Holds the folder until its end, or that of the process; gives False where another process does.
+    """Holds a lock on the folder, which ends with the process at the latest; gives whether it was free.
 
-    Where nothing can be held (no `fcntl`, a file system without locks), nobody does, for all that is known: False.
+    It gives False too where there are no locks: then nobody knows whether another process uses the folder.
     """
     if fcntl is None:
         yield False
