@@ -294,8 +294,8 @@ def walk(cloud, heading: str, settings: str) -> str:
     """Runs the scripts' commands under a heading, in a shell, with `settings` in pod.env; returns what they print."""
     text = (ROOT / "docs/tpu_pods.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     blocks = [block.replace("\\\n", " ") for block in re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)]
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith(("tpu_scripts/", "export "))]
-    lines = [line for line in lines if not line.startswith("tpu_scripts/watch.sh ") or "--once" in line]
+    lines = [line.split(" #")[0].rstrip() for block in blocks for line in block.splitlines()]
+    lines = [line for line in lines if line.startswith(("tpu_scripts/", "export ")) and line != "tpu_scripts/watch.sh"]
     (cloud.checkout / "tpu_scripts/pod.env").write_text(settings)
     done = subprocess.run(
         ["bash", "-ec", "\n".join(lines)], env=cloud.environment(), cwd=cloud.checkout, capture_output=True, text=True,
@@ -314,6 +314,20 @@ def test_walk_through_one_host(cloud):
     (create,) = [call for call in cloud.calls() if "create" in call]
     assert create[:4] == ["compute", "instances", "create", "one"] and "--machine-type=ct6e-standard-4t" in create
     assert {"--provisioning-model=SPOT", "--boot-disk-size=200GB", "--maintenance-policy=TERMINATE"} <= set(create)
+
+
+@pytest.mark.slow
+def test_walk_through_a_pod_of_queued_resources(cloud):
+    """Created, set up, accepted, trained, stopped, supervised to the end, deleted: all as printed."""
+    record = '{\\n "passed": true\\n}\\n'
+    stub = STUB.replace("RECORD", f"(out / 'record.json').write_text('{record}')")
+    (cloud.checkout / "tpu_scripts/acceptance.py").write_text(stub)
+    cloud.put("gqe", "#!/usr/bin/env bash\necho gqe $*\n")  # ends at once
+    settings = "PROJECT=p\nZONE=z-a\nTYPE=v5p-16\nBUCKET=gs://bucket\n"
+    assert "all items passed" in walk(cloud, "5. Create, set up, accept", settings)
+    out = walk(cloud, "6. Train", settings)
+    assert out.count("started process") == 4 and "the run is done" in out and not cloud.exists()
+    assert "there is no pod gqe in z-a: nothing to do" in walk(cloud, "8. Tear down", settings)
 
 
 # ---------------------------------------------------------------- the road of Compute Engine

@@ -195,6 +195,14 @@ def test_a_request_that_waits_too_long_is_withdrawn(cloud, supervise):
     assert "WAITING_FOR_RESOURCES for 2 looks (--max-queue)" in out and NOTHING_LEFT in out and not cloud.exists()
 
 
+@pytest.mark.slow
+def test_a_pod_that_is_never_gone_is_given_up(cloud, supervise):
+    """A deletion that does not end is asked for again, and not waited for without end."""
+    cloud.put("after_create", "DELETING")
+    out = supervise("--max-restarts=0", "--", *TRAIN).wait(code=1)
+    assert "the pod has been DELETING for 30 looks" in out and "pod is still there (DELETING)" in out
+
+
 def test_the_log_is_not_cut(cloud, supervise):
     """What was printed first is still there at the end, where the output is a file."""
     workers_end_at_once(cloud)
@@ -242,7 +250,7 @@ def test_each_place_breaks_once_and_the_run_ends_well(cloud, supervise, road, pl
 )  # what hangs takes as long as a call may: not at every place
 def test_each_place_breaks_for_ever_and_the_supervisor_ends(tmp_path, fault, places):
     """Every end is bounded, and says what is left to pay for."""
-    ends = {}
+    supervisors = {}
     for place in places:
         (tmp_path / place).mkdir()
         cloud = Cloud(tmp_path / place)
@@ -251,10 +259,12 @@ def test_each_place_breaks_for_ever_and_the_supervisor_ends(tmp_path, fault, pla
         cloud.fault(place, f"always {fault}")
         if place in ("describe-vm", "stop.sh"):  # they are asked where workers do not answer
             cloud.fault("state.sh", "always fail")
-        supervisor = Supervisor(cloud, "--max-restarts=1", "--max-queue=3", "--", *TRAIN)
-        supervisor.child.wait(timeout=BOUND)
+        supervisors[place] = Supervisor(cloud, "--max-restarts=1", "--max-queue=3", "--", *TRAIN)
+    ends = {}
+    for place, supervisor in supervisors.items():
+        code = supervisor.child.wait(timeout=BOUND)
+        supervisor.cloud.end()
         out = supervisor.text()
-        cloud.end()
-        ends[place] = supervisor.child.returncode, knows_what_is_paid_for(cloud, out), out.splitlines()[-2:]
+        ends[place] = code, knows_what_is_paid_for(supervisor.cloud, out), out.splitlines()[-2:]
     assert all(code in (0, 1, 2) and known for code, known, _ in ends.values()), ends
     assert sum(code != 0 for code, *_ in ends.values()) >= 3, ends

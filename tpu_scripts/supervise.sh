@@ -187,10 +187,13 @@ look() {
 look_waiting() { # state
   waiting=$((waiting + 1))
   log "$1"
-  if [ "$launched" = 1 ] && [ "$waiting" -ge "$LEAVING" ]; then
-    replace "the pod has been $1 for $waiting looks"
+  local leaves=0
+  case $launched$1 in 1* | *DELETING | *SUSPENDING) leaves=1 ;; esac
+  if [ "$leaves" = 1 ] && [ "$waiting" -ge "$LEAVING" ]; then
+    failed "the pod has been $1 for $waiting looks"
+    replace "$1"
     waiting=0
-  elif [ "$waiting" -ge "$MAX_QUEUE" ]; then
+  elif [ "$leaves" = 0 ] && [ "$waiting" -ge "$MAX_QUEUE" ]; then
     "$HERE/teardown.sh" "${FORWARD[@]}" || true
     give_up "the request was $1 for $waiting looks (--max-queue), and no pod came of it: another zone, type or CAPACITY"
   fi
@@ -198,7 +201,7 @@ look_waiting() { # state
 
 create() {
   local code=0
-  launched=0
+  launched=0 ran=0 waiting=0
   "$HERE/create.sh" "${FORWARD[@]}" || code=$?
   case $code in
     0) ;;
