@@ -141,7 +141,7 @@ def write(out: epath.Path, record: Record) -> None:
 
 
 def _is_curve(value: Any, width: int) -> bool:
-    rows = value if isinstance(value, list) else [None]
+    rows = value if isinstance(value, list) and value else [None]
     return all(isinstance(row, list) and len(row) == width and all(map(is_number(0)[0], row)) for row in rows)
 
 
