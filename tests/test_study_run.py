@@ -169,6 +169,18 @@ def test_the_folder_of_another_study_is_refused(study, tmp_path, capsys):
     for verb in ("table", "run"):
         assert "is the folder of another study, mine, not of other" in refused(capsys, verb, other, "--out", out)
     assert "holds files, but no study's cells/" in refused(capsys, "run", path, "--out", tmp_path)
+    assert "is a file: name the folder of the study" in refused(capsys, "run", path, "--out", path)
+
+
+def test_records_that_come_with_the_docs_are_read():
+    """Later work adds to them: they are cells of the study file beside them, finished, of one code and one data."""
+    evidence = Path(__file__).parents[1] / "docs" / "evidence"
+    for file in evidence.glob("*.toml"):
+        study = read_study(str(file))
+        known = records.read_records(file.with_suffix(""), study)
+        assert known and all(record.result is not None for record in known.values())
+        assert len({(record.code, record.data) for record in known.values()}) == 1
+        assert all(arm in study.arms and seed in study.seeds for arm, seed in known)
 
 
 def test_cells_of_changed_code_data_or_settings_are_not_added_to(study, capsys, monkeypatch):

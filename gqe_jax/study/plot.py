@@ -60,9 +60,10 @@ def _unwritten_named(path: epath.Path) -> Iterator[None]:
 
 def curve(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns tokens, mean over seeds and half width of the 95% band of the training loss."""
-    points = [np.asarray(record.result["training"], np.float64).reshape(-1, 2) for record in records]
+    points = [np.asarray(record.result["training"], np.float64) for record in records]
     tokens = points[0][:, 0]
-    bands = [mean_interval(losses) for losses in np.stack([each[:, 1] for each in points], axis=1)]
+    losses = np.stack([np.interp(tokens, *each.T) for each in points], axis=1)
+    bands = [mean_interval(row) for row in losses]
     return tokens, np.array([band.mean for band in bands]), np.array([band.half_width for band in bands])
 
 

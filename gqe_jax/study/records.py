@@ -141,7 +141,7 @@ def write(out: epath.Path, record: Record) -> None:
 
 
 def _is_curve(value: Any, width: int) -> bool:
-    rows = value if isinstance(value, list) else [None]
+    rows = value if isinstance(value, list) and value else [None]
     return all(isinstance(row, list) and len(row) == width and all(map(is_number(0)[0], row)) for row in rows)
 
 
@@ -182,6 +182,8 @@ def read_records(out: epath.Path, study: Study) -> dict[tuple[str, int], Record]
     Raises:
       ConfigError: the folder belongs to another study, or a record is none.
     """
+    if out.is_file():
+        raise ConfigError(f"--out={str(out)!r} is a file: name the folder of the study")
     folder = out / CELLS
     records = [_read(path) for path in sorted(folder.glob("*.json"))]
     others = sorted({record.study for record in records if record.study != study.name})

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from etils import epath
 
@@ -92,11 +92,7 @@ def run_study(
     progress = _Progress(planned, [cell for cell in planned if cell not in waiting], stream)
     running: dict[subprocess.Popen[bytes], Cell] = {}
     failures = []
-
-    def end(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -131,6 +127,10 @@ def run_study(
         progress.close()
         signal.signal(signal.SIGTERM, before)
     return failures
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _require_records(planned: Sequence[Cell], known: Collection[tuple[str, int]], out: epath.Path) -> None:
