@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gqe_jax.attention import AsymGQAConfig, GQAConfig, KeyDrivenConfig
-from gqe_jax.config import ModelConfig, require
+from gqe_jax.config import AttentionConfig, ModelConfig, require
 from gqe_jax.convert.align import pair_moments
 from gqe_jax.convert.groups import (
     Groups,
@@ -154,6 +154,7 @@ def to_asym_gqa(
         lossless=not pools,
         moments=True,
         controls=controls,
+        finish=None if equal else trimmed,
         notes=(QK_NORM_NOTE,) if pools and align and source.qk_norm else (),
     )
 
@@ -234,6 +235,14 @@ def padded(params: Params, groups: Groups, most: int) -> Params:
             if path in params:
                 result[path] = np.stack([params[path].take(own, axis).mean(axis) for own in groups], axis)
     return in_places(result, groups, most)
+
+
+def trimmed(params: Params, config: AttentionConfig) -> tuple[Params, AttentionConfig]:
+    """Stacked layers with as many places in each group as the largest group of any layer has heads."""
+    most = int(params["head_mask"].sum(axis=-1).max())
+    axes = {"q_proj.kernel": 3, "q_proj.bias": 2, "o_proj.kernel": 2, "head_mask": 2}
+    fewer = {path: x.take(range(most), axes[path]) if path in axes else x for path, x in params.items()}
+    return fewer, dataclasses.replace(config, **{"max_group_size": most})
 
 
 def in_places(params: Params, groups: Sequence[Sequence[int] | np.ndarray], most: int) -> Params:
