@@ -137,13 +137,12 @@ def to_asym_gqa(
             result = padded(ordered, runs, most)
         return result, f"groups of {sizes} query heads; J: {costs}"
 
-    shared = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
-    if equal:
-        config = GQAConfig(**shared | {"num_kv_heads": num_kv_heads})
-    else:
-        sizes = {"num_kv_heads": num_kv_heads, "max_group_size": most * members}
-        config = AsymGQAConfig(**shared | {"kind": "asym_gqa"} | sizes)
-    options = {"num_kv_heads": num_kv_heads, "align": align, "seed": seed}
+    config: AttentionConfig = dataclasses.replace(source, num_kv_heads=num_kv_heads)
+    if not equal:
+        shared: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        del shared["kind"]
+        config = AsymGQAConfig(max_group_size=most * members, **shared)
+    options: dict[str, Any] = {"num_kv_heads": num_kv_heads, "align": align, "seed": seed}
     pools = num_kv_heads < there
     controls = {"neighbours": to_gqa(model, **options)} if pools and even else {}
     if controls and not equal:
@@ -173,7 +172,7 @@ def _frozen(source: KeyDrivenConfig, most: int) -> Conversion:
         return in_places(alone, runs, most), f"groups of {' '.join(map(str, counts))} query heads"
 
     kept = {field.name for field in dataclasses.fields(AsymGQAConfig)} - {"kind", "max_group_size"}
-    shared = {name: getattr(source, name) for name in kept}
+    shared: dict[str, Any] = {name: getattr(source, name) for name in kept}
     return Conversion(AsymGQAConfig(max_group_size=most, **shared), layer, lossless=True)
 
 
