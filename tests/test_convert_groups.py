@@ -225,6 +225,7 @@ def test_equal_neighbours_are_plain_pooling():
 
 def test_means_of_unequal_groups():
     """W_k and W_v of a group are its members' means, and query heads stand one behind the other in their order."""
+    assert to_asym_gqa(dense_layers.config(heads=5, kv_heads=5), num_kv_heads=2).config.query_heads[1] == 8
     model = dense_layers.config(heads=10, kv_heads=5)
     layer = dense_layers.params(model)
     config, result = dense_layers.converted(to_asym_gqa, model, layer, X, num_kv_heads=2, align=False)

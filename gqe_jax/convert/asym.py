@@ -137,11 +137,10 @@ def to_asym_gqa(
             result = padded(ordered, runs, most)
         return result, f"groups of {sizes} query heads; J: {costs}"
 
-    config: AttentionConfig = dataclasses.replace(source, num_kv_heads=num_kv_heads)
-    if not equal:
-        shared: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-        del shared["kind"]
-        config = AsymGQAConfig(max_group_size=most * members, **shared)
+    shared: dict[str, Any] = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
+    shared |= {"num_kv_heads": num_kv_heads}
+    del shared["kind"]
+    config = GQAConfig(**shared) if equal else AsymGQAConfig(max_group_size=most * members, **shared)
     options: dict[str, Any] = {"num_kv_heads": num_kv_heads, "align": align, "seed": seed}
     pools = num_kv_heads < there
     controls = {"neighbours": to_gqa(model, **options)} if pools and even else {}
