@@ -10,7 +10,7 @@ from dense_layers import DIM, WIDTH
 from gqe_jax.attention import AsymGQAConfig, GQAConfig
 from gqe_jax.config import ConfigError
 from gqe_jax.convert.align import turn_planes
-from gqe_jax.convert.asym import to_asym_gqa
+from gqe_jax.convert.asym import to_asym_gqa, trimmed
 from gqe_jax.convert.groups import best_groups, cost, distances, neighbours, turned, turned_in_planes, unturned
 from gqe_jax.convert.pool import to_gqa
 
@@ -225,6 +225,7 @@ def test_equal_neighbours_are_plain_pooling():
 
 def test_means_of_unequal_groups():
     """W_k and W_v of a group are its members' means, and query heads stand one behind the other in their order."""
+    assert to_asym_gqa(dense_layers.config(heads=5, kv_heads=5), num_kv_heads=2).config.query_heads[1] == 8
     model = dense_layers.config(heads=10, kv_heads=5)
     layer = dense_layers.params(model)
     config, result = dense_layers.converted(to_asym_gqa, model, layer, X, num_kv_heads=2, align=False)
@@ -242,6 +243,20 @@ def test_means_of_unequal_groups():
         outputs = layer["o_proj.kernel"][list(own)].reshape(-1, DIM, WIDTH)
         np.testing.assert_array_equal(result["o_proj.kernel"][group, mask[group]], outputs)
     assert not result["o_proj.kernel"][~mask].any()
+
+
+def test_places_that_no_layer_fills_are_left_out():
+    """The largest group of all layers sets the places; nothing of a head is lost."""
+    rng_ = rng(8)
+    mask = np.array([[[1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]], [[1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]]], bool)
+    shapes = {"q_proj.kernel": (2, 5, 2, 6, DIM), "q_proj.bias": (2, 2, 6, DIM), "o_proj.kernel": (2, 2, 6, DIM, 5)}
+    params = {path: rng_.normal(size=shape) for path, shape in shapes.items()} | {"head_mask": mask}
+    config = AsymGQAConfig(num_query_heads=4, num_kv_heads=2, max_group_size=4, head_dim=DIM, bias=True)
+    fewer, trimmed_config = trimmed(params, config)
+    assert trimmed_config.max_group_size == 3 and fewer["head_mask"].tolist() == mask[..., :3].tolist()
+    np.testing.assert_array_equal(fewer["q_proj.kernel"], params["q_proj.kernel"][:, :, :, :3])
+    np.testing.assert_array_equal(fewer["q_proj.bias"], params["q_proj.bias"][:, :, :3])
+    np.testing.assert_array_equal(fewer["o_proj.kernel"], params["o_proj.kernel"][:, :, :3])
 
 
 def cost_of_layer(layer, groups):

@@ -10,6 +10,7 @@ from converted import logits, read_run, tokens, write_run
 
 from gqe_jax.attention import GQAConfig
 from gqe_jax.cli import main as cli
+from gqe_jax.config_files import load_config
 from gqe_jax.pytorch.exporting import export_hf
 from gqe_jax.pytorch.importing import import_folder
 from gqe_jax.runs.load import load_model
@@ -75,7 +76,9 @@ def test_unequal_groups_are_made_trained_resumed_and_exported(place, capsys):
     assert len(layers) == 2
     for sizes, before, after in layers:
         assert sum(map(int, sizes.split())) == 5 and float(after) <= float(before)
-    assert "asym_gqa (num_query_heads 5, num_kv_heads 2, head_dim 8, groups of up to 4)" in out
+    most = max(int(size) for sizes, *_ in layers for size in sizes.split())
+    assert f"asym_gqa (num_query_heads 5, num_kv_heads 2, head_dim 8, groups of up to {most})" in out
+    assert load_config(str(place / "asym/config.py")).model.attention.max_group_size == most
 
     shutil.copytree(place / "asym", place / "asym_on")
     train(place, "asym/config.py", "asym_on")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gqe_jax.attention import AsymGQAConfig, GQAConfig, KeyDrivenConfig
-from gqe_jax.config import ModelConfig, require
+from gqe_jax.config import AttentionConfig, ModelConfig, require
 from gqe_jax.convert.align import pair_moments
 from gqe_jax.convert.groups import (
     Groups,
@@ -137,13 +137,11 @@ def to_asym_gqa(
             result = padded(ordered, runs, most)
         return result, f"groups of {sizes} query heads; J: {costs}"
 
-    shared = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
-    if equal:
-        config = GQAConfig(**shared | {"num_kv_heads": num_kv_heads})
-    else:
-        sizes = {"num_kv_heads": num_kv_heads, "max_group_size": most * members}
-        config = AsymGQAConfig(**shared | {"kind": "asym_gqa"} | sizes)
-    options = {"num_kv_heads": num_kv_heads, "align": align, "seed": seed}
+    shared: dict[str, Any] = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
+    shared |= {"num_kv_heads": num_kv_heads}
+    del shared["kind"]
+    config = GQAConfig(**shared) if equal else AsymGQAConfig(max_group_size=most * members, **shared)
+    options: dict[str, Any] = {"num_kv_heads": num_kv_heads, "align": align, "seed": seed}
     pools = num_kv_heads < there
     controls = {"neighbours": to_gqa(model, **options)} if pools and even else {}
     if controls and not equal:
@@ -154,6 +152,7 @@ def to_asym_gqa(
         lossless=not pools,
         moments=True,
         controls=controls,
+        finish=None if equal else trimmed,
         notes=(QK_NORM_NOTE,) if pools and align and source.qk_norm else (),
     )
 
@@ -172,7 +171,7 @@ def _frozen(source: KeyDrivenConfig, most: int) -> Conversion:
         return in_places(alone, runs, most), f"groups of {' '.join(map(str, counts))} query heads"
 
     kept = {field.name for field in dataclasses.fields(AsymGQAConfig)} - {"kind", "max_group_size"}
-    shared = {name: getattr(source, name) for name in kept}
+    shared: dict[str, Any] = {name: getattr(source, name) for name in kept}
     return Conversion(AsymGQAConfig(max_group_size=most, **shared), layer, lossless=True)
 
 
@@ -234,6 +233,14 @@ def padded(params: Params, groups: Groups, most: int) -> Params:
             if path in params:
                 result[path] = np.stack([params[path].take(own, axis).mean(axis) for own in groups], axis)
     return in_places(result, groups, most)
+
+
+def trimmed(params: Params, config: AttentionConfig) -> tuple[Params, AttentionConfig]:
+    """Stacked layers with as many places in each group as the largest group of any layer has heads."""
+    most = int(params["head_mask"].sum(axis=-1).max())
+    axes = {"q_proj.kernel": 3, "q_proj.bias": 2, "o_proj.kernel": 2, "head_mask": 2}
+    fewer = {path: x.take(range(most), axes[path]) if path in axes else x for path, x in params.items()}
+    return fewer, dataclasses.replace(config, **{"max_group_size": most})
 
 
 def in_places(params: Params, groups: Sequence[Sequence[int] | np.ndarray], most: int) -> Params:

@@ -125,6 +125,7 @@ def convert_run(
         converted = convert_layers(conversion, params, source.model, batches, **options)
         model, arrays = _model(converted, mesh)
         losses["converted"] = loss_of(model)
+        config = dataclasses.replace(config, model=converted.config)
         save_run(folder, config, trained.tokenizer, arrays)
         text = config_file("A model that gqe convert made.", settings_of(config), SOURCE=str(run), RUN=str(out))
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from gqe_jax.attention import KeyDrivenConfig
@@ -51,8 +52,9 @@ def to_key_driven(model: ModelConfig, *, allocation: Allocation = "kdgqa", seed:
       ConfigError: a source that is not dense, or an unknown allocation.
     """
     source = dense_source(model, "key_driven")
-    shared = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
-    config = KeyDrivenConfig(**shared | {"kind": "key_driven", "allocation": allocation})
+    shared: dict[str, Any] = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
+    del shared["kind"]
+    config = KeyDrivenConfig(allocation=allocation, **shared)
     groups, heads = config.num_kv_heads, config.num_query_heads
 
     def layer(params: Params, calibration: Calibration, index: int) -> tuple[Params, str]:
@@ -60,7 +62,7 @@ def to_key_driven(model: ModelConfig, *, allocation: Allocation = "kdgqa", seed:
         if allocation == "static":
             pairs = pair_moments(calibration.moments, params["k_proj.kernel"], params.get("k_proj.bias"))
             norms = np.sqrt(np.diagonal(unturned(pairs)))
-            counts = np.asarray(allocate(norms.astype(np.float32), heads, config.allocation_floor))
+            counts = np.asarray(allocate(jnp.asarray(norms, jnp.float32), heads, config.allocation_floor))
         said = f"query heads {' '.join(map(str, counts))}"
         return params | {"heads": counts, "key_norm": norms, "steps": np.zeros(1)}, said
 

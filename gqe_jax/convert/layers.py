@@ -52,6 +52,7 @@ class Conversion:
       moments: `layer` asks for `Calibration.moments`.
       reconstructs: `layer` asks for `Calibration.examples`, which takes rows of its own.
       recipe: the source's optimizer settings, its steps and the new run's → the settings that train the result.
+      finish: all layers' arrays, stacked, and `config` → those of the same function in fewer numbers; or None.
       controls: name → what to compare with: conversions of the same source.
       notes: what the user should know.
     """
@@ -62,6 +63,7 @@ class Conversion:
     moments: bool = False
     reconstructs: bool = False
     recipe: Callable[[OptimizerConfig, int, int], OptimizerConfig] = scaled_recipe
+    finish: Callable[[Params, AttentionConfig], tuple[Params, AttentionConfig]] | None = None
     controls: Mapping[str, "Conversion"] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -166,6 +168,9 @@ def convert_layers(
             streams.pass_layer(source, own, result, _with_attention(own, layer))
             progress(index + 1, num_layers)
     kept = {path: x for path, x in params.items() if not path.startswith(prefix + ATTENTION)}
+    if conversion.finish is not None:
+        stacked, attention = conversion.finish(stacked, conversion.config)
+        target = dataclasses.replace(config, attention=attention)
     new = {prefix + ATTENTION + path: x for path, x in stacked.items()}
     return Converted(kept | new, target, tuple(errors), tuple(notes))
 

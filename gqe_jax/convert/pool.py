@@ -153,7 +153,10 @@ def kept_heads(params: Params, chosen: np.ndarray) -> Params:
 
 
 def aligned(
-    params: Params, groups: Sequence[Sequence[int]] | np.ndarray, moments: np.ndarray, config: AttentionConfig
+    params: Params,
+    groups: Sequence[Sequence[int] | np.ndarray] | np.ndarray,
+    moments: np.ndarray,
+    config: AttentionConfig,
 ) -> Params:
     """The same layer, the KV heads of each group turned towards each other.
 
