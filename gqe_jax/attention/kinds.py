@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from gqe_jax.attention.base import Attention
 from gqe_jax.attention.gqa import GQAConfig, GQAttention
 from gqe_jax.attention.gqe import GQEAttention, GQEConfig
+from gqe_jax.attention.gqe_mla import GQEMLAConfig, GQEMLAttention
 from gqe_jax.attention.mla import MLAConfig, MLAttention
 from gqe_jax.config import AttentionConfig, ConfigError
 
@@ -47,6 +48,7 @@ KINDS: dict[str, Kind] = checked(
         "gqe": Kind(GQEConfig, GQEAttention),
         "gqa": Kind(GQAConfig, GQAttention),
         "mla": Kind(MLAConfig, MLAttention),
+        "gqe_mla": Kind(GQEMLAConfig, GQEMLAttention),
     }
 )
 

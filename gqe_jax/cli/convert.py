@@ -14,6 +14,7 @@ EPILOG = """examples:
   gqe convert --run runs/llama --to gqa --num-kv-heads 2 --out runs/llama_kv2
   gqe convert --run runs/llama --to gqa --num-query-heads 8 --out runs/llama_sqa
   gqe convert --run runs/llama --to gqe --top-k 1 --out runs/llama_gqe
+  gqe convert --run runs/llama --to mla --latent 512 --rope-dim 64 --out runs/llama_mla
 
 The run is one that gqe train or gqe import made of a dense model. The result is a run of step 0 that gqe train, eval,
 generate and export take; docs/convert.md says which conversion is for what."""
@@ -28,7 +29,11 @@ OPTIONS = {
     "experts": ("gqe",),
     "experts_per_group": ("gqe",),
     "reconstruct": ("gqe",),
-    "exact": ("gqe",),
+    "exact": ("gqe", "mla"),
+    "latent": ("mla",),
+    "rope_dim": ("mla",),
+    "freqfold": ("mla",),
+    "tied_groups": ("mla",),
 }
 
 
@@ -36,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `gqe convert`."""
     parser.epilog = EPILOG
     add_run(parser)
-    parser.add_argument("--to", required=True, choices=("gqa", "gqe"), help="kind of attention to convert to")
+    parser.add_argument("--to", required=True, choices=("gqa", "gqe", "mla"), help="kind of attention to convert to")
     parser.add_argument("--out", required=True, metavar="DIR", help="run to make; must not exist, or be empty")
     parser.add_argument(
         "--data",
@@ -89,7 +94,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exact",
         action="store_true",
         default=None,
-        help="the dense function itself: all heads selected by a fixed router, or copies of an MHA's heads",
+        help="the dense function itself: all heads selected by a fixed router, or copies of an MHA's heads; --to mla: "
+        "all of the rotary embedding kept",
+    )
+
+    group = parser.add_argument_group("--to mla: multi-head latent attention")
+    group.add_argument("--latent", type=int, metavar="R", help="numbers of the latent (default: 512)")
+    group.add_argument(
+        "--rope-dim", type=int, metavar="R", help="dimensions that keep the rotary embedding (default: 64)"
+    )
+    group.add_argument(
+        "--freqfold",
+        type=_freqfold,
+        metavar="F",
+        help="neighbouring frequencies taken for one, or auto: as many as serve best (default: auto)",
+    )
+    group.add_argument(
+        "--tied-groups",
+        action=argparse.BooleanOptionalAction,
+        help="query heads of a KV head share their up-projections (default: yes)",
     )
 
 
@@ -98,17 +121,22 @@ def run(args: argparse.Namespace) -> int:
     import functools
 
     from gqe_jax.convert.converting import convert_run, loss_table
+    from gqe_jax.convert.latent import to_mla
     from gqe_jax.convert.pool import to_gqa
     from gqe_jax.convert.upcycle import to_gqe
     from gqe_jax.parallel.mesh import make_mesh, parse_mesh
     from gqe_jax.runs.new_run import CONFIG_FILE
 
     options = _options_of(args)
-    to = {"gqa": to_gqa, "gqe": to_gqe}[args.to]
+    to = {
+        "gqa": functools.partial(to_gqa, seed=args.seed),
+        "gqe": functools.partial(to_gqe, seed=args.seed),
+        "mla": to_mla,
+    }[args.to]
     done = convert_run(
         args.run,
         args.out,
-        functools.partial(to, seed=args.seed, **options),
+        functools.partial(to, **options),
         make_mesh(parse_mesh(args.mesh)),
         step=args.step,
         data=args.data,
@@ -147,6 +175,10 @@ def _options_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.to == "gqa" and not {"num_kv_heads", "num_query_heads"} & given.keys():
         raise ConfigError("--to gqa needs to know how many heads are left: add --num-kv-heads or --num-query-heads")
     return given
+
+
+def _freqfold(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 class _Progress:

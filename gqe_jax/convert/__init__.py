@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from gqe_jax.lazy import lazy_names
 
 if TYPE_CHECKING:  # the same names as in `lazy_names` below
+    from gqe_jax.convert.latent import mla
     from gqe_jax.convert.layers import Converted
     from gqe_jax.convert.pool import gqa
     from gqe_jax.convert.upcycle import gqe
@@ -13,6 +14,7 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            "gqe_jax.convert.latent": ("mla",),
             "gqe_jax.convert.layers": ("Converted",),
             "gqe_jax.convert.pool": ("gqa",),
             "gqe_jax.convert.upcycle": ("gqe",),
@@ -20,4 +22,4 @@ else:
         },
     )
 
-__all__ = ["Converted", "gqa", "gqe", "layer_from_torch", "layer_to_torch"]
+__all__ = ["Converted", "gqa", "gqe", "layer_from_torch", "layer_to_torch", "mla"]

@@ -53,6 +53,8 @@ class Conversion:
       reconstructs: `layer` asks for `Calibration.examples`, which takes rows of its own.
       recipe: the source's optimizer settings, its steps and the new run's → the settings that train the result.
       controls: name → what to compare with: conversions of the same source.
+      alternative: the conversion with another setting and the same result's configuration, to be tried in its place. It
+        is taken if the loss of its last control is lower, and then its own alternative is tried.
       notes: what the user should know.
     """
 
@@ -63,6 +65,7 @@ class Conversion:
     reconstructs: bool = False
     recipe: Callable[[OptimizerConfig, int, int], OptimizerConfig] = scaled_recipe
     controls: Mapping[str, "Conversion"] = dataclasses.field(default_factory=dict)
+    alternative: "Conversion | None" = None
     notes: tuple[str, ...] = ()
 
 
