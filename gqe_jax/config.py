@@ -254,6 +254,12 @@ class AttentionConfig(abc.ABC):
         return None
 
     @property
+    def query_dim(self) -> int:
+        """The width of a query, and of the keys that it is multiplied with."""
+        assert self.head_dim is not None  # of a config that is resolved
+        return self.head_dim
+
+    @property
     def rotary_dim(self) -> tuple[str, int | None]:
         """The setting that says how many dimensions have a rotary frequency table: (its name, its value)."""
         return "head_dim", self.head_dim

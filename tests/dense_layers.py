@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import spec_numpy
 
-from gqe_jax.attention import GQAConfig, GQEConfig
+from gqe_jax.attention import GQAConfig, GQEConfig, MLAConfig
 from gqe_jax.config import ModelConfig
 from gqe_jax.convert.layers import Calibration
 from gqe_jax.convert.refit import Regression
@@ -16,7 +16,7 @@ WIDTH, DIM = 12, 4
 
 def config(heads=4, kv_heads=2, **options):
     """A dense model's configuration: d = 12, D = 4, two layers."""
-    attention = GQAConfig(num_query_heads=heads, num_kv_heads=kv_heads, head_dim=DIM, **options)
+    attention = GQAConfig(num_query_heads=heads, num_kv_heads=kv_heads, **{"head_dim": DIM} | options)
     return ModelConfig(vocab_size=11, d_model=WIDTH, num_layers=2, d_ff=16, context=16, attention=attention)
 
 
@@ -25,7 +25,8 @@ def params(model, seed=0):
     rng = np.random.default_rng(seed)
     attention = model.attention
     groups, members = attention.num_kv_heads, attention.num_query_heads // attention.num_kv_heads
-    shapes = {"q_proj": (groups, members, DIM), "k_proj": (groups, DIM), "v_proj": (groups, DIM)}
+    dim = attention.head_dim
+    shapes = {"q_proj": (groups, members, dim), "k_proj": (groups, dim), "v_proj": (groups, dim)}
     result = {f"{name}.kernel": rng.normal(size=(WIDTH, *shape)) / 3 for name, shape in shapes.items()}
     result["o_proj.kernel"] = rng.normal(size=(*shapes["q_proj"], WIDTH)) / 3
     if attention.bias:
@@ -33,7 +34,7 @@ def params(model, seed=0):
     if attention.has_out_bias:
         result["o_proj.bias"] = rng.normal(size=WIDTH) / 5
     if attention.qk_norm:
-        result |= {"q_norm.scale": rng.uniform(0.5, 1.5, DIM), "k_norm.scale": rng.uniform(0.5, 1.5, DIM)}
+        result |= {"q_norm.scale": rng.uniform(0.5, 1.5, dim), "k_norm.scale": rng.uniform(0.5, 1.5, dim)}
     return result
 
 
@@ -51,7 +52,11 @@ def output(layer, attention, x):
     if isinstance(attention, GQEConfig) and attention.router.kind == "fixed":
         state["router.weight"] = np.zeros((attention.num_query_experts, WIDTH))
     routed = {"top_k": attention.top_k, "variant": attention.variant} if isinstance(attention, GQEConfig) else {}
-    options = {name: getattr(attention, name) for name in ("num_kv_heads", "head_dim", "rope_theta", "qk_norm_eps")}
+    names = ("num_kv_heads", "head_dim", "rope_theta", "softcap")
+    if isinstance(attention, MLAConfig):
+        options = {name: getattr(attention, name) for name in (*names, "rope_dim", "rope_repeats")}
+        return spec_numpy.latent_layer(state, x, **options).y
+    options = {name: getattr(attention, name) for name in (*names, "qk_norm_eps")}
     return spec_numpy.layer(state, x, **options, **routed).y
 
 

@@ -10,7 +10,15 @@ from flax import nnx
 from jax.experimental import checkify
 
 from gqe_jax import GQAttention, GQEAttention, natural, zigzag
-from gqe_jax.attention import AsymGQAConfig, GQAConfig, GQEConfig, KeyDrivenConfig, MLAConfig, RouterConfig
+from gqe_jax.attention import (
+    AsymGQAConfig,
+    GQAConfig,
+    GQEConfig,
+    GQEMLAConfig,
+    KeyDrivenConfig,
+    MLAConfig,
+    RouterConfig,
+)
 from gqe_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from gqe_jax.models.transformer import Transformer
 from gqe_jax.parallel.mesh import check_batch, check_model, make_mesh, shard_batch
@@ -24,6 +32,7 @@ ALL = {"qk_norm": True, "bias": True, "softcap": 20.0, "num_query_experts": 32, 
 NOISY = RouterConfig(init_std=0.5, jitter=0.1, bias_update_rate=0.01, z_loss_weight=0.01)
 RANDOM = RouterConfig(kind="random")
 LATENT = {"num_query_heads": 16, "latent_dim": 12, "rope_dim": 4, **HEADS, **QUICK}
+LATENT_GQE = {"latent_dim": 12, "rope_dim": 4, "router": RouterConfig(init_std=0.5), **GQE}
 PLAIN = GQEConfig(**GQE, router=RouterConfig(init_std=0.5))
 
 # name → attention, mesh (data, fsdp, expert, context), microbatches
@@ -44,6 +53,7 @@ CASES = {
     ),
     "latent": (MLAConfig(**LATENT, bias=True, context_parallel="ring"), (1, 2, 2, 2), 1),
     "latent, gathered": (MLAConfig(**LATENT, latent_norm=True, softcap=20.0), (2, 1, 2, 2), 1),
+    "latent, routed": (GQEMLAConfig(**LATENT_GQE), (1, 2, 2, 2), 1),
     "dense": (GQAConfig(num_query_heads=16, **HEADS, **QUICK, bias=True, context_parallel="ring"), (2, 1, 2, 2), 1),
 }
 
@@ -118,7 +128,8 @@ def parameters(model):
 def generation():
     """Largest difference of logits, 4 devices on `expert` against one: a prompt of 9 tokens, then 3 one by one."""
     routed = dataclasses.replace(PLAIN, window=7, softcap=5.0, qk_norm=True)
-    return max(difference_of_logits(attention) for attention in (routed, MLAConfig(**LATENT, window=7)))
+    latent = MLAConfig(**LATENT, window=7), GQEMLAConfig(**LATENT_GQE, softcap=5.0)
+    return max(difference_of_logits(attention) for attention in (routed, *latent))
 
 
 def difference_of_logits(attention):

@@ -1,5 +1,6 @@
 """`gqe convert`: runs made of runs, what stays to the bit, that other verbs take them, and input that is refused."""
 
+import dataclasses
 import hashlib
 import shutil
 
@@ -40,6 +41,7 @@ KINDS = {
     "kv1": (["--to", "gqa", "--num-kv-heads", "1"], "gqa (num_query_heads 4, num_kv_heads 1, head_dim 8)"),
     "sqa": (["--to", "gqa", "--num-query-heads", "2"], "gqa (num_query_heads 2, num_kv_heads 2, head_dim 8)"),
     "gqe": (["--to", "gqe", "--reconstruct", "4"], "top_k 1 of 2, gqe, router learned)"),
+    "mla": (["--to", "mla", "--latent", "12", "--rope-dim", "4"], "num_kv_heads 2, head_dim 8, latent_dim 12, rope_d"),
 }
 
 
@@ -52,9 +54,10 @@ def test_converted_runs_train_and_generate(place, capsys, name):
     out, err = capsys.readouterr()
     assert summary in out and ", 0 s left" in err
     assert ("the same with a fixed router" in out) == (name == "gqe")
+    assert ("partial rotary, freqfold 2" in out) == ("50.0% of the run's 32" in out) == (name == "mla")
     before, after = read_run(place / "dense"), read_run(place / name)
     changed = {path for path in before.keys() & after.keys() if not np.array_equal(before[path], after[path])}
-    kept_attention = {"k_proj.kernel", "v_proj.kernel"} if name != "kv1" else set()
+    kept_attention = {"k_proj.kernel", "v_proj.kernel"} if name != "kv1" else set()  # or gone, of MLA
     wanted = {"q_proj.kernel", "k_proj.kernel", "v_proj.kernel", "o_proj.kernel"} - kept_attention
     assert changed == {f"layers.attention.{path}" for path in wanted}
 
@@ -77,9 +80,9 @@ def test_equal_inputs_and_seed_give_equal_bits(place):
     assert hashes(place / "other") != hashes(place / "first")
 
 
-@pytest.mark.parametrize("name", ["kv1", "gqe"])
+@pytest.mark.parametrize("name", ["kv1", "gqe", "mla"])
 def test_exports_of_converted_runs(place, name):
-    """An ordinary Llama with fewer KV heads, and GQE through its own file: the same logits in PyTorch."""
+    """An ordinary Llama with fewer KV heads, and GQE and MLA through our own file: the same logits in PyTorch."""
     torch = pytest.importorskip("torch")
     import torch_folder
 
@@ -121,6 +124,28 @@ def test_exact_conversion_is_the_same_model(place):
     ids = tokens(259)
     dense, exact = (logits(load_model(place / name).model, ids) for name in ("dense", "exact"))
     np.testing.assert_allclose(exact, dense, atol=1e-5)
+
+
+def test_frequencies_are_folded_while_the_loss_of_partial_rotary_falls(place, capsys, monkeypatch):
+    """f = 1, 2, 4 with head_dim 8 and --rope-dim 8. Losses are given here: they fall at 2 and rise at 4, so that 2 is
+    taken, as by name; where they rise at 2 already, 4 is not tried and 1 is taken."""
+    options = ["--to", "mla", "--latent", "12", "--rope-dim", "8", "--calibration-rows", "2"]
+    for fold in ("1", "2"):
+        assert convert(place, f"fold{fold}", *options, "--freqfold", fold) == 0
+    evaluate = converting.evaluate_model
+    for name, losses, tried in (("auto2", [1.0, 3.0, 2.0, 2.5, 3.0], 3), ("auto1", [1.0, 2.0, 2.5, 3.0], 2)):
+        given = iter(losses)
+        monkeypatch.setattr(
+            converting,
+            "evaluate_model",
+            lambda *args, given=given, **options: dataclasses.replace(evaluate(*args, **options), loss=next(given)),
+        )
+        capsys.readouterr()
+        assert convert(place, name, *options) == 0
+        out, err = capsys.readouterr()
+        assert out.count("partial rotary, freqfold") == tried and err.splitlines()[-1].endswith(", 0 s left")
+        assert hashes(place / name) == hashes(place / f"fold{name[-1]}")
+    assert hashes(place / "fold1") != hashes(place / "fold2")
 
 
 def test_calibration_rows_are_training_rows(place, monkeypatch):
@@ -169,6 +194,13 @@ def test_a_conversion_that_is_stopped_leaves_nothing(place, monkeypatch):
         ("--to gqe --num-kv-heads 1", "--num-kv-heads says nothing of a conversion to gqe"),
         ("--to gqe --calibration-rows 999999", "--calibration-rows=999999 needs 999999 training rows"),
         ("--to gqe --calibration-rows 0", "--calibration-rows=0 is no positive multiple"),
+        ("--to gqa --num-kv-heads 1 --latent 4", "--latent says nothing of a conversion to gqa: leave it out"),
+        ("--to mla --latent 12", "--rope-dim=64 is neither head_dim / c, where c divides head_dim / 2 = 4, nor a mult"),
+        ("--to mla --rope-dim 4 --latent 29", "--latent=29 must lie in 1..28: keys and values have 2 · num_kv_heads"),
+        ("--to mla --rope-dim 4 --latent 0", "--latent=0 must lie in 1..28"),
+        ("--to mla --rope-dim 4 --latent 9 --freqfold 1", "--freqfold=1 has to divide head_dim / 2 = 4 and be a mul"),
+        ("--to mla --rope-dim 4 --latent 9 --freqfold 8", "use one of 2, 4"),
+        ("--to mla --exact --latent 9", "--exact keeps everything: --latent and --rope-dim are both num_kv_heads"),
         ("--to gqe --alpha 2", "--alpha=2.0 must lie in (0, 1]"),
         ("--to gqe --step 3", "3"),
         ("--to gqe --data nowhere", "nowhere"),

@@ -13,7 +13,7 @@ import tiny_run
 from flax import nnx
 
 from gqe_jax import KVCache, LatentCache
-from gqe_jax.attention import MLAConfig
+from gqe_jax.attention import GQEMLAConfig, MLAConfig
 from gqe_jax.cli import main as cli
 from gqe_jax.config import ConfigError, MeshConfig, ModelConfig
 from gqe_jax.config_files import load_config
@@ -153,8 +153,13 @@ def model(attention, **options):
 
 
 def test_parameters_are_counted_as_they_are_made():
-    for options in ({}, {"bias": True}, {"bias": True, "out_bias": False}, {"latent_norm": True, "num_kv_heads": 4}):
-        config = model(MLAConfig(**SIZES | options))
+    ways = ({}, {"bias": True}, {"bias": True, "out_bias": False}, {"latent_norm": True, "num_kv_heads": 4})
+    routed = SIZES | {"num_query_experts": 8, "top_k": 2}
+    routed.pop("num_query_heads")
+    kinds = [MLAConfig(**SIZES | options) for options in ways]
+    kinds += [GQEMLAConfig(**routed), GQEMLAConfig(**routed, bias=True, variant="hard_concat")]
+    for attention in kinds:
+        config = model(attention)
         made = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract_model(config))))
         assert parameter_count(config)["total"] == made
 
@@ -175,6 +180,15 @@ def test_plans_count_r_plus_R():
     assert decode_flops(dataclasses.replace(config, attention=MLAConfig(**SIZES, window=4)), 10).attention == (
         2 * 2 * 4 * (16 + 12) * 4
     )
+
+    # GQE of 8 experts, k = 1: 2 + 1 heads attend; W_q has 8 + 1 heads, W_o 2 + 2 slots, the router 8 columns.
+    routed = model(GQEMLAConfig(num_query_experts=8, num_kv_heads=2, latent_dim=12, rope_dim=4, head_dim=8))
+    outside = 64 * 9 * (8 + 4) + 64 * 4 * 8
+    last = decode_flops(routed, 10)
+    assert last.projections == 2 * 2 * (outside + down + 3 * up) and last.router == 2 * 2 * 64 * 8
+    assert (last.attention, last.shared_head) == (2 * 2 * 2 * 28 * 10, 2 * 2 * 28 * 10)
+    assert forward_flops(routed, 10).shared_head == 2 * 2 * (12 + 8) * 55
+    assert forward_flops(routed, 10, "dense_equivalent").attention == 2 * 2 * 8 * (12 + 8) * 55
 
     run = load_config("smoke")
     run = dataclasses.replace(run, model=config)
@@ -197,6 +211,10 @@ def test_kernels_are_named_with_their_widths():
     assert "cudnn needs values as wide as keys, not 128 and 192" in training or "cudnn takes bf" in training
     assert "tpu  pallas_tpu        all heads" in prefill
     assert "tpu  pallas_tpu_decode absorbed heads: the fastest on a TPU" in decode
+    routed = GQEMLAConfig(num_query_experts=32, num_kv_heads=8, latent_dim=512, rope_dim=64, head_dim=128)
+    run = dataclasses.replace(run, model=model(routed, d_model=2048, context=4096))
+    assert "tpu  pallas_tpu_decode absorbed heads: the fastest on a TPU" in report(run)
+    assert "tpu  pallas_tpu        routed heads and shared head: the fastest on a TPU" in report(run)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gqe_jax.aot.child import Child
-from gqe_jax.attention import GQAConfig, GQEConfig, MLAConfig
+from gqe_jax.attention import GQAConfig, GQEConfig, GQEMLAConfig, MLAConfig
 from gqe_jax.config import ConfigError, MeshConfig, ModelConfig
 from gqe_jax.kernels.mask import Mask
 from gqe_jax.kernels.tpu.blocks import forward_blocks
@@ -126,6 +126,7 @@ def test_parameters_have_one_place():
         GQEConfig(num_query_experts=4, qk_norm=True, **options),
         GQAConfig(num_query_heads=4, qk_norm=True, **options),
         MLAConfig(num_query_heads=4, latent_dim=4, rope_dim=2, latent_norm=True, **options),
+        GQEMLAConfig(num_query_experts=4, latent_dim=4, rope_dim=2, **options),
     ):
         model = ModelConfig(d_model=16, num_layers=2, d_ff=32, attention=attention, tie_embeddings=False)
         for name, placed in placed_variables(abstract_model(model)).items():

@@ -5,6 +5,7 @@ from gqe_jax.attention.base import Attention
 from gqe_jax.attention.caches import Cache, KVCache, LatentCache
 from gqe_jax.attention.gqa import GQAConfig, GQAttention
 from gqe_jax.attention.gqe import GQEAttention, GQEConfig
+from gqe_jax.attention.gqe_mla import GQEMLAConfig, GQEMLAttention
 from gqe_jax.attention.key_driven import KeyDrivenAttention, KeyDrivenConfig
 from gqe_jax.attention.kinds import KINDS, Kind, make_attention
 from gqe_jax.attention.mla import MLAConfig, MLAttention
@@ -23,6 +24,8 @@ __all__ = [
     "GQAttention",
     "GQEAttention",
     "GQEConfig",
+    "GQEMLAConfig",
+    "GQEMLAttention",
     "KVCache",
     "KeyDrivenAttention",
     "KeyDrivenConfig",

@@ -208,6 +208,10 @@ class Attention(nnx.Module, Generic[Config, Report]):
         y = self.o_proj.add_bias(checkpoint_name(y, PRODUCT))
         return (y, report) if cache is None else (y, report, cache)
 
+    def _queries(self, project: Linear, x: jax.Array) -> jax.Array:
+        """Projects x to queries [..., width of a key], as `KeyValues.attend` takes them."""
+        return project(x)
+
     def _key_values(self, shard: Shard, tokens: Tokens) -> tuple[KeyValues, Cache | None]:
         """Projects, norms and rotates K and V of one device's groups, and appends them to the cache if there is one.
 

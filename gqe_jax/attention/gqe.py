@@ -182,12 +182,12 @@ class GQEAttention(Attention[GQEConfig, RouterStats]):
     def _make(self, linear, out_linear, rngs):
         config, d = self.config, self.d_model
         groups, experts, dim = config.num_kv_heads, config.experts_per_group, config.head_dim
-        self.q_proj = linear(d, (groups, experts, dim), axes=("embed", "group", None, None))
+        self.q_proj = linear(d, (groups, experts, config.query_dim), axes=("embed", "group", None, None))
         self.router = Router(d, groups, experts, config.top_k, config.router, rngs=rngs)
         # W_o is two parameters: the slots' rows are split over devices with their groups, those of ō and s are not.
         self.o_proj = out_linear((groups, config.top_k, dim), d, axes=("group", None, None, "embed"))
         if config.shared_heads:
-            self.q_shared = linear(d, dim, axes=("embed", None))
+            self.q_shared = linear(d, config.query_dim, axes=("embed", None))
             self.o_extra = out_linear((2, dim), d, axes=(None, None, "embed"), use_bias=False)
 
     def _compute(self, tokens, rngs, layer_index):
@@ -198,7 +198,7 @@ class GQEAttention(Attention[GQEConfig, RouterStats]):
             (tokens, draws),
             (tokens.axes, draws_axes),
             (summed("batch", "sequence", None), Routing.axes(), tokens.axes.cache),
-            dtype=self.k_proj.dtype,
+            dtype=self.o_proj.dtype,
         )
         return y, routing.statistics(self.config.router), cache
 
@@ -211,7 +211,7 @@ class GQEAttention(Attention[GQEConfig, RouterStats]):
         kv, cache = self._key_values(shard, tokens)  # K, V [B, T, G, D] are dense
         routing = self.router(tokens.x, segment_ids=tokens.segment_ids, draws=draws, num_groups=kv.num_groups)
         index, p = routing.expert_index, routing.selected_probs  # e_1 … e_k and their p, [B, S, G, k]
-        q = self.q_proj(tokens.x)  # of all experts, [B, S, G, M, D]
+        q = self._queries(self.q_proj, tokens.x)  # of all experts, [B, S, G, M, D]
 
         if self.config.variant != "gqe":
             o = kv.attend(q, index)  # [B, S, G, k, D]
@@ -219,7 +219,8 @@ class GQEAttention(Attention[GQEConfig, RouterStats]):
                 o = (o * p[..., None]).astype(o.dtype)
             return self.o_proj.product(o), routing, cache
 
-        o, s = attend_with_shared(kv, q, index, tokens.x, self.q_shared)  # [B, S, G, k, D], [B, S, D]
+        q_shared = functools.partial(self._queries, self.q_shared)
+        o, s = attend_with_shared(kv, q, index, tokens.x, q_shared)  # [B, S, G, k, D], [B, S, D]
         w = p / jnp.maximum(shard.sum(p.sum(axis=(-2, -1), keepdims=True), "expert"), 1e-9)
         mixed = _weighted_sum(o, w).astype(o.dtype)  # ō, [B, S, D]
         # The slots times their rows of W_o, plus ō and s times theirs: y is the sum of this over the devices.

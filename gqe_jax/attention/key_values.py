@@ -48,6 +48,11 @@ class KeyValues:
         return self.k.shape[-2]
 
     @property
+    def shares_itself(self) -> bool:
+        """Whether `attend` computes the shared head on this device's part of the mesh."""
+        return self.shard.size("expert") == self.shard.size("context") == 1
+
+    @property
     def options(self) -> dict[str, int | float | str | None]:
         """The options of `attend` that the layer's config sets, and the scale."""
         of_config = {name: getattr(self.config, name) for name in ("window", "softcap", "implementation")}
@@ -65,7 +70,7 @@ class KeyValues:
         Args:
           q: [B, S, G, M, D], the unfinished queries of all experts.
           expert_index: int32 [B, S, G, k], the selected experts; None: all M of each group.
-          q_shared: [B, S, D], queries of the shared head; only on a device that holds all groups and all tokens
+          q_shared: [B, S, D], queries of the shared head; only where `shares_itself`
             (`shared_head.attend_with_shared` sees to the others).
           kv_head: int32 [R], the KV head of each query run, and q is [B, S, R, M, D]; None: run g reads head g.
 

@@ -8,6 +8,7 @@ from gqe_jax.attention.asym_gqa import AsymGQAConfig, AsymGQAttention
 from gqe_jax.attention.base import Attention
 from gqe_jax.attention.gqa import GQAConfig, GQAttention
 from gqe_jax.attention.gqe import GQEAttention, GQEConfig
+from gqe_jax.attention.gqe_mla import GQEMLAConfig, GQEMLAttention
 from gqe_jax.attention.key_driven import KeyDrivenAttention, KeyDrivenConfig
 from gqe_jax.attention.mla import MLAConfig, MLAttention
 from gqe_jax.config import AttentionConfig, ConfigError
@@ -51,6 +52,7 @@ KINDS: dict[str, Kind] = checked(
         "asym_gqa": Kind(AsymGQAConfig, AsymGQAttention),
         "key_driven": Kind(KeyDrivenConfig, KeyDrivenAttention),
         "mla": Kind(MLAConfig, MLAttention),
+        "gqe_mla": Kind(GQEMLAConfig, GQEMLAttention),
     }
 )
 

@@ -8,6 +8,8 @@ which reads one KV head (c, k_r) of width r + R as it lies in the cache: decodin
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +42,7 @@ class LatentConfig(AttentionConfig):
         return self.head_dim
 
     @property
-    def query_dim(self) -> int:
-        """The width of a query and of an expanded key, D + R."""
+    def query_dim(self):
         return self.dim + self.rope_dim
 
     @property
@@ -79,10 +80,24 @@ class LatentConfig(AttentionConfig):
         queries = q_len * (self.query_heads[1] // self.num_kv_heads)
         return q_len == 1 or queries * (self.latent_dim - self.dim) <= self.latent_dim * self.dim
 
-    def latent_parameters(self, d_model: int) -> int:
-        """Counts the weights of W_down, W_kr, W_kup and W_vup, and their biases."""
-        width = self.latent_dim + self.rope_dim
-        return (d_model + self.bias) * width + 2 * self.latent_dim * self.num_kv_heads * self.dim
+    def latent_settings(self) -> dict[str, Any]:
+        """Returns the latent's part of `modelling_settings`."""
+        return {
+            "kv_lora_rank": self.latent_dim,
+            "qk_rope_head_dim": self.rope_dim,
+            "rope_repeats": self.rope_repeats,
+            "latent_norm": self.latent_norm,
+        }
+
+    @classmethod
+    def from_latent_settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the latent's part of `from_modelling_settings`; raises KeyError if a setting is missing."""
+        return {
+            "latent_dim": config["kv_lora_rank"],
+            "rope_dim": config["qk_rope_head_dim"],
+            "rope_repeats": config.get("rope_repeats", 1),
+            "latent_norm": config.get("latent_norm", False),
+        }
 
     def cached_numbers(self, expert: int = 1) -> int:
         return self.latent_dim + self.rope_dim
@@ -94,7 +109,7 @@ class LatentConfig(AttentionConfig):
 class LatentAttention(Attention[Config, Report]):
     """The base class of kinds with latent keys and values: their parameters, their cache, and both forms of attention.
 
-    A kind gives `KeyValues.attend` queries of width D + R in the order of `halves_together`.
+    Queries are of width D + R, and brought into the order of `halves_together`.
     """
 
     config: LatentConfig
@@ -145,6 +160,9 @@ class LatentAttention(Attention[Config, Report]):
         k, v = self._expanded(*jnp.split(held.astype(dtype), [config.latent_dim], axis=-1))
         return KeyValues(k=k, v=v, layer=None, **options), cache
 
+    def _queries(self, project, x):
+        return halves_together(*jnp.split(project(x), [self.config.dim], axis=-1))
+
     def _expanded(self, c, k_rope):
         """[B, T, r] and [B, T, R] → keys [B, T, G, D + R] and values [B, T, G, D]."""
         k, v = self.k_up(c), self.v_up(c)
@@ -168,17 +186,34 @@ class AbsorbedKeyValues(KeyValues):
     def num_groups(self) -> int:
         return self.k_up.shape[1]
 
+    @property
+    def shares_itself(self) -> bool:
+        return True
+
     def attend(self, q, expert_index=None, q_shared=None):
-        """Computes attention of finished queries q · W_kup to the latents, and multiplies what comes out by W_vup."""
+        """Computes attention of finished queries q · W_kup to the latents, and multiplies what comes out by W_vup.
+
+        The shared head does so with the means of both over the groups of all devices: its output is this device's
+        summand.
+        """
         q = prepare_queries(q, expert_index, None, self.rope)
-        rank, _, dim = self.k_up.shape
+        rank, groups, dim = self.k_up.shape
         own, rotated = halves_apart(q, dim)
         rows = jnp.concatenate([jnp.einsum("bsgkd,rgd->bsgkr", own, self.k_up), rotated], axis=-1)
+        shape, rows = rows.shape, rows.reshape(*rows.shape[:2], 1, -1, rows.shape[-1])
+        if q_shared is not None:
+            groups *= self.shard.size("expert")
+            mean_up = (self.shard.sum(self.k_up.sum(1), "expert") / groups).astype(q.dtype)
+            own, rotated = halves_apart(rotate(q_shared, *self.rope) if self.rope else q_shared, dim)
+            row = jnp.concatenate([jnp.einsum("bsd,rd->bsr", own, mean_up), rotated], axis=-1)
+            rows = jnp.concatenate([rows, row[:, :, None, None]], axis=3)
         o = attend(
-            rows.reshape(*rows.shape[:2], 1, -1, rows.shape[-1]), self.k, self.v, q_offset=self.q_offset,
-            kv_length=self.kv_length, layer=self.layer, **self.options,
-        )  # fmt: skip
-        return jnp.einsum("bsgkr,rgd->bsgkd", o.reshape(rows.shape)[..., :rank], self.v_up)
+            rows, self.k, self.v, q_offset=self.q_offset, kv_length=self.kv_length, layer=self.layer, **self.options
+        )[:, :, 0, :, :rank]
+        if q_shared is None:
+            return jnp.einsum("bsgkr,rgd->bsgkd", o.reshape(*shape[:-1], rank), self.v_up)
+        routed = jnp.einsum("bsgkr,rgd->bsgkd", o[:, :, :-1].reshape(*shape[:-1], rank), self.v_up)
+        return routed, jnp.einsum("bsr,rgd->bsd", o[:, :, -1], self.v_up) / groups
 
 
 def halves_together(own: jax.Array, rotated: jax.Array) -> jax.Array:

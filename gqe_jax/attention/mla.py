@@ -3,12 +3,9 @@
 import dataclasses
 from typing import ClassVar
 
-import jax.numpy as jnp
-
-from gqe_jax.attention import dense_counts
-from gqe_jax.attention.latent import LatentAttention, LatentConfig, halves_together
+from gqe_jax.attention import latent_counts
+from gqe_jax.attention.latent import LatentAttention, LatentConfig
 from gqe_jax.attention.report import LayerReport
-from gqe_jax.kernels import Call
 from gqe_jax.parallel.on_mesh import on_mesh, summed
 
 
@@ -62,76 +59,27 @@ class MLAConfig(LatentConfig):
             f"numbers, {self.latent_dim + self.rope_dim} cached for each token and layer"
         )
 
-    def _outside(self, d_model: int) -> int:
-        """Weights of W_q and W_o."""
-        return d_model * self.num_query_heads * (self.query_dim + self.dim)
-
-    def parameters(self, d_model):
-        biases = self.bias * self.num_query_heads * self.query_dim + self.has_out_bias * d_model
-        count = self._outside(d_model) + biases + self.latent_parameters(d_model)
-        return {"attention": count, "norm": self.latent_norm * self.latent_dim}
-
-    def flops(self, d_model, tokens, pairs):
-        weights = self._outside(d_model) + d_model * self.cached_numbers()
-        weights += 2 * self.latent_dim * self.num_kv_heads * self.dim
-        return self._counted(2 * tokens * weights, self.query_dim + self.dim, pairs)
-
-    def decode_flops(self, d_model, seen):
-        weights = self._outside(d_model) + d_model * self.cached_numbers()
-        weights += 2 * self.latent_dim * self.num_query_heads * self.dim  # of each head: absorbed
-        return self._counted(2 * weights, self.cached_numbers() + self.latent_dim, seen)
-
-    def _counted(self, projections: int, width: int, pairs: int) -> dict[str, int]:
-        """`flops` of heads whose keys and values have `width` numbers together."""
-        attention = self.num_query_heads * 2 * width * pairs
-        return {"projections": projections, "router": 0, "attention": attention, "shared_head": 0}
+    parameters = latent_counts.parameters
+    flops = latent_counts.flops
+    decode_flops = latent_counts.decode_flops
+    saved_bytes = latent_counts.saved_bytes
 
     def dense_twin(self):
         return None
 
-    def saved_bytes(self, policy, *, d_model, itemsize, expert=1):
-        heads, groups = self.num_query_heads // expert, self.num_kv_heads // expert
-        attended = heads * (itemsize * self.dim + 4)  # outputs, and float32 log-sum-exps
-        queries, keys = heads * self.query_dim, groups * self.query_dim
-        products = itemsize * (queries + self.cached_numbers() + 2 * groups * self.dim + d_model)
-        finished = itemsize * (queries + keys + self.rope_dim)
-        return {
-            "full": 0,
-            "attention": attended,
-            "dots": attended + products,
-            "none": attended + products + finished,
-        }[policy]
-
     def attend_calls(self, dtype, **shape):
-        options, heads = dense_counts.call_options(self, dtype, **shape), self.num_query_heads
-        if shape["cached"] and self.absorbs(shape["q_len"]):
-            options |= dict.fromkeys(("head_dim", "value_dim"), self.cached_numbers())
-            return {"absorbed heads": Call(num_groups=1, num_kv_heads=1, num_experts=heads, num_slots=heads, **options)}
-        groups, members = self.num_kv_heads, heads // self.num_kv_heads
-        sizes = {"num_groups": groups, "num_kv_heads": groups, "num_experts": members, "num_slots": members}
-        return {"all heads": Call(**sizes, **options | {"head_dim": self.query_dim})}
+        return latent_counts.attend_calls(self, dtype, self.num_query_heads // self.num_kv_heads, **shape)
 
     @property
     def transformers_classes(self):
         return ()
 
     def modelling_settings(self):
-        return {
-            "kv_lora_rank": self.latent_dim,
-            "qk_rope_head_dim": self.rope_dim,
-            "rope_repeats": self.rope_repeats,
-            "latent_norm": self.latent_norm,
-        }
+        return self.latent_settings()
 
     @classmethod
     def from_modelling_settings(cls, config):
-        return {
-            "num_query_heads": config["num_attention_heads"],
-            "latent_dim": config["kv_lora_rank"],
-            "rope_dim": config["qk_rope_head_dim"],
-            "rope_repeats": config.get("rope_repeats", 1),
-            "latent_norm": config.get("latent_norm", False),
-        }
+        return {"num_query_heads": config["num_attention_heads"]} | cls.from_latent_settings(config)
 
     def zero_tensors(self, d_model):
         return {}
@@ -177,5 +125,4 @@ class MLAttention(LatentAttention[MLAConfig, LayerReport]):
     def _forward(self, shard, tokens):
         """One device's summand of y [B, S, d], and the grown cache."""
         kv, cache = self._key_values(shard, tokens)
-        q = halves_together(*jnp.split(self.q_proj(tokens.x), [self.config.dim], axis=-1))  # [B, S, G, M, D + R]
-        return self.o_proj.product(kv.attend(q)), cache
+        return self.o_proj.product(kv.attend(self._queries(self.q_proj, tokens.x))), cache

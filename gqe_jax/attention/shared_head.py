@@ -31,7 +31,7 @@ def attend_with_shared(
       o [B, S, G, k, D], and this device's summand of the shared head's output s [B, S, D]: their sum over the devices
       on `expert` is s.
     """
-    if kv.shard.size("expert") == kv.shard.size("context") == 1:
+    if kv.shares_itself:
         return kv.attend(q, expert_index, project(x))  # in one call: decoding then reads the cache once
     return kv.attend(q, expert_index), _attend_shared(kv, x, project)
 

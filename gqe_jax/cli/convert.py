@@ -15,6 +15,7 @@ EPILOG = """examples:
   gqe convert --run runs/llama --to gqa --num-query-heads 8 --out runs/llama_sqa
   gqe convert --run runs/llama --to asym_gqa --num-kv-heads 2 --out runs/llama_asym
   gqe convert --run runs/llama --to gqe --top-k 1 --out runs/llama_gqe
+  gqe convert --run runs/llama --to mla --latent 512 --rope-dim 64 --out runs/llama_mla
 
 The run is one that gqe train or gqe import made of a dense model. The result is a run of step 0 that gqe train, eval,
 generate and export take; docs/convert.md says which conversion is for what."""
@@ -33,7 +34,11 @@ OPTIONS = {
     "experts": ("gqe",),
     "experts_per_group": ("gqe",),
     "reconstruct": ("gqe",),
-    "exact": ("gqe",),
+    "exact": ("gqe", "mla"),
+    "latent": ("mla",),
+    "rope_dim": ("mla",),
+    "freqfold": ("mla",),
+    "tied_groups": ("mla",),
 }
 
 
@@ -41,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `gqe convert`."""
     parser.epilog = EPILOG
     add_run(parser)
-    kinds = ("gqa", "asym_gqa", "key_driven", "gqe")
+    kinds = ("gqa", "asym_gqa", "key_driven", "gqe", "mla")
     parser.add_argument("--to", required=True, choices=kinds, help="kind of attention to convert to")
     parser.add_argument("--out", required=True, metavar="DIR", help="run to make; must not exist, or be empty")
     parser.add_argument(
@@ -115,7 +120,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exact",
         action="store_true",
         default=None,
-        help="the dense function itself: all heads selected by a fixed router, or copies of an MHA's heads",
+        help="the dense function itself: all heads selected by a fixed router, or copies of an MHA's heads; --to mla: "
+        "all of the rotary embedding kept",
+    )
+
+    group = parser.add_argument_group("--to mla: multi-head latent attention")
+    group.add_argument("--latent", type=int, metavar="R", help="numbers of the latent (default: 512)")
+    group.add_argument(
+        "--rope-dim", type=int, metavar="R", help="dimensions that keep the rotary embedding (default: 64)"
+    )
+    group.add_argument(
+        "--freqfold",
+        type=_freqfold,
+        metavar="F",
+        help="neighbouring frequencies taken for one, or auto: as many as serve best (default: auto)",
+    )
+    group.add_argument(
+        "--tied-groups",
+        action=argparse.BooleanOptionalAction,
+        help="query heads of a KV head share their up-projections (default: yes)",
     )
 
 
@@ -126,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
     from gqe_jax.convert.asym import HEADS, to_asym_gqa
     from gqe_jax.convert.converting import convert_run, loss_table
     from gqe_jax.convert.driven import to_key_driven
+    from gqe_jax.convert.latent import to_mla
     from gqe_jax.convert.pool import to_gqa
     from gqe_jax.convert.upcycle import to_gqe
     from gqe_jax.parallel.mesh import make_mesh, parse_mesh
@@ -133,13 +157,16 @@ def run(args: argparse.Namespace) -> int:
     from gqe_jax.runs.saved_model import open_model
 
     options = _options_of(args)
+    if args.to != "mla":  # which draws nothing
+        options["seed"] = args.seed
     if args.to == "asym_gqa":
         options["heads"] = lambda: open_model(args.run, args.step).read(HEADS)
-    to = {"gqa": to_gqa, "asym_gqa": to_asym_gqa, "key_driven": to_key_driven, "gqe": to_gqe}[args.to]
+    kinds = {"gqa": to_gqa, "asym_gqa": to_asym_gqa, "key_driven": to_key_driven, "gqe": to_gqe, "mla": to_mla}
+    to = kinds[args.to]
     done = convert_run(
         args.run,
         args.out,
-        functools.partial(to, seed=args.seed, **options),
+        functools.partial(to, **options),
         make_mesh(parse_mesh(args.mesh)),
         step=args.step,
         data=args.data,
@@ -178,6 +205,10 @@ def _options_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.to == "gqa" and not {"num_kv_heads", "num_query_heads"} & given.keys():
         raise ConfigError("--to gqa needs to know how many heads are left: add --num-kv-heads or --num-query-heads")
     return given
+
+
+def _freqfold(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 class _Progress:

@@ -7,6 +7,7 @@ from gqe_jax.lazy import lazy_names
 if TYPE_CHECKING:  # the same names as in `lazy_names` below
     from gqe_jax.convert.asym import asym_gqa
     from gqe_jax.convert.driven import key_driven
+    from gqe_jax.convert.latent import mla
     from gqe_jax.convert.layers import Converted
     from gqe_jax.convert.pool import gqa
     from gqe_jax.convert.upcycle import gqe
@@ -17,6 +18,7 @@ else:
         {
             "gqe_jax.convert.asym": ("asym_gqa",),
             "gqe_jax.convert.driven": ("key_driven",),
+            "gqe_jax.convert.latent": ("mla",),
             "gqe_jax.convert.layers": ("Converted",),
             "gqe_jax.convert.pool": ("gqa",),
             "gqe_jax.convert.upcycle": ("gqe",),
@@ -24,4 +26,4 @@ else:
         },
     )
 
-__all__ = ["Converted", "asym_gqa", "gqa", "gqe", "key_driven", "layer_from_torch", "layer_to_torch"]
+__all__ = ["Converted", "asym_gqa", "gqa", "gqe", "key_driven", "layer_from_torch", "layer_to_torch", "mla"]

@@ -99,8 +99,7 @@ def convert_run(
     size = sharing * max(1, 2 * TOKENS // rows.seq_len)
     limit = math.ceil(heldout_rows / size) or None
 
-    controls = conversion.controls
-    stages, done = (1 + len(controls)) * source.model.num_layers, 0
+    stages, done = source.model.num_layers * (1 + _count_controls(conversion)), 0
 
     def advanced(layer: int, _: int) -> None:
         progress(done + layer, stages)
@@ -118,10 +117,22 @@ def convert_run(
             )
         params = _arrays(trained.model)
         options = {"refit": refit, "more": more, "progress": advanced}
-        for name, control in controls.items():
-            converted = convert_layers(control, params, source.model, batches, **options)
-            losses[name] = loss_of(_model(converted, mesh)[0])
-            done += source.model.num_layers
+
+        def try_controls(conversion: Conversion) -> float:
+            nonlocal done
+            for name, control in conversion.controls.items():
+                converted = convert_layers(control, params, source.model, batches, **options)
+                losses[name] = loss_of(_model(converted, mesh)[0])
+                done += source.model.num_layers
+            return [*losses.values()][-1].loss
+
+        best = try_controls(conversion)
+        while conversion.alternative is not None:
+            loss = try_controls(conversion.alternative)
+            if not loss < best:
+                stages -= source.model.num_layers * _count_controls(conversion.alternative.alternative)
+                break
+            best, conversion = loss, conversion.alternative
         converted = convert_layers(conversion, params, source.model, batches, **options)
         model, arrays = _model(converted, mesh)
         losses["converted"] = loss_of(model)
@@ -130,6 +141,11 @@ def convert_run(
         text = config_file("A model that gqe convert made.", settings_of(config), SOURCE=str(run), RUN=str(out))
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     return ConvertedRun(trained.step, config, converted, losses, conversion.notes)
+
+
+def _count_controls(conversion: Conversion | None) -> int:
+    """Counts the controls of a conversion and of all its alternatives."""
+    return 0 if conversion is None else len(conversion.controls) + _count_controls(conversion.alternative)
 
 
 def _config_of(source: RunConfig, conversion: Conversion, alpha: float, out: Path, tokenizer: Tokenizer) -> RunConfig:

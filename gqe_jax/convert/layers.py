@@ -54,6 +54,8 @@ class Conversion:
       recipe: the source's optimizer settings, its steps and the new run's → the settings that train the result.
       finish: all layers' arrays, stacked, and `config` → those of the same function in fewer numbers; or None.
       controls: name → what to compare with: conversions of the same source.
+      alternative: the conversion with another setting and the same result's configuration, to be tried in its place. It
+        is taken if the loss of its last control is lower, and then its own alternative is tried.
       notes: what the user should know.
     """
 
@@ -65,6 +67,7 @@ class Conversion:
     recipe: Callable[[OptimizerConfig, int, int], OptimizerConfig] = scaled_recipe
     finish: Callable[[Params, AttentionConfig], tuple[Params, AttentionConfig]] | None = None
     controls: Mapping[str, "Conversion"] = dataclasses.field(default_factory=dict)
+    alternative: "Conversion | None" = None
     notes: tuple[str, ...] = ()
 
 
