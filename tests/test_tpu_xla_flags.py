@@ -16,7 +16,7 @@ from gqe_jax.aot.child import Child, CompileError
 
 FLAGS = Path(__file__).parents[1] / "tpu_scripts" / "xla_flags"
 SETS = sorted(path.stem for path in FLAGS.glob("*.flags"))
-COMPILED_FOR = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}  # v4's set is v5p's; TPU7x's is empty
+COMPILED_FOR = {"v5e": "v5e:2x2"}  # the other sets are empty
 
 
 def step(topology: str, options: dict[str, str]) -> str:
@@ -63,8 +63,9 @@ def test_every_flag_has_a_reason():
                 assert line.startswith("--xla_") and "=" in line and above.startswith("# "), f"{name}: {line}"
 
 
-def test_v4_runs_with_the_flags_of_v5p():
-    assert flags("v4") == flags("v5p")
+def test_collectives_are_fused_on_v5e_alone():
+    """Elsewhere libtpu 0.0.50 refuses it: "might lead to ... incorrect results, hang"; older ones compile it."""
+    assert {name for name in SETS if any("async_collective_fusion" in flag for flag in flags(name))} == {"v5e"}
 
 
 @pytest.mark.slow
@@ -81,7 +82,8 @@ def test_libtpu_knows_every_flag():
 
 @pytest.mark.slow
 def test_every_set_changes_the_program():
-    """A flag that changes nothing is either the default already or no longer heeded: then it explains nothing."""
+    """A flag that changes nothing is either the default already or no longer heeded: then it explains nothing. What is
+    not refused here was compiled."""
     with Child() as child:
         for name, topology in COMPILED_FOR.items():
             programs = {child.call("test_tpu_xla_flags:step", topology=topology, options=x) for x in ({}, flags(name))}
