@@ -80,7 +80,11 @@ def read_run(directory: str | Path) -> RunRecord:
             f"--run={str(directory)!r} has a config.json that is not one of a run ({error}): give the directory that "
             "`gqe train --run` wrote, or use the version of gqe_jax that wrote it"
         ) from error
-    metrics = [record for _, record in metric_lines(directory / METRICS_FILE, _check_drawn)]
+    path = directory / METRICS_FILE
+    try:
+        metrics = [record for _, record in metric_lines(path, _check_drawn)]
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): it must be the file that a run wrote") from error
     return RunRecord(directory, config, sorted(metrics, key=lambda line: line["step"]))
 
 
@@ -94,13 +98,10 @@ def metric_lines(
       check: raises ValueError, TypeError or OverflowError for metrics that cannot be used.
 
     Raises:
-      ConfigError: a file that cannot be read; a line, by its number, that is no object with a step, or that `check`
-        refuses.
+      ConfigError: a line, by its number, that is no object with a step, or that `check` refuses.
+      OSError: the file cannot be read.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # a kill cut off what follows the last end
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}): it must be the file that a run wrote") from error
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # a kill cut off what follows the last end
     read = []
     for number, line in enumerate(lines, start=1):
         try:
