@@ -51,8 +51,7 @@ CASES = {
         (2, 2, 1, 2),
         2,
     ),
-    "latent": (MLAConfig(**LATENT, bias=True, context_parallel="ring"), (1, 2, 2, 2), 1),
-    "latent, gathered": (MLAConfig(**LATENT, latent_norm=True, softcap=20.0), (2, 1, 2, 2), 1),
+    "latent": (MLAConfig(**LATENT, bias=True, latent_norm=True, context_parallel="ring"), (1, 2, 2, 2), 1),
     "latent, routed": (GQEMLAConfig(**LATENT_GQE), (1, 2, 2, 2), 1),
     "dense": (GQAConfig(num_query_heads=16, **HEADS, **QUICK, bias=True, context_parallel="ring"), (2, 1, 2, 2), 1),
 }

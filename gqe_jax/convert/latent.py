@@ -122,7 +122,7 @@ def to_mla(
             moments=True,
             controls={f"partial rotary, freqfold {fold}": control},
             alternative=with_fold(more[0], more[1:]) if more else None,
-            notes=notes,
+            notes=(*notes, f"--freqfold is {fold}"),
         )
 
     if exact:
@@ -134,7 +134,7 @@ def to_mla(
 def _source(model: ModelConfig, tied_groups: bool) -> GQAConfig | GQEConfig:
     """The source's attention. Raises ConfigError if it is neither dense nor GQE."""
     source = model.attention
-    if type(source) not in (GQAConfig, GQEConfig):
+    if not isinstance(source, GQAConfig | GQEConfig) or isinstance(source, GQEMLAConfig):
         raise ConfigError(
             f"--to mla converts dense attention (model.attention.kind='gqa') and GQE ('gqe'), and the run's is "
             f"{source.kind!r}: name another run"

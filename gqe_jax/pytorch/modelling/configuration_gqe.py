@@ -186,10 +186,11 @@ class GQEConfig(PretrainedConfig):
         )
         missing = [key for key in ROPE_KEYS[kind] if key not in self.rope_parameters]
         _require(not missing, f"rope_scaling lacks {', '.join(missing)}, which rope_type={kind!r} needs: add it")
+        name = "qk_rope_head_dim / rope_repeats" if self.attention_kind == "mla" else "head_dim"
         _require(
             self.rope_theta is None or self.rotary_dim % 2 == 0,
-            f"head_dim={self.rotary_dim} is odd, but rotary embedding (rope_theta={self.rope_theta}) turns pairs of "
-            "dimensions: make head_dim even, or set rope_theta to null",
+            f"{name}={self.rotary_dim} is odd, but rotary embedding (rope_theta={self.rope_theta}) turns pairs of "
+            f"dimensions: make {name} even, or set rope_theta to null",
         )
 
 
