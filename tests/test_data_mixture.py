@@ -13,8 +13,8 @@ from gqe_jax.config import ConfigError, DataConfig, ModelConfig
 from gqe_jax.data.manifest import Manifest
 from gqe_jax.data.preparing.prepare import prepare
 from gqe_jax.data.reading.mixture import (
-    Part,
-    Schedule,
+    MixturePart,
+    MixtureSchedule,
     parse_mixture,
     quotas,
     read_mixture,
@@ -78,7 +78,7 @@ def test_counts_are_within_one_row_of_exact(weights, far):
     Two whole periods are walked, and the same from a position far away: the counts before it are read from the
     schedule itself, which says how many rows a set has given before.
     """
-    schedule, period = Schedule(weights), sum(weights)
+    schedule, period = MixtureSchedule(weights), sum(weights)
     counts = [0] * len(weights)
     for n in range(2 * period):
         chosen, before = schedule[n]
@@ -95,7 +95,7 @@ def test_counts_are_within_one_row_of_exact(weights, far):
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 10**9))
 def test_a_far_position_is_what_walking_there_gives(weights, start):
     """The rows that a set gives are numbered without gap or repetition, from any position on."""
-    schedule = Schedule(weights)
+    schedule = MixtureSchedule(weights)
     given_before = {}
     for n in range(start, start + 3 * sum(weights)):
         chosen, before = schedule[n]
@@ -174,7 +174,7 @@ def test_rounded_shares(shares):
     assert sum(found) == 1 and min(found) > 0
     for fraction, share in zip(found, shares, strict=True):
         assert abs(float(fraction) - share / sum(shares)) < 1e-5 * len(shares) + 1e-5
-    assert sum(quotas([Part(str(i), fraction) for i, fraction in enumerate(found)])) <= 10**5 + len(shares)
+    assert sum(quotas([MixturePart(str(i), fraction) for i, fraction in enumerate(found)])) <= 10**5 + len(shares)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_folder_can_be_a_mixture(folder, tmp_path):
     """`mixture.json` in a folder names sets inside it with their weights; nested mixtures and damage are refused."""
     for letter in "ab":
         make_set(tmp_path / "both" / letter, letter, 300)
-    parts = [Part("a", Fraction(3, 4)), Part("b", Fraction(1, 4))]
+    parts = [MixturePart("a", Fraction(3, 4)), MixturePart("b", Fraction(1, 4))]
     write_mixture(tmp_path / "both", "both", parts)
     data = open_data(DataConfig(path=str(tmp_path / "both")), MODEL)
     assert data.quotas == (3, 1) and [part.directory.name for part in data.sets] == ["a", "b"]

@@ -11,7 +11,7 @@ from gqe_jax.bench import data as bench
 from gqe_jax.cli.main import main
 from gqe_jax.data.manifest import Manifest
 from gqe_jax.data.preparing.prepare import prepare
-from gqe_jax.data.reading.mixture import Part, write_mixture
+from gqe_jax.data.reading.mixture import MixturePart, write_mixture
 from gqe_jax.data.reading.pipeline import PreparedRows
 from gqe_jax.data.sources.corpus import files_corpus, stdlib_corpus
 from gqe_jax.data.tokenizer import ByteTokenizer, train_sentencepiece
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
         corpus = files_corpus([folder / f"{name}.jsonl"])
         prepare(corpus, folder / name, tokenizer=ByteTokenizer(), seq_len=SEQ_LEN, packing=packing)
-    write_mixture(folder, "both", [Part("cut", Fraction(1, 4)), Part("packed", Fraction(3, 4))])
+    write_mixture(folder, "both", [MixturePart("cut", Fraction(1, 4)), MixturePart("packed", Fraction(3, 4))])
     return folder
 
 

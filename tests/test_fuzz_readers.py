@@ -22,7 +22,7 @@ from tiny_run import prepare_tiny, tiny_config
 from gqe_jax.config import ConfigError
 from gqe_jax.config_dict import build, to_dict
 from gqe_jax.data.manifest import changed_sources, copied_sources, heldout_documents, prepared_tokenizer
-from gqe_jax.data.reading.mixture import Part, parse_mixture, quotas, read_mixture, write_mixture
+from gqe_jax.data.reading.mixture import MixturePart, parse_mixture, quotas, read_mixture, write_mixture
 from gqe_jax.data.reading.pipeline import PreparedRows
 from gqe_jax.data.reading.position import Position
 from gqe_jax.data.sources.corpus import files_corpus
@@ -51,7 +51,7 @@ def outside(tmp_path_factory):
     root = tmp_path_factory.mktemp("outside")
     prepare_tiny(root / "data", documents=30)
     (root / "mixture").mkdir()
-    write_mixture(root / "mixture", "both", [Part("a", Fraction(1, 2)), Part("b", Fraction(1, 2))])
+    write_mixture(root / "mixture", "both", [MixturePart("a", Fraction(1, 2)), MixturePart("b", Fraction(1, 2))])
     lines = [{"text": f"text {i} é\n", "id": i, "more": [{"a": None}]} for i in range(20)]
     (root / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     table = pa.table({"text": [line["text"] for line in lines], "id": range(20)})

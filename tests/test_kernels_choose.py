@@ -17,7 +17,7 @@ from gqe_jax.kernels.choose import Call, announce, check, choose, is_partitioned
 
 attend_module = importlib.import_module("gqe_jax.kernels.attend")
 TRAIN = Call(
-    batch=2, q_len=256, kv_len=256, num_groups=2, num_kv_heads=2, num_experts=2, num_slots=1, head_dim=128,
+    batch=2, q_len=256, kv_len=256, num_runs=2, num_kv_heads=2, num_experts=2, num_slots=1, head_dim=128,
     value_dim=128, dtype="bfloat16",
 )  # fmt: skip
 
@@ -83,7 +83,7 @@ def test_gpus_fall_back_to_xla_and_say_why(changes, reason, caplog):
         ({"kv_length": False}, "pallas_tpu_decode reads a cache: it needs kv_length"),
         ({"q_len": 33}, "pallas_tpu_decode takes few new tokens: S · R · K = 66 exceeds 64"),
         (
-            {"num_groups": 9, "num_kv_heads": 9, "head_dim": 128, "value_dim": 128},
+            {"num_runs": 9, "num_kv_heads": 9, "head_dim": 128, "value_dim": 128},
             "pallas_tpu_decode takes a power of two of rows for a token, or up to 7 times one, not 9",
         ),
         ({"segments": True}, "pallas_tpu_decode has no segment ids"),

@@ -61,7 +61,7 @@ def test_given_sizes_are_taken_and_cut_to_the_lengths():
     assert (short.block_q, short.block_kv, short.tile) == (384, 384, 384)
 
 
-CALL = Call(batch=1, q_len=256, kv_len=256, num_groups=2, num_experts=2, num_slots=1, head_dim=128, value_dim=128,
+CALL = Call(batch=1, q_len=256, kv_len=256, num_runs=2, num_experts=2, num_slots=1, head_dim=128, value_dim=128,
             num_kv_heads=2, dtype="bfloat16",
             block_sizes=True)  # fmt: skip
 
@@ -202,7 +202,7 @@ def test_estimates_agree_with_the_compiler():
 
 def test_what_no_tpu_kernel_should_compute_is_left_to_xla(monkeypatch):
     """71 heads in one group are straight code for minutes of compiling, and 8 of 64 experts exceed v4's memory only."""
-    call = dataclasses.replace(CALL, num_groups=1, num_kv_heads=1, block_sizes=False)
+    call = dataclasses.replace(CALL, num_runs=1, num_kv_heads=1, block_sizes=False)
     choice = choose("tpu", dataclasses.replace(call, num_experts=71, num_slots=71, head_dim=64, value_dim=64))
     assert choice.name == "xla" and "at most 32 heads of a KV group at one time, not 71" in choice.why
     for generation, name in (("v4", "xla"), ("v5e", "pallas_tpu")):

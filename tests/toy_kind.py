@@ -33,7 +33,7 @@ class GainConfig(AttentionConfig):
         return None
 
     def attend_calls(self, dtype, **shape):
-        heads = {"num_groups": self.num_kv_heads, "num_kv_heads": self.num_kv_heads, "num_experts": 1, "num_slots": 1}
+        heads = {"num_runs": self.num_kv_heads, "num_kv_heads": self.num_kv_heads, "num_experts": 1, "num_slots": 1}
         return {"heads": Call(**heads, **dense_counts.call_options(self, dtype, **shape))}
 
     def modelling_settings(self):

@@ -102,7 +102,7 @@ class AsymGQAConfig(AttentionConfig):
     def attend_calls(self, dtype, **shape):
         groups, places = self.num_kv_heads, self.max_group_size
         options = dense_counts.call_options(self, dtype, **shape)
-        call = Call(num_groups=groups, num_kv_heads=groups, num_experts=places, num_slots=places, **options)
+        call = Call(num_runs=groups, num_kv_heads=groups, num_experts=places, num_slots=places, **options)
         return {"all heads, padded": call}
 
     @property

@@ -60,7 +60,7 @@ class GQAConfig(AttentionConfig):
     def attend_calls(self, dtype, **shape):
         groups, heads = self.num_kv_heads, self.num_query_heads // self.num_kv_heads
         options = dense_counts.call_options(self, dtype, **shape)
-        call = Call(num_groups=groups, num_kv_heads=groups, num_experts=heads, num_slots=heads, **options)
+        call = Call(num_runs=groups, num_kv_heads=groups, num_experts=heads, num_slots=heads, **options)
         return {"all heads": call}
 
     @property

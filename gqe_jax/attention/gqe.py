@@ -98,10 +98,10 @@ class GQEConfig(AttentionConfig):
 
     def attend_calls(self, dtype, **shape):
         options, groups = dense_counts.call_options(self, dtype, **shape), self.num_kv_heads
-        heads = {"num_groups": groups, "num_kv_heads": groups, "num_experts": self.experts_per_group}
+        heads = {"num_runs": groups, "num_kv_heads": groups, "num_experts": self.experts_per_group}
         calls = {"routed heads": Call(num_slots=self.top_k, **heads, **options)}
         if self.shared_heads:
-            calls["shared head"] = Call(num_groups=1, num_kv_heads=1, num_experts=1, num_slots=1, **options)
+            calls["shared head"] = Call(num_runs=1, num_kv_heads=1, num_experts=1, num_slots=1, **options)
         return calls
 
     @property

@@ -113,7 +113,7 @@ class KeyDrivenConfig(AttentionConfig):
 
     def attend_calls(self, dtype, **shape):
         options = dense_counts.call_options(self, dtype, **shape)
-        runs = {"num_groups": self.num_query_heads, "num_experts": 1, "num_slots": 1}
+        runs = {"num_runs": self.num_query_heads, "num_experts": 1, "num_slots": 1}
         return {"all heads": Call(num_kv_heads=self.num_kv_heads, kv_head=True, **runs, **options)}
 
     @property

@@ -68,11 +68,11 @@ def attend_calls(config: LatentConfig, dtype: str, num_slots: int, shared: int =
     if shape["cached"] and config.absorbs(shape["q_len"]):
         rows, width = config.attending_heads, config.cached_numbers()
         options |= {"head_dim": width, "value_dim": width}
-        return {"absorbed heads": Call(num_groups=1, num_kv_heads=1, num_experts=rows, num_slots=rows, **options)}
+        return {"absorbed heads": Call(num_runs=1, num_kv_heads=1, num_experts=rows, num_slots=rows, **options)}
     options |= {"head_dim": config.query_dim}
     groups, members = config.num_kv_heads, config.query_heads[1] // config.num_kv_heads
-    heads = {"num_groups": groups, "num_kv_heads": groups, "num_experts": members, "num_slots": num_slots}
+    heads = {"num_runs": groups, "num_kv_heads": groups, "num_experts": members, "num_slots": num_slots}
     calls = {"all heads" if num_slots == members and not shared else "routed heads": Call(**heads, **options)}
     if shared:
-        calls["shared head"] = Call(num_groups=1, num_kv_heads=1, num_experts=1, num_slots=1, **options)
+        calls["shared head"] = Call(num_runs=1, num_kv_heads=1, num_experts=1, num_slots=1, **options)
     return calls

@@ -13,7 +13,7 @@ from gqe_jax.config import ConfigError
 from gqe_jax.data.manifest import MANIFEST_FILE, Manifest, copied_sources, verify
 from gqe_jax.data.preparing.prepare import prepare
 from gqe_jax.data.preparing.splitting import split_document, split_rule
-from gqe_jax.data.reading.mixture import MIXTURE_FILE, Part, rounded_shares, write_mixture
+from gqe_jax.data.reading.mixture import MIXTURE_FILE, MixturePart, rounded_shares, write_mixture
 from gqe_jax.data.sources.corpus import Corpus, files_corpus, stdlib_corpus
 from gqe_jax.data.sources.seqio_source import DEFAULT_FEATURE, corpus_tokenizer, mixture_rates, task_corpus
 from gqe_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -68,7 +68,7 @@ def _run_mixture(args: argparse.Namespace) -> int:
             manifests[name] = _prepare(args, corpus, folder, tokenizer)
         print(report(manifests[name], folder, time.monotonic() - began))
     rows = [rate * _rows_per_example(manifests[name]) for name, rate in rates.items()]
-    parts = [Part(_folder_name(name), weight) for name, weight in zip(rates, rounded_shares(rows), strict=True)]
+    parts = [MixturePart(_folder_name(name), weight) for name, weight in zip(rates, rounded_shares(rows), strict=True)]
     write_mixture(out, args.seqio_mixture, parts)
     print(f"\nmixture {args.seqio_mixture}, at seqio's rates of examples:")
     for (name, rate), part in zip(rates.items(), parts, strict=True):

@@ -158,7 +158,7 @@ def attend(
         batch=q.shape[0],
         q_len=q.shape[1],
         kv_len=k.shape[1],
-        num_groups=q.shape[2],
+        num_runs=q.shape[2],
         num_experts=q.shape[3],
         num_slots=q.shape[3] if expert_index is None else expert_index.shape[3],
         head_dim=q.shape[4],
@@ -195,7 +195,7 @@ def attend(
         o, lse = IMPLEMENTATIONS[name](q, k, v, expert_index, mask, **options)
         shared = []
         if q_shared is not None:
-            one_head = {"num_groups": 1, "num_experts": 1, "num_slots": 1, "num_kv_heads": 1, "kv_head": False}
+            one_head = {"num_runs": 1, "num_experts": 1, "num_slots": 1, "num_kv_heads": 1, "kv_head": False}
             name = chosen(dataclasses.replace(call, **one_head, return_lse=False))
             q_shared, options["kv_head"] = q_shared[:, :, None, None, :], None
             o_shared, _ = IMPLEMENTATIONS[name](q_shared, mean_head(k), mean_head(v), None, mask, **options)

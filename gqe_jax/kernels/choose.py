@@ -27,7 +27,7 @@ class Call:
     """Describes a call of `attend` without its data: all that decides which implementation computes it.
 
     Attributes:
-      batch, q_len, kv_len, num_groups, num_experts, num_slots, head_dim: B, S, T, R (query runs), M, K, D.
+      batch, q_len, kv_len, num_runs, num_experts, num_slots, head_dim: B, S, T, R (query runs), M, K, D.
       value_dim, num_kv_heads: Dv and G.
       kv_head: whether the caller says which KV head each query run reads; otherwise R = G and run r reads head r.
       dtype: name of the dtype of q, k and v.
@@ -44,7 +44,7 @@ class Call:
     batch: int
     q_len: int
     kv_len: int
-    num_groups: int
+    num_runs: int
     num_experts: int
     num_slots: int
     head_dim: int
@@ -64,7 +64,7 @@ class Call:
 
     def __str__(self) -> str:
         flags = ("softcap", "segments", "kv_length", "return_lse", "partitioned", "block_sizes")
-        options = [f"kv_head of R={self.num_groups} query runs"] if self.kv_head else []
+        options = [f"kv_head of R={self.num_runs} query runs"] if self.kv_head else []
         options += [f"window={self.window}"] if self.window else []
         options += [name for name in flags if getattr(self, name)]
         return (

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from gqe_jax.attention import Attention, Buffer
-from gqe_jax.pytorch.names import ATTENTION_ROWS, Part
+from gqe_jax.pytorch.names import ATTENTION_ROWS, TensorPart
 
 
 def layer_to_torch(layer: Attention) -> dict[str, np.ndarray]:
@@ -109,7 +109,7 @@ def _variables(layer: Attention) -> dict[str, nnx.Variable]:
     return {".".join(path): variable for path, variable in state}
 
 
-def _rows(variables: dict[str, nnx.Variable]) -> dict[str, tuple[Part, ...]]:
+def _rows(variables: dict[str, nnx.Variable]) -> dict[str, tuple[TensorPart, ...]]:
     """The rows of the table that a layer has, with the parts that it has."""
     rows = {name: tuple(part for part in parts if part.path in variables) for name, parts in ATTENTION_ROWS.items()}
     unknown = variables.keys() - {part.path for parts in rows.values() for part in parts}
@@ -118,7 +118,7 @@ def _rows(variables: dict[str, nnx.Variable]) -> dict[str, tuple[Part, ...]]:
     return {name: parts for name, parts in rows.items() if parts}
 
 
-def _torch_shape(parts: tuple[Part, ...], variables: dict[str, nnx.Variable]) -> tuple[int, ...]:
+def _torch_shape(parts: tuple[TensorPart, ...], variables: dict[str, nnx.Variable]) -> tuple[int, ...]:
     shapes = [part.torch_shape(variables[part.path].shape) for part in parts]
     return *shapes[0][:-1], sum(shape[-1] for shape in shapes)
 

@@ -20,8 +20,8 @@ from gqe_jax.pytorch.names import (
     BLOCK_ROWS,
     MODEL_ROWS,
     STACKED,
-    Part,
     Rows,
+    TensorPart,
 )
 from gqe_jax.pytorch.safetensors_io import StoredTensor, Tensor
 
@@ -40,7 +40,7 @@ class TorchTensor:
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
     shapes: tuple[tuple[int, ...], ...]
     layer: int | None
 
@@ -94,7 +94,7 @@ def _tensors(rows: Rows, shapes: Mapping[str, tuple[int, ...]], prefix: str, lay
             folded = [part.torch_shape(shape) for part, shape in zip(parts, ours, strict=True)]
             shape = *folded[0][:-1], sum(shape[-1] for shape in folded)
             if layer is not None:
-                parts = tuple(Part(f"{STACKED}.{part.path}", part.axes) for part in parts)
+                parts = tuple(TensorPart(f"{STACKED}.{part.path}", part.axes) for part in parts)
             result.append(TorchTensor(prefix + name, shape, parts, ours, layer))
     return result
 

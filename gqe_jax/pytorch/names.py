@@ -16,7 +16,7 @@ import numpy as np
 from gqe_jax.pytorch.safetensors_io import StoredTensor
 
 
-class Part(NamedTuple):
+class TensorPart(NamedTuple):
     """One of our parameters: its path in the module, and its axes.
 
     "d -> gmD" is a kernel with input axis d and output axes g, m, D: PyTorch's weight is [(g m D), d]. Without an arrow
@@ -54,56 +54,56 @@ class Part(NamedTuple):
         return (value.T if self.transposed else value).reshape(shape)
 
 
-Rows = dict[str, tuple[Part, ...]]
+Rows = dict[str, tuple[TensorPart, ...]]
 """PyTorch's name → our parameters. Several parts stand beside each other along the last axis of PyTorch's tensor: the
 inputs of a linear layer. A module has the rows that it has a part of."""
 
 ATTENTION_ROWS: Rows = {
-    "q_proj.weight": (Part("q_proj.kernel", "d -> gmD"),),
-    "q_proj.bias": (Part("q_proj.bias", "gmD"),),
-    "k_proj.weight": (Part("k_proj.kernel", "d -> gD"),),
-    "k_proj.bias": (Part("k_proj.bias", "gD"),),
-    "v_proj.weight": (Part("v_proj.kernel", "d -> gD"),),
-    "v_proj.bias": (Part("v_proj.bias", "gD"),),
-    "kv_down.weight": (Part("kv_down.kernel", "d -> r"),),
-    "kv_down.bias": (Part("kv_down.bias", "r"),),
-    "latent_norm.weight": (Part("latent_norm.scale", "r"),),
-    "k_rope.weight": (Part("k_rope.kernel", "d -> R"),),
-    "k_rope.bias": (Part("k_rope.bias", "R"),),
-    "k_up.weight": (Part("k_up.kernel", "r -> gD"),),
-    "v_up.weight": (Part("v_up.kernel", "r -> gD"),),
-    "q_norm.weight": (Part("q_norm.scale", "D"),),
-    "k_norm.weight": (Part("k_norm.scale", "D"),),
-    "router.weight": (Part("router.proj.kernel", "d -> gm"),),
-    "router.bias_correction": (Part("router.bias", "gm"),),
-    "q_shared.weight": (Part("q_shared.kernel", "d -> D"),),
-    "q_shared.bias": (Part("q_shared.bias", "D"),),
-    "head_mask": (Part("head_mask", "g m"),),
-    "heads_per_kv": (Part("heads", "g"),),
-    "key_norm": (Part("key_norm", "g"),),
-    "allocation_steps": (Part("steps", "1"),),
-    "o_proj.weight": (Part("o_proj.kernel", "gkD -> d"), Part("o_extra.kernel", "eD -> d")),
-    "o_proj.bias": (Part("o_proj.bias", "d"),),
+    "q_proj.weight": (TensorPart("q_proj.kernel", "d -> gmD"),),
+    "q_proj.bias": (TensorPart("q_proj.bias", "gmD"),),
+    "k_proj.weight": (TensorPart("k_proj.kernel", "d -> gD"),),
+    "k_proj.bias": (TensorPart("k_proj.bias", "gD"),),
+    "v_proj.weight": (TensorPart("v_proj.kernel", "d -> gD"),),
+    "v_proj.bias": (TensorPart("v_proj.bias", "gD"),),
+    "kv_down.weight": (TensorPart("kv_down.kernel", "d -> r"),),
+    "kv_down.bias": (TensorPart("kv_down.bias", "r"),),
+    "latent_norm.weight": (TensorPart("latent_norm.scale", "r"),),
+    "k_rope.weight": (TensorPart("k_rope.kernel", "d -> R"),),
+    "k_rope.bias": (TensorPart("k_rope.bias", "R"),),
+    "k_up.weight": (TensorPart("k_up.kernel", "r -> gD"),),
+    "v_up.weight": (TensorPart("v_up.kernel", "r -> gD"),),
+    "q_norm.weight": (TensorPart("q_norm.scale", "D"),),
+    "k_norm.weight": (TensorPart("k_norm.scale", "D"),),
+    "router.weight": (TensorPart("router.proj.kernel", "d -> gm"),),
+    "router.bias_correction": (TensorPart("router.bias", "gm"),),
+    "q_shared.weight": (TensorPart("q_shared.kernel", "d -> D"),),
+    "q_shared.bias": (TensorPart("q_shared.bias", "D"),),
+    "head_mask": (TensorPart("head_mask", "g m"),),
+    "heads_per_kv": (TensorPart("heads", "g"),),
+    "key_norm": (TensorPart("key_norm", "g"),),
+    "allocation_steps": (TensorPart("steps", "1"),),
+    "o_proj.weight": (TensorPart("o_proj.kernel", "gkD -> d"), TensorPart("o_extra.kernel", "eD -> d")),
+    "o_proj.bias": (TensorPart("o_proj.bias", "d"),),
 }
 """Rows of one attention layer of any kind. The names are the public `gqe` module's, a dense layer's are Llama's."""
 
 BLOCK_ROWS: Rows = {
-    "input_layernorm.weight": (Part("attention_norm.scale", "d"),),
+    "input_layernorm.weight": (TensorPart("attention_norm.scale", "d"),),
     **{
-        f"self_attn.{name}": tuple(Part(f"attention.{part.path}", part.axes) for part in parts)
+        f"self_attn.{name}": tuple(TensorPart(f"attention.{part.path}", part.axes) for part in parts)
         for name, parts in ATTENTION_ROWS.items()
     },
-    "post_attention_layernorm.weight": (Part("mlp_norm.scale", "d"),),
-    "mlp.gate_proj.weight": (Part("mlp.gate_proj.kernel", "d -> f"),),
-    "mlp.up_proj.weight": (Part("mlp.up_proj.kernel", "d -> f"),),
-    "mlp.down_proj.weight": (Part("mlp.down_proj.kernel", "f -> d"),),
+    "post_attention_layernorm.weight": (TensorPart("mlp_norm.scale", "d"),),
+    "mlp.gate_proj.weight": (TensorPart("mlp.gate_proj.kernel", "d -> f"),),
+    "mlp.up_proj.weight": (TensorPart("mlp.up_proj.kernel", "d -> f"),),
+    "mlp.down_proj.weight": (TensorPart("mlp.down_proj.kernel", "f -> d"),),
 }
 """The rows of one block of the decoder."""
 
 MODEL_ROWS: Rows = {
-    "model.embed_tokens.weight": (Part("vocabulary.embedding", "v d"),),
-    "model.norm.weight": (Part("final_norm.scale", "d"),),
-    "lm_head.weight": (Part("vocabulary.lm_head", "v d"),),
+    "model.embed_tokens.weight": (TensorPart("vocabulary.embedding", "v d"),),
+    "model.norm.weight": (TensorPart("final_norm.scale", "d"),),
+    "lm_head.weight": (TensorPart("vocabulary.lm_head", "v d"),),
 }
 """The rows of the model outside its blocks; the head is absent where it is tied to the embedding."""
 

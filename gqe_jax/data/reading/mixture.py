@@ -28,7 +28,7 @@ _WEIGHTS = "a positive decimal number or fraction"
 _AGAIN = "delete the folder and prepare it again with `gqe prepare`"
 
 
-class Schedule:
+class MixtureSchedule:
     """Position p of a mixture's stream → (number of the set, how many rows that set has given before).
 
     In every prefix of n positions set i has given n · quotas[i] / Σ quotas rows, to within less than one row: row j of
@@ -69,14 +69,14 @@ def _one_period(quotas: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class MixturePart:
     """A prepared set of a mixture; `weight` divided by the sum of all weights is its share of the rows."""
 
     path: str
     weight: Fraction
 
 
-def parse_mixture(text: str) -> list[Part]:
+def parse_mixture(text: str) -> list[MixturePart]:
     """The parts of "DIR:WEIGHT,DIR:WEIGHT"; a weight is a decimal number or a fraction. Raises ConfigError."""
     parts = []
     for item in text.split(","):
@@ -87,7 +87,7 @@ def parse_mixture(text: str) -> list[Part]:
                 f"data.mixture={shown(text)} cannot be read at {shown(item)}: write prepared folders, each with "
                 f"{_WEIGHTS}, such as 'data/web:0.7,data/books:0.3'"
             )
-        parts.append(Part(path, weight))
+        parts.append(MixturePart(path, weight))
     _refuse_repeated(f"data.mixture={shown(text)}", parts)
     return parts
 
@@ -101,13 +101,13 @@ def _weight(value: Any) -> Fraction | None:
         return None
 
 
-def _refuse_repeated(origin: str, parts: Sequence[Part]) -> None:
+def _refuse_repeated(origin: str, parts: Sequence[MixturePart]) -> None:
     (path, count), *_ = collections.Counter(part.path for part in parts).most_common(1)
     if count > 1:
         raise ConfigError(f"{origin} names {shown(path)} more than once: add up its weights")
 
 
-def quotas(parts: Sequence[Part]) -> list[int]:
+def quotas(parts: Sequence[MixturePart]) -> list[int]:
     """The weights as the smallest whole numbers in the same proportion. Raises ConfigError if they are too fine."""
     denominator = math.lcm(*(part.weight.denominator for part in parts))
     numbers = [int(part.weight * denominator) for part in parts]
@@ -129,13 +129,13 @@ def rounded_shares(shares: Sequence[float]) -> list[Fraction]:
     return [Fraction(unit, sum(units)) for unit in units]
 
 
-def write_mixture(directory: Path, name: str, parts: Sequence[Part]) -> None:
+def write_mixture(directory: Path, name: str, parts: Sequence[MixturePart]) -> None:
     """Writes `directory/mixture.json`, which makes the folder one that `data.path` can name; paths are inside it."""
     content = {"name": name, "sets": [{"path": part.path, "weight": str(part.weight)} for part in parts]}
     (directory / MIXTURE_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def read_mixture(directory: Path) -> list[Part] | None:
+def read_mixture(directory: Path) -> list[MixturePart] | None:
     """The parts that `directory/mixture.json` names; None if there is no such file. Raises ConfigError.
 
     Weights may also stand there as numbers.
@@ -148,7 +148,7 @@ def read_mixture(directory: Path) -> list[Part] | None:
     for entry in content["sets"]:
         weight = _weight(entry.get("weight"))
         check_record(entry, {"path": TEXT, "weight": (lambda _, w=weight: w is not None, _WEIGHTS)}, path, _AGAIN)
-        parts.append(Part(str(directory / checked_name(entry["path"], path)), weight))
+        parts.append(MixturePart(str(directory / checked_name(entry["path"], path)), weight))
     if not parts:
         raise ConfigError(f"{path} names no sets: {_AGAIN}")
     _refuse_repeated(str(path), parts)

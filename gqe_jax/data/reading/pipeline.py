@@ -183,7 +183,7 @@ def train_batches(
     Args:
       data: one prepared set, or a mixture.
       batch_size: rows of the global batch. Every epoch of a set holds each of its rows once, in an order of its own;
-        batches go on across the end of an epoch. The sets of a mixture take turns by `mixture.Schedule`.
+        batches go on across the end of an epoch. The sets of a mixture take turns by `mixture.MixtureSchedule`.
       seed: of the order, in [0, 2**32).
       position: what was read before the batch of `start_step`; None: `start_step` batches of this size.
       rows: which rows of each global batch to read (`parallel.mesh.local_rows`); None: all.

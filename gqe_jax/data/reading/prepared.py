@@ -19,7 +19,7 @@ from etils import epath
 from gqe_jax.config import ConfigError, DataConfig, ModelConfig
 from gqe_jax.data.manifest import MANIFEST_FILE, FileRecord, Manifest, check_sizes, damaged_files, prepared_tokenizer
 from gqe_jax.data.preparing.prepare import cache_directory, default_corpus_dir
-from gqe_jax.data.reading.mixture import Part, Schedule, parse_mixture, quotas, read_mixture
+from gqe_jax.data.reading.mixture import MixturePart, MixtureSchedule, parse_mixture, quotas, read_mixture
 from gqe_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -90,9 +90,9 @@ class PreparedData:
         return hashlib.sha256(json.dumps([[data.parts for data in self.sets], self.quotas]).encode()).hexdigest()
 
     @functools.cached_property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> MixtureSchedule:
         """Whose turn it is at each position of the stream of training rows."""
-        return Schedule(self.quotas)
+        return MixtureSchedule(self.quotas)
 
     def tokens_per_byte(self, split: str) -> float:
         """Targets of the split over bytes of its text: nats per token times this over ln 2 are bits per byte.
@@ -156,8 +156,8 @@ def open_data(config: DataConfig, model: ModelConfig, tokenizer: Tokenizer | Non
     return PreparedData(checked, tuple(weights), prepared_tokenizer(checked[0].directory))
 
 
-def _parts(path: str) -> list[Part]:
-    return read_mixture(epath.Path(path)) or [Part(path, Fraction(1))]
+def _parts(path: str) -> list[MixturePart]:
+    return read_mixture(epath.Path(path)) or [MixturePart(path, Fraction(1))]
 
 
 def _open_set(path: str) -> PreparedSet:

@@ -105,7 +105,7 @@ def heads_side_by_side(num_kv_heads: int, head_dim: int, value_dim: int | None =
 
 def obstacle(call: Call) -> str | None:
     """Why this kernel cannot compute a call on a TPU; None where it can."""
-    rows, most = call.q_len * call.num_groups * call.num_slots, MAX_ROWS if call.num_kv_heads > 1 else MAX_ROWS_OF_ONE
+    rows, most = call.q_len * call.num_runs * call.num_slots, MAX_ROWS if call.num_kv_heads > 1 else MAX_ROWS_OF_ONE
     if not call.kv_length:
         return "pallas_tpu_decode reads a cache: it needs kv_length"
     if rows > most:

@@ -39,7 +39,7 @@ def obstacle(call) -> str | None:
         return f"pallas_tpu selects among at most 256 experts of a group, not {call.num_experts}"
     if call.partitioned:
         return "XLA cannot split a Pallas kernel over devices: call it inside jax.shard_map"
-    heads = call.num_slots * _lanes(call.num_groups, call.num_experts, call.head_dim, call.kv_head)[1]
+    heads = call.num_slots * _lanes(call.num_runs, call.num_experts, call.head_dim, call.kv_head)[1]
     if heads > MAX_HEADS:
         return f"pallas_tpu computes at most {MAX_HEADS} heads of a KV group at one time, not {heads}"
     return None if call.block_sizes else _lack_of_memory(call)
@@ -53,10 +53,10 @@ def _lack_of_memory(call) -> str | None:
         return f"pallas_tpu: {error}"
     except ValueError:  # a host without a TPU asks what a TPU would run
         return None
-    padded_dim, groups_per_block = _lanes(call.num_groups, call.num_experts, call.head_dim, call.kv_head)
+    padded_dim, groups_per_block = _lanes(call.num_runs, call.num_experts, call.head_dim, call.kv_head)
     plan = KernelPlan(
         batch=call.batch,
-        num_groups=call.num_groups,
+        num_groups=call.num_runs,
         num_experts=call.num_experts,
         num_slots=call.num_slots,
         head_dim=padded_dim,
