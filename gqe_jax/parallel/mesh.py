@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,7 +41,7 @@ def make_mesh(
         else:
             need, remedy = "", f"make the product of the sizes {len(devices)}, or set one of them to -1 (what is left)"
         raise ConfigError(f"{asked} need {need}{fixed} devices, but there are {len(devices)}: {remedy}")
-    slices: dict[int, list[jax.Device]] = {}
+    slices: dict[int, list[Any]] = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
     if shape[0] % len(slices):
@@ -53,7 +54,7 @@ def make_mesh(
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _grid(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+def _grid(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     """Arranges the devices of one slice."""
     if max(getattr(device, "core_on_chip", 0) for device in devices) == 0:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -73,7 +74,7 @@ class _Chip:
     """Stands for the two devices of a chip where JAX arranges chips as a torus."""
 
     coords: Sequence[int]
-    devices: list[jax.Device] = dataclasses.field(default_factory=list)
+    devices: list[Any] = dataclasses.field(default_factory=list)
     core_on_chip: int = 0
     device_kind: str = "chip"
     platform: str = "tpu"
@@ -160,7 +161,8 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     Processes read the same rows where `expert` or `context` stretches over the devices of several.
     """
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size, mesh.shape["context"]))
-    return sorted({row for rows, _ in places.values() for row in range(*rows.indices(batch_size))})
+    slices = [index[0] for index in places.values() if index is not None]
+    return sorted({row for rows in slices for row in range(*rows.indices(batch_size))})
 
 
 def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -175,7 +177,7 @@ def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
         batch_size = len(rows) * parts // len(local_rows(mesh, parts))
         first = {row: place for place, row in enumerate(local_rows(mesh, batch_size))}
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
             return rows[first[start] : first[start] + stop - start, index[1]]
 
