@@ -21,7 +21,7 @@ COPY_AGAIN = "copy or download it again"
 
 
 def parse_json(content: bytes, origin: object, remedy: str = COPY_AGAIN) -> Any:
-    """The value of JSON text; ConfigError where there is none, or one nested too deeply to be real."""
+    """Returns the value of JSON text; ConfigError where there is none, or one nested too deeply to be real."""
     try:
         value = json.loads(content)
         if b"\\u" in content:  # which may spell half a character, that no file can hold
@@ -32,7 +32,7 @@ def parse_json(content: bytes, origin: object, remedy: str = COPY_AGAIN) -> Any:
 
 
 def read_object(path: Path, remedy: str = COPY_AGAIN) -> dict[str, Any]:
-    """The JSON object in a file, on disk or (`etils.epath`) in a bucket.
+    """Returns the JSON object in a file, on disk or (`etils.epath`) in a bucket.
 
     Raises:
       ConfigError: no such file, a file that is too long to be one of these, no JSON, or JSON that is no object.
@@ -60,7 +60,7 @@ def unread_named(path: Path, remedy: str) -> Iterator[None]:
 
 
 def read_records(path: Path, rules: Mapping[str, Rule], remedy: str) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, each with just the fields of `rules`.
+    """Yields the objects of a file of JSON lines, each with just the fields of `rules`.
 
     Raises:
       ConfigError: no such file, or a line that is no such object; it is named by its number.
@@ -84,7 +84,7 @@ TEXTS: Rule = (lambda v: type(v) is list and all(type(item) is str for item in v
 
 
 def is_whole(least: int, most: int = LARGEST) -> Rule:
-    """The rule of a whole number from `least` to `most`."""
+    """Returns the rule of a whole number from `least` to `most`."""
     return lambda v: type(v) is int and least <= v <= most, f"a whole number from {least} to {most}"
 
 
@@ -92,7 +92,7 @@ COUNT = is_whole(0, LARGEST_COUNT)
 
 
 def is_number(least: float, *, above: bool = False) -> Rule:
-    """The rule of a finite number that is at least, or above, `least`."""
+    """Returns the rule of a finite number that is at least, or above, `least`."""
 
     def fits(value: Any) -> bool:
         if type(value) not in (int, float) or abs(value) > 1e30 or not math.isfinite(value):
@@ -103,7 +103,7 @@ def is_number(least: float, *, above: bool = False) -> Rule:
 
 
 def is_one_of(*choices: str) -> Rule:
-    """The rule of one of some texts."""
+    """Returns the rule of one of some texts."""
     return lambda v: type(v) is str and v in choices, f"one of {', '.join(choices)}"
 
 
@@ -146,7 +146,7 @@ def check_record(value: Any, rules: Mapping[str, Rule], origin: object, remedy: 
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: at most some 60 characters."""
+    """Returns a value as a message shows it: at most some 60 characters."""
     if type(value) is int and abs(value) > 10**30:
         return "a huge number"
     if isinstance(value, (list, dict)) and len(value) > 30:

@@ -93,7 +93,7 @@ def decode_flops(
 
 
 def _of_model(model: ModelConfig, tokens: int, layer: dict[str, int]) -> ForwardFlops:
-    """The FLOPs of `tokens` tokens, from those of a layer's attention."""
+    """Returns the FLOPs of `tokens` tokens, from those of a layer's attention."""
     return ForwardFlops(
         **{part: model.num_layers * count for part, count in layer.items()},
         mlp=model.num_layers * tokens * 2 * 3 * model.d_model * model.d_ff,

@@ -2,10 +2,10 @@
 
 
 def ceil_div(size, divisor):
-    """The least whole number that is not below `size` / `divisor`."""
+    """Returns the least whole number that is not below `size` / `divisor`."""
     return -(-size // divisor)
 
 
 def round_up(size: int, multiple: int) -> int:
-    """The least multiple that is not below `size`."""
+    """Returns the least multiple that is not below `size`."""
     return ceil_div(size, multiple) * multiple

@@ -143,7 +143,8 @@ class UnknownGeneration(ValueError):
 
 
 def find_generation(name: str) -> Generation:
-    """The generation that `name` means: its name, another spelling, or a `device_kind` of JAX; case does not matter.
+    """Returns the generation that `name` means: its name, another spelling, or a `device_kind` of JAX; case does not
+    matter.
 
     Raises:
       UnknownGeneration: there is none; the message lists all names.

@@ -47,7 +47,7 @@ class Child:
         self._log.close()
 
     def call(self, function: str, **arguments: Any) -> Any:
-        """The result of a function in the child.
+        """Returns the result of a function in the child.
 
         Raises:
           ConfigError: the function raises one.

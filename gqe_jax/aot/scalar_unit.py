@@ -41,7 +41,7 @@ _ALLOCATION_SIZE = 1 << 18  # words; more than there are in a core's scalar memo
 
 
 def count_visits(program: Program, scalar_operands: dict[int, np.ndarray]) -> tuple[Block, ...]:
-    """The blocks of `program` with their visits: runs the scalar instructions that branches depend on.
+    """Returns the blocks of `program` with their visits: runs the scalar instructions that branches depend on.
 
     Args:
       program: of a kernel; where two cores share it, their visits are added.
@@ -97,7 +97,7 @@ def _slice(program: Program) -> set[int]:
 
 
 def _may_alias(definition: dict[str, Instruction], store: Instruction, load: Instruction) -> bool:
-    """Whether a load may read what a store wrote; a place in memory that is not named may be any but a spill's."""
+    """Says whether a load may read what a store wrote; a place in memory that is not named may be any but a spill's."""
     address = store.operands[0]
     if store.op != "sst":
         address = definition[store.operands[2].strip("%").split("_")[0]].operands[0]
@@ -108,7 +108,8 @@ def _may_alias(definition: dict[str, Instruction], store: Instruction, load: Ins
 
 
 def _value(text: str) -> str:
-    """An operand as a Python expression: a value, a constant, or an address, which is a sum of them in brackets."""
+    """Returns an operand as a Python expression: a value, a constant, or an address, which is a sum of them in
+    brackets."""
     if text.startswith("["):
         return " + ".join(_value(term) for term in text.replace("smem:", "").strip("[]").split(" + "))
     if allocation := _ALLOCATION.fullmatch(text):
@@ -162,7 +163,8 @@ def _generate(program: Program, needed: set[int]) -> str:
 
 
 def _ordered(instructions: list[Instruction]) -> list[Instruction]:
-    """One bundle's instructions in an order in which each value is defined before it is read: phis and loads first."""
+    """Returns one bundle's instructions in an order in which each value is defined before it is read: phis and loads
+    first."""
     rank = {"sphi": 0, "sld": 1, "sst": 3}
     waiting = sorted(instructions, key=lambda x: rank.get(x.op, 2))
     ordered: list[Instruction] = []
@@ -213,7 +215,7 @@ def _statement(x: Instruction) -> str:
 
 
 def words(values: np.ndarray, shape: str) -> list[int]:
-    """An array as the 32-bit words of its place in scalar memory.
+    """Returns an array as the 32-bit words of its place in scalar memory.
 
     One axis lies there as it is. More are tiled, 8 rows of 128, and 8-bit values then packed, four rows to a word.
     """

@@ -78,12 +78,12 @@ class Topology:
 
 
 def smallest_slice(generation: str) -> Topology:
-    """The slice of one chip of a generation, by its name."""
+    """Returns the slice of one chip of a generation, by its name."""
     return topology(f"{generation}:{GENERATIONS[generation].slices[0]}")
 
 
 def topology(name: str) -> Topology:
-    """The slice of that name, GENERATION:CHIPS, or several, "N x GENERATION:CHIPS".
+    """Returns the slice of that name, GENERATION:CHIPS, or several, "N x GENERATION:CHIPS".
 
     Raises:
       ConfigError: unknown; lists those that are known.

@@ -126,7 +126,7 @@ class Compiled:
         return self.kernel_cycles + self.xla_cycles
 
     def kernel(self, name: str) -> Kernel:
-        """The only kernel whose name contains `name`."""
+        """Returns the only kernel whose name contains `name`."""
         (found,) = (kernel for kernel in self.kernels if name in kernel.name)
         return found
 
@@ -219,7 +219,7 @@ def _decode(entry: dict[str, Any]) -> Compiled:
 def compile_job(
     dump: str, target: str, factory: str, options: dict[str, Any], schedules: bool, compiler_options: dict[str, str]
 ) -> dict[str, Any]:
-    """The fields of `Compiled` for a `Job`; `dump` is the folder that libtpu writes schedules to."""
+    """Returns the fields of `Compiled` for a `Job`; `dump` is the folder that libtpu writes schedules to."""
     import jax
 
     for file in pathlib.Path(dump).iterdir():

@@ -23,7 +23,7 @@ class KernelCall:
 
 
 def kernel_calls(closed_jaxpr) -> list[KernelCall]:
-    """The Pallas kernels of a program, in order.
+    """Returns the Pallas kernels of a program, in order.
 
     Evaluates what does not depend on the function's arguments and is small; prefetched scalars are both.
     """
@@ -82,7 +82,7 @@ def kernel_calls(closed_jaxpr) -> list[KernelCall]:
 
 
 def _scan_sizes(params: dict) -> tuple[int, int]:
-    """How many of a scan's inputs are constants, and how many behind them are carried on."""
+    """Says how many of a scan's inputs are constants, and how many behind them are carried on."""
     if "ft_in" in params:  # jax 0.12 and later
         consts, carry, _ = params["ft_in"].unpack()
         return len(list(consts)), len(list(carry))

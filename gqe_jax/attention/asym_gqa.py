@@ -167,7 +167,7 @@ class AsymGQAttention(Attention[AsymGQAConfig, LayerReport]):
         return y, LayerReport(), cache
 
     def _forward(self, shard, tokens):
-        """One device's summand of y [B, S, d], and the grown cache."""
+        """Returns one device's summand of y [B, S, d], and the grown cache."""
         kv, cache = self._key_values(shard, tokens)  # K, V [B, T, G, D]
         o = kv.attend(self.q_proj(tokens.x))  # [B, S, G, R, D]
         # On the output, for then neither the padding's queries nor its rows of W_o get a gradient.

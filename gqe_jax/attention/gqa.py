@@ -111,7 +111,7 @@ class GQAttention(Attention[GQAConfig, LayerReport]):
         return y, LayerReport(), cache
 
     def _forward(self, shard, tokens):
-        """One device's summand of y [B, S, d], and the grown cache."""
+        """Returns one device's summand of y [B, S, d], and the grown cache."""
         kv, cache = self._key_values(shard, tokens)  # K, V [B, T, G, D]
         o = kv.attend(self.q_proj(tokens.x))  # [B, S, G, M, D]
         return self.o_proj.product(o), cache

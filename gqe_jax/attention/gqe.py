@@ -203,7 +203,7 @@ class GQEAttention(Attention[GQEConfig, RouterStats]):
         return y, routing.statistics(self.config.router), cache
 
     def _forward(self, shard, tokens, draws):
-        """One device's summand of y [B, S, d], its `Routing`, and the grown cache.
+        """Returns one device's summand of y [B, S, d], its `Routing`, and the grown cache.
 
         `shard` says which part of the mesh the device is, `tokens` (`base.Tokens`) and `draws` (`Router.draws`) are the
         device's parts of the input, and the parameters are those of its groups. Without a mesh all of them are whole.

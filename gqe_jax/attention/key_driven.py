@@ -250,7 +250,8 @@ class KeyDrivenAttention(Attention[KeyDrivenConfig, LayerReport]):
         return y, LayerReport(metrics={"key_norm": norms, "heads": self.heads[...].astype(jnp.float32)}), cache
 
     def _forward(self, shard, tokens, noise):
-        """One device's summand of y [B, S, d]; Σ K² of each row and KV head [B, G], None with a cache; the cache."""
+        """Returns one device's summand of y [B, S, d]; Σ K² of each row and KV head [B, G], None with a cache; the
+        cache."""
         kv, cache = self._key_values(shard, tokens)  # K, V [B, T, G, D]
         q = self.q_proj(tokens.x)
         groups, members, dim = q.shape[2:]

@@ -73,7 +73,8 @@ class LatentConfig(AttentionConfig):
         super().__post_init__()
 
     def absorbs(self, q_len: int) -> bool:
-        """Whether `q_len` new tokens attend to a cache in the absorbed form: always one, more where it has fewer FLOPs.
+        """Says whether `q_len` new tokens attend to a cache in the absorbed form: always one, more where it has fewer
+        FLOPs.
 
         Expanding costs r · 2D for each cached token and KV head, and saves each of its S · M queries 2 (r − D).
         """
@@ -226,7 +227,7 @@ def halves_together(own: jax.Array, rotated: jax.Array) -> jax.Array:
 
 
 def halves_apart(x: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
-    """The reverse of `halves_together`, with D = `dim`."""
+    """Returns the reverse of `halves_together`, with D = `dim`."""
     first, second = jnp.split(x, 2, axis=-1)
     (a, c), (b, d) = jnp.split(first, [dim // 2], axis=-1), jnp.split(second, [dim // 2], axis=-1)
     return jnp.concatenate([a, b], axis=-1), jnp.concatenate([c, d], axis=-1)

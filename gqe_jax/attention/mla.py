@@ -123,6 +123,6 @@ class MLAttention(LatentAttention[MLAConfig, LayerReport]):
         return y, LayerReport(), cache
 
     def _forward(self, shard, tokens):
-        """One device's summand of y [B, S, d], and the grown cache."""
+        """Returns one device's summand of y [B, S, d], and the grown cache."""
         kv, cache = self._key_values(shard, tokens)
         return self.o_proj.product(kv.attend(self._queries(self.q_proj, tokens.x))), cache

@@ -259,7 +259,8 @@ def _gqe_columns() -> int:
 
 
 def _torch_gqe_layer(torch, weights):
-    """The GQE layer (variant "gqe") as one would write it in PyTorch: gather the selected experts' queries, SDPA.
+    """Returns the GQE layer (variant "gqe") as one would write it in PyTorch: gather the selected experts' queries,
+    SDPA.
 
     weights are those of `layer_to_torch`. Inference only; the rotary tables are made beforehand.
     """

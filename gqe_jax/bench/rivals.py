@@ -81,7 +81,7 @@ def make(part: str, rival: dict[str, str], backward: bool, setting: dict[str, in
 
 
 def splash_implementation(target: str, s: Setting) -> Callable:
-    """An implementation of `attend` by JAX's splash attention, at the best block sizes for a TPU."""
+    """Returns an implementation of `attend` by JAX's splash attention, at the best block sizes for a TPU."""
     from gqe_jax.bench import splash
 
     return splash.implementation(splash.splash_blocks(target, s.head_dim, s.seq_len))
@@ -128,7 +128,8 @@ def attention(rival: Rival, s: Setting, backward: bool, target: str) -> tuple[Ca
 
 
 def layer(rival: Rival, s: Setting, backward: bool, target: str) -> tuple[Callable, tuple]:
-    """A whole layer, [1, S, d] to [1, S, d]: projections, rotary embedding, router, attention, output projection.
+    """Returns a whole layer, [1, S, d] to [1, S, d]: projections, rotary embedding, router, attention, output
+    projection.
 
     With `backward`, the gradients of the input and of all parameters.
     """
@@ -151,7 +152,7 @@ def layer(rival: Rival, s: Setting, backward: bool, target: str) -> tuple[Callab
 
 
 def _computed_by(implementation: str, base: type[Attention]) -> type[Attention]:
-    """The layer with this implementation, also with one that only the comparison knows."""
+    """Returns the layer with this implementation, also with one that only the comparison knows."""
 
     class Computed(KeyValues):
         @property
@@ -178,7 +179,7 @@ def _gradients(function: Callable, num_differentiated: int) -> Callable:
 
 
 def flops(rival: Rival, s: Setting, backward: bool) -> int:
-    """The FLOPs of attention alone: 2·D for each pair that the mask lets through, head and matrix product."""
+    """Returns the FLOPs of attention alone: 2·D for each pair that the mask lets through, head and matrix product."""
     return _matmuls(backward) * 2 * s.head_dim * scored_pairs(s.seq_len) * s.attending_heads(rival.kind)
 
 

@@ -73,7 +73,8 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, blocks: tuple[Blocks, Bl
 
 
 def implementation(blocks: tuple[Blocks, Blocks]):
-    """An implementation of `attend` by splash, for causal attention of one sequence; log-sum-exp is not returned."""
+    """Returns an implementation of `attend` by splash, for causal attention of one sequence; log-sum-exp is not
+    returned."""
 
     def attend_by_splash(q, k, v, expert_index, mask, *, kv_head, q_rope, q_norm, softcap, scale):
         del mask, kv_head, softcap
@@ -101,7 +102,7 @@ def candidate(backward: bool, seq_len: int, head_dim: int, sizes: Blocks):
 
 
 def search(target: str, head_dim: int, seq_len: int, backward: bool) -> Blocks:
-    """The block sizes with fewest cycles, XLA's share for sums of partial results included.
+    """Returns the block sizes with fewest cycles, XLA's share for sums of partial results included.
 
     Raises:
       CompileError: none compiles.

@@ -44,13 +44,13 @@ def title(part: str, backward: bool, rival: str, seq_len: int) -> str:
 
 
 def find(cells: Iterable[Cell], part: str, backward: bool, rival: str, seq_len: int) -> Cell | None:
-    """The cell with these keys, if it was computed and has a cost."""
+    """Returns the cell with these keys, if it was computed and has a cost."""
     key = (part, backward, rival, seq_len)
     return next((c for c in cells if (c.part, c.backward, c.rival, c.seq_len) == key and c.cost is not None), None)
 
 
 def dense(rivals: Sequence[Rival]) -> list[Rival]:
-    """The rivals that speed-ups refer to: dense attention of others, then our own, where there is one."""
+    """Returns the rivals that speed-ups refer to: dense attention of others, then our own, where there is one."""
     return [rival for rival in rivals if rival.kind == "gqa"]
 
 
@@ -63,7 +63,7 @@ def speed_up(
 
 
 def text(cells: Sequence[Cell], rivals: Sequence[Rival], part: str, backward: bool) -> str:
-    """One block of the table: a line for each length."""
+    """Returns one block of the table: a line for each length."""
     scale, unit = (1e3, "thousand cycles") if cells[0].unit == "cycles" else (1, "ms")
     lines = [f"{PARTS[part]}, {PASSES[backward]}: {unit}; speed-up of {rivals[-1].name}"]
     header = f"{'S':>8}" + "".join(f"{rival.name:>14}" for rival in rivals)

@@ -194,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of the kind that were given. Raises ConfigError for those of another kind."""
+    """Returns the options of the kind that were given. Raises ConfigError for those of another kind."""
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     for name in given:
         if args.to not in OPTIONS[name]:

@@ -129,7 +129,7 @@ def _train_tokenizer(corpus: Corpus, vocab_size: int, heldout_fraction: float) -
 
 
 def report(manifest: Manifest, out: str | Path, seconds: float) -> str:
-    """What was prepared, for people."""
+    """Returns what was prepared, for people."""
     files = f"{manifest.source_files:,} file{'s' * (manifest.source_files != 1)}"
     size = f"{manifest.source_bytes:,} bytes in {files}, " if manifest.source_bytes else ""
     lines = [
@@ -155,7 +155,7 @@ def report(manifest: Manifest, out: str | Path, seconds: float) -> str:
 
 
 def next_command(manifest: Manifest, out: str | Path) -> str:
-    """What to type next; of a mixture, `manifest` is that of the set with the least held-out text."""
+    """Returns what to type next; of a mixture, `manifest` is that of the set with the least held-out text."""
     if not manifest.heldout.bytes:
         return "to train on it, held-out text is needed: prepare it again with --heldout above 0, such as 0.05"
     model = f"--config.model.context={manifest.seq_len} --config.model.vocab_size={manifest.vocab_size}"

@@ -103,7 +103,7 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _finished(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The study, its finished cells, and its folder."""
+    """Returns the study, its finished cells, and its folder."""
     from etils import epath
 
     from gqe_jax.study.definition import read_study

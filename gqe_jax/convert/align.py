@@ -62,7 +62,8 @@ def orthogonal_turns(pairs: np.ndarray) -> np.ndarray:
 
 
 def plane_turns(pairs: np.ndarray) -> np.ndarray:
-    """The same with rotations of the planes (i, i + D/2) alone: head h's plane, as a complex number, times the result.
+    """Returns the same with rotations of the planes (i, i + D/2) alone: head h's plane, as a complex number, times the
+    result.
 
     Args:
       pairs: as in `orthogonal_turns`.

@@ -70,7 +70,8 @@ def to_asym_gqa(
     seed: int = 0,
     heads: Callable[[], Any] | None = None,
 ) -> Conversion:
-    """The conversion to `num_kv_heads` KV heads, in each layer the means of groups that `groups.best_groups` finds.
+    """Returns the conversion to `num_kv_heads` KV heads, in each layer the means of groups that `groups.best_groups`
+    finds.
 
     Args:
       model: of the source.
@@ -158,7 +159,8 @@ def to_asym_gqa(
 
 
 def _frozen(source: KeyDrivenConfig, most: int) -> Conversion:
-    """A key-driven layer as the padded one with the same runs of query heads, the longest of them of `most` heads."""
+    """Returns a key-driven layer as the padded one with the same runs of query heads, the longest of them of `most`
+    heads."""
 
     def layer(params: Params, calibration: Calibration, index: int) -> tuple[Params, str]:
         counts = params["heads"].astype(np.int64)
@@ -176,7 +178,7 @@ def _frozen(source: KeyDrivenConfig, most: int) -> Conversion:
 
 
 def _most_heads(there: int, members: int, num_kv_heads: int, max_group_size: int | None) -> int:
-    """The most KV heads of a group, without places that no partition can fill."""
+    """Returns the most KV heads of a group, without places that no partition can fill."""
     least = -(-there // num_kv_heads)
     if max_group_size is None:
         most = max(2 * there // num_kv_heads, least)
@@ -209,7 +211,7 @@ def _gaps(params: Params, moments: np.ndarray, source: GQAConfig, items: Items, 
 
 
 def _in_order(params: Params, order: np.ndarray) -> Params:
-    """The same layer, its KV heads with their query heads in another order."""
+    """Returns the same layer, its KV heads with their query heads in another order."""
     axes = {"q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 0}
     result = dict(params)
     for name, axis in axes.items():
@@ -220,7 +222,8 @@ def _in_order(params: Params, order: np.ndarray) -> Params:
 
 
 def padded(params: Params, groups: Groups, most: int) -> Params:
-    """The layer with one KV head, the mean, in place of each group, and room for the query heads of `most` heads.
+    """Returns the layer with one KV head, the mean, in place of each group, and room for the query heads of `most`
+    heads.
 
     Args:
       params: of a dense layer.
@@ -244,7 +247,7 @@ def trimmed(params: Params, config: AttentionConfig) -> tuple[Params, AttentionC
 
 
 def in_places(params: Params, groups: Sequence[Sequence[int] | np.ndarray], most: int) -> Params:
-    """The layer with its query heads [d, n, M, D], in groups of the n, in padded places [d, G, most · M, D]."""
+    """Returns the layer with its query heads [d, n, M, D], in groups of the n, in padded places [d, G, most · M, D]."""
     result = dict(params)
     members = params["q_proj.kernel"].shape[2]
     for path, axis in (("q_proj.kernel", 1), ("q_proj.bias", 0), ("o_proj.kernel", 0)):

@@ -149,7 +149,7 @@ def _count_controls(conversion: Conversion | None) -> int:
 
 
 def _config_of(source: RunConfig, conversion: Conversion, alpha: float, out: Path, tokenizer: Tokenizer) -> RunConfig:
-    """The configuration that trains the result for `alpha` of the source's steps."""
+    """Returns the configuration that trains the result for `alpha` of the source's steps."""
     steps = math.ceil(alpha * source.train.steps)
     spec = "bytes" if isinstance(tokenizer, ByteTokenizer) else str(out / TOKENIZER / next(iter(tokenizer.files())))
     return dataclasses.replace(
@@ -202,7 +202,7 @@ def _arrays(model: Transformer) -> dict[str, jax.Array]:
 
 
 def _model(converted: Converted, mesh: jax.sharding.Mesh) -> tuple[Transformer, dict[str, jax.Array]]:
-    """The model, and its parameters and buffers by path, placed on the mesh."""
+    """Returns the model, and its parameters and buffers by path, placed on the mesh."""
     abstract = abstract_model(converted.config)
     nested: dict[str, Any] = nnx.traversals.unflatten_mapping(
         {tuple(path.split(".")): x for path, x in converted.params.items()}
@@ -220,7 +220,7 @@ def _model(converted: Converted, mesh: jax.sharding.Mesh) -> tuple[Transformer, 
 
 
 def loss_table(losses: dict[str, HeldOut]) -> str:
-    """The losses in lines, the source's first."""
+    """Returns the losses in lines, the source's first."""
     tokens = next(iter(losses.values())).tokens
     lines = [f"held-out loss, nats per token ({tokens:,} tokens):"]
     width = max(map(len, losses))

@@ -40,7 +40,7 @@ def key_driven(
 
 
 def to_key_driven(model: ModelConfig, *, allocation: Allocation = "kdgqa", seed: int = 0) -> Conversion:
-    """The conversion of a dense model to key-driven attention.
+    """Returns the conversion of a dense model to key-driven attention.
 
     Args:
       model: of the source.

@@ -26,17 +26,17 @@ Overlap = Callable[[np.ndarray], np.ndarray]
 
 
 def unturned(pairs: np.ndarray) -> np.ndarray:
-    """The overlap of heads as they are."""
+    """Returns the overlap of heads as they are."""
     return np.trace(pairs, axis1=-2, axis2=-1)
 
 
 def turned(pairs: np.ndarray) -> np.ndarray:
-    """The overlap where a head may be turned by any orthogonal matrix: the nuclear norm."""
+    """Returns the overlap where a head may be turned by any orthogonal matrix: the nuclear norm."""
     return np.linalg.svd(pairs, compute_uv=False).sum(axis=-1)
 
 
 def turned_in_planes(pairs: np.ndarray) -> np.ndarray:
-    """The overlap where the planes (i, i + D/2) of a head may be rotated."""
+    """Returns the overlap where the planes (i, i + D/2) of a head may be rotated."""
     return np.abs(planes_of(pairs)).sum(axis=-1)
 
 
@@ -61,7 +61,7 @@ def neighbours(heads: int, groups: int) -> Groups:
 def best_groups(
     gaps: np.ndarray, groups: int, rng: np.random.Generator, *, most: int | None = None, start: Groups | None = None
 ) -> Groups:
-    """The partition of n heads into `groups` groups with the least J.
+    """Returns the partition of n heads into `groups` groups with the least J.
 
     Up to MOST_EXACT heads it is the optimum. Beyond, steepest descent from the neighbours and from STARTS random
     partitions: a step moves one head, where sizes may differ, or swaps two; of equal steps the first in this order and

@@ -13,7 +13,7 @@ LEAST_GAIN = 1e-9  # of the target's energy, for which a choice is changed
 
 
 def best_heads(sums: Regression, groups: int, members: int, keep: int) -> np.ndarray:
-    """The heads to keep.
+    """Returns the heads to keep.
 
     The measure is min over W of |Y − F_chosen W|² + λ |W|², λ = RIDGE · mean diagonal of FᵀF of the chosen heads. Ties
     go to the lower heads. Beyond MOST_COMBINATIONS one group after the other is changed, from the lowest heads on.

@@ -57,7 +57,7 @@ def to_mla(
     exact: bool = False,
     tied_groups: bool = True,
 ) -> Conversion:
-    """The conversion to latent attention, with its partial rotary embedding alone as the control.
+    """Returns the conversion to latent attention, with its partial rotary embedding alone as the control.
 
     Of a dense source the result is of kind "mla", of GQE it is "gqe_mla".
 
@@ -132,7 +132,7 @@ def to_mla(
 
 
 def _source(model: ModelConfig, tied_groups: bool) -> GQAConfig | GQEConfig:
-    """The source's attention. Raises ConfigError if it is neither dense nor GQE."""
+    """Returns the source's attention. Raises ConfigError if it is neither dense nor GQE."""
     source = model.attention
     if not isinstance(source, GQAConfig | GQEConfig) or isinstance(source, GQEMLAConfig):
         raise ConfigError(
@@ -173,7 +173,7 @@ def _check_source(source: AttentionConfig, exact: bool) -> None:
 
 
 def _folds(source: AttentionConfig, rope_dim: int) -> tuple[int, ...]:
-    """The values of f that R allows, ascending; raises ConfigError if there are none."""
+    """Returns the values of f that R allows, ascending; raises ConfigError if there are none."""
     dim, groups = _dim(source), source.num_kv_heads
     divisors = [size for size in range(1, dim // 2 + 1) if dim // 2 % size == 0]
     fits = sorted({dim // c for c in divisors} | {dim * p for p in range(1, groups + 1)})
@@ -188,7 +188,7 @@ def _folds(source: AttentionConfig, rope_dim: int) -> tuple[int, ...]:
 
 
 def latent_layer(params: Params, moments: np.ndarray | None, *, fold: int, rope_dim: int, rank: int) -> Params:
-    """A layer, dense or GQE, on a latent, with tied groups.
+    """Returns a layer, dense or GQE, on a latent, with tied groups.
 
     Args:
       params: of the layer, float64.
@@ -243,7 +243,7 @@ def latent_layer(params: Params, moments: np.ndarray | None, *, fold: int, rope_
 
 
 def untied(layer: Params) -> Params:
-    """The same layer, in which every query head is a group of its own."""
+    """Returns the same layer, in which every query head is a group of its own."""
     groups, members = layer["o_proj.kernel"].shape[:2]
     result = dict(layer)
     for path in ("k_up.kernel", "v_up.kernel"):
@@ -256,7 +256,7 @@ def untied(layer: Params) -> Params:
 
 
 def affine(params: Params, name: str) -> np.ndarray:
-    """A projection's kernel with its bias, or zeros, as the last row: [d + 1, G, D]."""
+    """Returns a projection's kernel with its bias, or zeros, as the last row: [d + 1, G, D]."""
     kernel = params[f"{name}.kernel"]
     return np.concatenate([kernel, params.get(f"{name}.bias", np.zeros(kernel.shape[1:]))[None]])
 
@@ -286,7 +286,7 @@ def rotary_turns(pairs: np.ndarray, fold: int) -> np.ndarray:
 
 
 def heads_to_components(turns: np.ndarray) -> np.ndarray:
-    """The components of `rotary_turns` as vectors over the dimensions of all heads.
+    """Returns the components of `rotary_turns` as vectors over the dimensions of all heads.
 
     Args:
       turns: U, [bands, G, f, n components].
@@ -311,7 +311,8 @@ def balance_of(moments: np.ndarray, keys: np.ndarray, values: np.ndarray) -> flo
 
 
 def principal(moment: np.ndarray, rank: int) -> np.ndarray:
-    """The `rank` first eigenvectors of a symmetric matrix [n, n], by descending eigenvalue, as columns [n, rank].
+    """Returns the `rank` first eigenvectors of a symmetric matrix [n, n], by descending eigenvalue, as columns [n,
+    rank].
 
     The largest entry of each is positive.
     """

@@ -32,7 +32,8 @@ Batch = Mapping[str, jax.Array]
 
 
 def scaled_recipe(optimizer: OptimizerConfig, before: int, steps: int) -> OptimizerConfig:
-    """The optimizer's settings for `steps` steps in place of `before`: warm-up and decay are shortened alike."""
+    """Returns the optimizer's settings for `steps` steps in place of `before`: warm-up and decay are shortened
+    alike."""
     return dataclasses.replace(
         optimizer,
         warmup_steps=optimizer.warmup_steps * steps // before,
@@ -179,13 +180,13 @@ def convert_layers(
 
 
 def output_matrix(params: Params) -> np.ndarray:
-    """The output projection as one matrix [f, d], which multiplies a layer's features."""
+    """Returns the output projection as one matrix [f, d], which multiplies a layer's features."""
     kernels = [params[f"{name}.kernel"] for name in OUTPUTS if f"{name}.kernel" in params]
     return np.concatenate([kernel.reshape(-1, kernel.shape[-1]) for kernel in kernels])
 
 
 def split_output(weights: np.ndarray, like: Params) -> Params:
-    """The reverse of `output_matrix`, in the shapes of `like`."""
+    """Returns the reverse of `output_matrix`, in the shapes of `like`."""
     paths = [f"{name}.kernel" for name in OUTPUTS if f"{name}.kernel" in like]
     ends = np.cumsum([like[path].size // weights.shape[1] for path in paths])
     parts = np.split(weights, ends[:-1])
@@ -193,7 +194,7 @@ def split_output(weights: np.ndarray, like: Params) -> Params:
 
 
 def _with_attention(block: Mapping[str, Any], attention: Params) -> dict[str, Any]:
-    """A block's parameters with another attention's."""
+    """Returns a block's parameters with another attention's."""
     rest = {path: x for path, x in block.items() if not path.startswith(ATTENTION)}
     return rest | {ATTENTION + path: x for path, x in attention.items()}
 
@@ -217,7 +218,7 @@ class _Blocks:
         self.mlp = jax.jit(self._mlp)
 
     def block(self, params: Mapping[str, Any]) -> Block:
-        """The block with these parameters."""
+        """Returns the block with these parameters."""
         return nnx.merge(self._graphdef, *_split(params, self._buffers))
 
     def _attend(self, params: Mapping[str, Any], x: jax.Array, batch: Batch) -> jax.Array:
@@ -231,13 +232,14 @@ class _Blocks:
         return features(block.attention, block.attention_norm(x), batch)
 
     def _mlp(self, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
-        """The stream behind the attention → the one behind the block, [B, S, d]."""
+        """Returns the stream behind the attention → the one behind the block, [B, S, d]."""
         block = self.block(params)
         return x + block.mlp(block.mlp_norm(x))
 
 
 def features(layer: Any, x: jax.Array, batch: Batch) -> jax.Array:
-    """What a layer's output projection multiplies, [B, S, f]: its output y = F W_o where W_o is the identity."""
+    """Returns what a layer's output projection multiplies, [B, S, f]: its output y = F W_o where W_o is the
+    identity."""
     outputs = [getattr(layer, name) for name in OUTPUTS if hasattr(layer, name)]
     sizes = [output.kernel.size // output.kernel.shape[-1] for output in outputs]
     ends = list(itertools.accumulate(sizes))
@@ -249,7 +251,7 @@ def features(layer: Any, x: jax.Array, batch: Batch) -> jax.Array:
 
 
 def _attention_of(layer: Attention, x: jax.Array, batch: Batch) -> jax.Array:
-    """The layer's output, [B, S, d]."""
+    """Returns the layer's output, [B, S, d]."""
     return layer(x, segment_ids=batch["segment_ids"], positions=batch["positions"])[0]
 
 
@@ -324,5 +326,5 @@ _blocks = functools.lru_cache(maxsize=4)(_Blocks)  # compiled once for all layer
 
 
 def _real(x: jax.Array, batch: Batch) -> np.ndarray:
-    """The real tokens of [B, S, n], float64 [tokens, n]."""
+    """Returns the real tokens of [B, S, n], float64 [tokens, n]."""
     return np.asarray(x, np.float64)[np.asarray(batch["segment_ids"]) != 0]

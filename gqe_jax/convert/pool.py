@@ -57,7 +57,8 @@ def to_gqa(
     align: bool = True,
     seed: int = 0,
 ) -> Conversion:
-    """The conversion to `num_kv_heads` KV heads and `num_query_heads` query heads; None: as many as the source has.
+    """Returns the conversion to `num_kv_heads` KV heads and `num_query_heads` query heads; None: as many as the source
+    has.
 
     Args:
       model: of the source.
@@ -108,7 +109,7 @@ QK_NORM_NOTE = (
 
 
 def dense_source(model: ModelConfig, target: str) -> GQAConfig:
-    """The source's attention. Raises ConfigError if it is not dense."""
+    """Returns the source's attention. Raises ConfigError if it is not dense."""
     if not isinstance(model.attention, GQAConfig):
         raise ConfigError(
             f"--to {target} converts dense attention (model.attention.kind='gqa'), and the run's is "
@@ -141,7 +142,7 @@ def _kept(source: GQAConfig, heads: int) -> int:
 
 
 def kept_heads(params: Params, chosen: np.ndarray) -> Params:
-    """The layer with the query heads [G, k] of each group alone."""
+    """Returns the layer with the query heads [G, k] of each group alone."""
     groups = np.arange(len(chosen))[:, None]
     result = params | {
         "q_proj.kernel": params["q_proj.kernel"][:, groups, chosen],
@@ -158,7 +159,7 @@ def aligned(
     moments: np.ndarray,
     config: AttentionConfig,
 ) -> Params:
-    """The same layer, the KV heads of each group turned towards each other.
+    """Returns the same layer, the KV heads of each group turned towards each other.
 
     Args:
       params: of a dense layer.
@@ -193,7 +194,7 @@ def aligned(
 
 
 def pooled(params: Params, groups: np.ndarray, pool: Pool, init_std: float, rng: np.random.Generator) -> Params:
-    """The layer with one KV head in place of each group of neighbours.
+    """Returns the layer with one KV head in place of each group of neighbours.
 
     Args:
       params: of a dense layer.

@@ -71,7 +71,7 @@ def to_gqe(
     router: RouterConfig = LEARNED,
     seed: int = 0,
 ) -> Conversion:
-    """The conversion of a dense model, in each KV group M query heads, to GQE with k = `top_k`.
+    """Returns the conversion of a dense model, in each KV group M query heads, to GQE with k = `top_k`.
 
     In each layer the k heads of every group are chosen that predict the layer's output best. Their rows of W_o, and
     zeros for ō and the shared head, are what the output projection is then pulled to as it is fitted. The shared head's
@@ -160,7 +160,7 @@ def _gqe_config(source: GQAConfig, num_query_experts: int, top_k: int, router: R
 def upcycled(
     params: Params, chosen: np.ndarray, copies: int | None, config: GQEConfig, rng: np.random.Generator
 ) -> Params:
-    """A GQE layer before its output projection is fitted.
+    """Returns a GQE layer before its output projection is fitted.
 
     Args:
       params: of the dense layer.
@@ -200,7 +200,7 @@ def upcycled(
 def _reconstructed(
     params: Params, config: GQEConfig, model: ModelConfig, calibration: Calibration, steps: int
 ) -> Params:
-    """The layer after `steps` of Adam on |y − target|² / |target|² plus the router's own loss."""
+    """Returns the layer after `steps` of Adam on |y − target|² / |target|² plus the router's own loss."""
     layer = nnx.eval_shape(lambda: make_attention(config, model.d_model, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
     graphdef, _ = nnx.split(layer)
     flat = {tuple(path.split(".")): jnp.asarray(x, jnp.float32) for path, x in params.items()}

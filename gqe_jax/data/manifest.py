@@ -180,7 +180,7 @@ class Manifest:
         return manifest
 
     def split(self, name: str) -> SplitInfo:
-        """The split "train" or "heldout"."""
+        """Returns the split "train" or "heldout"."""
         return {"train": self.train, "heldout": self.heldout}[name]
 
     def padding(self, name: str) -> float:
@@ -229,7 +229,7 @@ _SOURCE_RULES = {"name": TEXT, "bytes": COUNT, "sha256": _DIGEST}
 
 
 def prepared_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer that the data set was made with. Raises ConfigError if its files are missing or altered."""
+    """Returns the tokenizer that the data set was made with. Raises ConfigError if its files are missing or altered."""
     directory = Path(directory)
     manifest = Manifest.load(directory)
     folder = directory / TOKENIZER_DIRECTORY
@@ -246,14 +246,14 @@ def prepared_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def heldout_documents(directory: str | Path) -> Iterator[Document]:
-    """The held-out documents, in the order of the held-out rows."""
+    """Yields the held-out documents, in the order of the held-out rows."""
     path = Path(directory) / HELDOUT_FILE
     for record in read_records(path, {"name": TEXT, "text": TEXT}, _AGAIN):
         yield Document(**record)
 
 
 def copied_sources(directory: str | Path) -> int:
-    """How many source files have the bytes of another one that was read before them."""
+    """Says how many source files have the bytes of another one that was read before them."""
     records = read_records(Path(directory) / SOURCES_FILE, _SOURCE_RULES, _AGAIN)
     digests = [record["sha256"] for record in records if record["sha256"] is not None]
     return len(digests) - len(set(digests))

@@ -31,18 +31,18 @@ class Row:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest of uint16 and uint32 that holds every id."""
+    """Returns the smallest of uint16 and uint32 that holds every id."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def encode_row(row: Row, seq_len: int, dtype: np.dtype) -> bytes:
-    """The record of a row; dtype is `token_dtype` of the vocabulary."""
+    """Returns the record of a row; dtype is `token_dtype` of the vocabulary."""
     header = np.array([seq_len, len(row.tokens), len(row.segment_starts), dtype.itemsize], _HEADER)
     return header.tobytes() + row.segment_starts.astype(_HEADER).tobytes() + row.tokens.astype(dtype).tobytes()
 
 
 def decode_rows(records: Sequence[bytes], seq_len: int, eos_id: int) -> dict[str, np.ndarray]:
-    """A batch from the records of rows; an empty record gives a row of padding.
+    """Returns a batch from the records of rows; an empty record gives a row of padding.
 
     Returns, each [B, S]: `tokens` and `targets` int32 (0 where padded), `segment_ids` int32 (1, 2, ... from the left; 0
     is padding), `positions` int32 (from 0 within each segment), `mask` bool (the target is real).

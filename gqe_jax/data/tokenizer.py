@@ -64,7 +64,8 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids: special tokens and ids of no token are left out, invalid UTF-8 becomes U+FFFD."""
+        """Returns the text of the ids: special tokens and ids of no token are left out, invalid UTF-8 becomes
+        U+FFFD."""
 
     @abc.abstractmethod
     def files(self) -> dict[str, bytes]:
@@ -83,7 +84,8 @@ class Tokenizer(abc.ABC):
         return tokenizer_from_files, (self.files(),)
 
     def stream(self) -> TokenStream | ByteStream:
-        """A decoder for ids that arrive one at a time: the pieces it returns concatenate to `decode` of all ids."""
+        """Returns a decoder for ids that arrive one at a time: the pieces it returns concatenate to `decode` of all
+        ids."""
         return TokenStream(self)
 
 
@@ -106,7 +108,7 @@ class TokenStream:
         self._given_text = ""  # the text of these
 
     def push(self, token_id: int) -> str:
-        """The text that has become certain with this id; often empty in the middle of a character."""
+        """Returns the text that has become certain with this id; often empty in the middle of a character."""
         self._window.append(int(token_id))
         if token_id in self._unsettled:
             return ""
@@ -123,7 +125,7 @@ class TokenStream:
         return fresh
 
     def flush(self) -> str:
-        """The text still held back; the stream starts anew."""
+        """Returns the text still held back; the stream starts anew."""
         rest = self._tokenizer.decode(self._window)[len(self._given_text) :]
         self._reset()
         return rest
@@ -137,11 +139,11 @@ class ByteStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """The text that has become certain with this id; empty in the middle of a character."""
+        """Returns the text that has become certain with this id; empty in the middle of a character."""
         return self._decoder.decode(self._tokenizer.to_bytes([token_id]))
 
     def flush(self) -> str:
-        """The text still held back; the stream starts anew."""
+        """Returns the text still held back; the stream starts anew."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
@@ -161,7 +163,7 @@ class ByteTokenizer(Tokenizer):
         return np.add(np.frombuffer(data, np.uint8), self.offset, dtype=np.int32)
 
     def to_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the ids; ids that stand for no byte are left out."""
+        """Returns the bytes of the ids; ids that stand for no byte are left out."""
         ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
         ids = ids[(ids >= self.offset) & (ids < self.vocab_size)]
         return (ids - self.offset).astype(np.uint8).tobytes()
@@ -306,7 +308,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer named by `spec`: "bytes", a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
+    """Returns the tokenizer named by `spec`: "bytes", a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
 
     A `tokenizer_config.json` beside the latter says which token ends a document and which pads. Raises ConfigError if
     the file is missing, of no known kind, or needs a package that is not installed.
@@ -331,7 +333,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
 
 def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
-    """The tokenizer whose `files()` these are. Raises ConfigError if they are no tokenizer's files."""
+    """Returns the tokenizer whose `files()` these are. Raises ConfigError if they are no tokenizer's files."""
     if _BYTES_FILE in files:
         tokenizer = ByteTokenizer()
         if files[_BYTES_FILE] != tokenizer.files()[_BYTES_FILE]:
@@ -402,7 +404,7 @@ def _training_lines(documents: Iterable[str], longest: int = 1000) -> Iterable[s
 
 
 def _token_name(named: str | Mapping | None, usual: Sequence[str], vocabulary: Mapping[str, int]) -> str | None:
-    """The token a tokenizer_config.json names (a string, or an object with "content"), else a usual name."""
+    """Returns the token a tokenizer_config.json names (a string, or an object with "content"), else a usual name."""
     if isinstance(named, Mapping):
         named = named.get("content")
     return next((name for name in (named, *usual) if isinstance(name, str) and name in vocabulary), None)

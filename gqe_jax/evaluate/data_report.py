@@ -23,7 +23,7 @@ _SHOWN_TOKENS = 12  # at the beginning of a segment, and a third of it at its en
 
 
 def describe(directory: Path) -> str:
-    """The manifest in lines. Raises ConfigError for a folder that is no prepared data set, or a damaged one."""
+    """Returns the manifest in lines. Raises ConfigError for a folder that is no prepared data set, or a damaged one."""
     manifest = Manifest.load(directory)
     check_sizes(directory, manifest.files + manifest.train.shards + manifest.heldout.shards)
     facts = {
@@ -48,7 +48,7 @@ def describe(directory: Path) -> str:
 
 
 def show_row(batch: dict[str, np.ndarray], slot: int, tokenizer: Tokenizer) -> str:
-    """One row of a batch in lines: each segment with its place, and its first and last inputs as id→text."""
+    """Returns one row of a batch in lines: each segment with its place, and its first and last inputs as id→text."""
     ids, tokens = batch["segment_ids"][slot], batch["tokens"][slot]
     segments = int(ids.max())
     lines = [f"{len(ids):,} positions, {segments} segment(s), {int((ids == 0).sum()):,} of padding"]

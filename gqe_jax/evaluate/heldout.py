@@ -148,7 +148,7 @@ def _sums(
 
 
 def _result(parts: Sequence[_Sums], infos: Sequence[SplitInfo]) -> HeldOut:
-    """The figures of sets together, each weighted by all the tokens that it holds out."""
+    """Returns the figures of sets together, each weighted by all the tokens that it holds out."""
     weights = [info.tokens / part.tokens for part, info in zip(parts, infos, strict=True)]  # 1 where all was read
     tokens = sum(info.tokens for info in infos)
     nats = math.fsum(weight * part.nats for weight, part in zip(weights, parts, strict=True))
@@ -197,7 +197,7 @@ def evaluate_model(
 
 
 def report(result: HeldOut) -> str:
-    """The figures of an evaluation in lines, with tables by set and by position."""
+    """Returns the figures of an evaluation in lines, with tables by set and by position."""
     lines = [f"held-out {_figures(result)}"]
     lines += [f"  {name}: {_figures(part)}" for name, part in result.by_set.items()]
     lines.append("loss by position in the document's segment (tokens of context before the input):")
@@ -221,7 +221,7 @@ def format_perplexity(value: float) -> str:
 
 
 def compare_with_compressors(result: HeldOut, data: PreparedData) -> str:
-    """A table: the model's bits per byte among those of general compressors, on the same held-out text."""
+    """Returns a table: the model's bits per byte among those of general compressors, on the same held-out text."""
     infos = [part.manifest.heldout for part in data.sets]
     num_bytes = sum(info.bytes for info in infos)
     if num_bytes > _COMPRESSED_BYTES:

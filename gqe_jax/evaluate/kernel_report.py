@@ -13,7 +13,7 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 def layer_calls(
     model: ModelConfig, *, batch: int, q_len: int, cached: bool, partitioned: bool = False
 ) -> dict[str, Call]:
-    """What a layer of the model asks of `attend`, by name.
+    """Returns what a layer of the model asks of `attend`, by name.
 
     Args:
       model: the model's configuration.
@@ -53,7 +53,7 @@ def grouped(model: ModelConfig, platform: str, calls: dict[str, Call]) -> dict[t
 
 
 def training_line(model: ModelConfig, *, batch: int, q_len: int) -> str:
-    """What training takes on the devices of this process, in one line.
+    """Returns what training takes on the devices of this process, in one line.
 
     Raises:
       ConfigError: the configuration names an implementation that cannot run on them.
@@ -71,7 +71,7 @@ def training_line(model: ModelConfig, *, batch: int, q_len: int) -> str:
 
 
 def report(config: RunConfig) -> str:
-    """A line for each phase, kind of head and platform."""
+    """Returns a line for each phase, kind of head and platform."""
     model = config.model
     rows = config.data.batch_size // config.train.accumulate
     phases = {

@@ -152,7 +152,7 @@ class JaxLM(TemplateLM):
             yield index, logprobs[row, :count], hits[row, :count]
 
     def _batch(self, rows: Sequence[Row]) -> dict[str, jax.Array]:
-        """The rows, padded behind and below, on the devices: see `_score`."""
+        """Returns the rows, padded behind and below, on the devices: see `_score`."""
         length = padded_length(max(len(row.inputs) for row in rows), self.max_length)
         shape = (self._batch_size, length)
         batch = {"tokens": np.full(shape, self._start, np.int32), "targets": np.zeros(shape, np.int32)}
@@ -233,7 +233,8 @@ class JaxLM(TemplateLM):
 
 
 def padded_length(length: int, limit: int) -> int:
-    """The next of 32, 48, 64, 96, 128, ... (powers of two, and one between each two of them), at most `limit`."""
+    """Returns the next of 32, 48, 64, 96, 128, ... (powers of two, and one between each two of them), at most
+    `limit`."""
     power = max(32, 1 << (length - 1).bit_length())
     between = power * 3 // 4
     return min(between if length <= between and power > 32 else power, limit)

@@ -20,7 +20,7 @@ HEAT_MAP_LABELS = 24  # as many numbers have room below the picture
 
 
 def report(run: RunRecord) -> str:
-    """The run in text: configuration, parameters, last metrics, loss curve, load of experts or of KV heads."""
+    """Returns the run in text: configuration, parameters, last metrics, loss curve, load of experts or of KV heads."""
     parts = [_configuration(run.config), _parameters(run.config.model)]
     if run.last(""):
         parts += [_last_metrics(run), "loss, nats per token\n" + plot_text(*run.series("loss"))]
@@ -75,7 +75,8 @@ def _table(rows: dict[str, str]) -> str:
 
 
 def plot_text(x: np.ndarray, y: np.ndarray, width: int = WIDTH, height: int = HEIGHT) -> str:
-    """A curve of characters: each column is the mean of the points that fall into it, empty where there are none.
+    """Returns a curve of characters: each column is the mean of the points that fall into it, empty where there are
+    none.
 
     Args:
       x: ascending.
@@ -102,7 +103,7 @@ def plot_text(x: np.ndarray, y: np.ndarray, width: int = WIDTH, height: int = HE
 
 
 def _expert_load(load: np.ndarray, entropy: Sequence[float] | None) -> str:
-    """One block per layer: balance and entropy, then each group's shares with bars."""
+    """Returns one block per layer: balance and entropy, then each group's shares with bars."""
     layers, groups, experts = load.shape
     bar = BAR // experts  # none where many experts share the line
     balance = load.max(-1) / np.maximum(load.mean(-1), 1e-9)
@@ -122,7 +123,8 @@ def _expert_load(load: np.ndarray, entropy: Sequence[float] | None) -> str:
 
 
 def _heads_over_time(logged: Sequence[tuple[int, np.ndarray]]) -> str:
-    """A row for each layer, a column for each of some steps, first and last among them: query heads on each KV head."""
+    """Returns a row for each layer, a column for each of some steps, first and last among them: query heads on each KV
+    head."""
     places = np.linspace(0, len(logged) - 1, MOST_STEPS).astype(int)
     chosen = [logged[place] for place in np.unique(places)]
     rows = [["", *(f"step {step}" for step, _ in chosen)]]

@@ -74,7 +74,7 @@ def score(
 def load_tasks(
     names: Sequence[str], data_dir: str | Path | None = None, num_fewshot: int | None = None
 ) -> dict[str, Any]:
-    """The tasks and their data, as `TaskManager.load` returns them: "tasks", "groups" and "group_map" by name.
+    """Returns the tasks and their data, as `TaskManager.load` returns them: "tasks", "groups" and "group_map" by name.
 
     Raises:
       ConfigError: as `score`.
@@ -155,7 +155,7 @@ def _load(name: str, manager: TaskManager, files: list[Path]) -> dict[str, Any]:
 
 
 def _describe(path: Path) -> str:
-    """The file and the fields of its first item, for an error message."""
+    """Returns the file and the fields of its first item, for an error message."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         first = next((line for line in lines if line.strip()), "")
     try:
@@ -166,7 +166,8 @@ def _describe(path: Path) -> str:
 
 
 def _leaves(name: str, manager: TaskManager) -> set[str]:
-    """The tasks that a name of a task, a tag or a group stands for; also those that a group defines by itself."""
+    """Returns the tasks that a name of a task, a tag or a group stands for; also those that a group defines by
+    itself."""
     entry = manager.task_index.get(name)
     if entry is None or entry.kind.name not in ("TAG", "GROUP"):
         return {name}

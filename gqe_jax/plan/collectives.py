@@ -70,7 +70,7 @@ class _Instruction:
 
 
 def read_collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
-    """The collectives of a program for one device of `mesh` (axis → devices), the largest first.
+    """Returns the collectives of a program for one device of `mesh` (axis → devices), the largest first.
 
     Raises:
       ValueError: text that is no HLO module, or a loop whose number of trips is not written in it.
@@ -99,7 +99,7 @@ def read_collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
 
 
 def kernel_calls(hlo: str) -> int:
-    """How often one run of the program calls a Pallas kernel."""
+    """Says how often one run of the program calls a Pallas kernel."""
     computations, entry = _computations(hlo)
     return sum(
         trips for instruction, _, trips, _ in _walk(computations, entry, 1, "custom-call")
@@ -173,7 +173,7 @@ def _trips(computations: dict[str, list[_Instruction]], loop: _Instruction, cond
 
 
 def _bytes(shape: str) -> int:
-    """The bytes of an array or of a tuple of arrays, without the padding of its layout."""
+    """Returns the bytes of an array or of a tuple of arrays, without the padding of its layout."""
     return sum(
         math.prod(int(size) for size in sizes.split(",") if size) * _BITS[dtype] // 8
         for dtype, sizes in _ARRAY.findall(shape)

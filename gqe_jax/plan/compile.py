@@ -102,7 +102,7 @@ def compile_plan(request: Request) -> Compiled | OutOfMemory:
 
 
 def compile_request(config: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    """The fields of `Compiled` or of `OutOfMemory` for a `Request`, whose config is a dictionary."""
+    """Returns the fields of `Compiled` or of `OutOfMemory` for a `Request`, whose config is a dictionary."""
     return _compile(Request(config=build(config), **fields))
 
 

@@ -6,7 +6,7 @@ from gqe_jax.config import ConfigError, RunConfig
 
 
 def dense_twin(config: RunConfig) -> RunConfig:
-    """The same run with all query heads attending.
+    """Returns the same run with all query heads attending.
 
     Raises:
       ConfigError: it is dense already.

@@ -89,7 +89,7 @@ PUBLISHED = (
 
 
 def predicted(result: Published) -> Roofline:
-    """The roofline of a published step, as `gqe plan --search` estimates it."""
+    """Returns the roofline of a published step, as `gqe plan --search` estimates it."""
     devices = topology(result.topology).num_devices
     config = RunConfig(
         model=result.model, mesh=MeshConfig(data=1, fsdp=devices), data=DataConfig(batch_size=devices * result.rows)

@@ -42,7 +42,7 @@ class Plan:
         return self.request.batch_size * (1 if self.request.mode == "decode" else self.request.seq_len)
 
     def flops(self, kind: Literal["active", "dense_equivalent"]) -> int:
-        """The FLOPs of a step on all devices, without what remat computes again."""
+        """Returns the FLOPs of a step on all devices, without what remat computes again."""
         request = self.request
         forward = step_flops(request.config.model, request.mode, request.batch_size, request.seq_len, kind).total
         return forward * (3 if request.mode == "train" else 1)
@@ -147,14 +147,14 @@ def out_of_memory(request: Request, failure: OutOfMemory) -> str:
 
 
 def remedies(request: Request, candidates: Sequence[Candidate]) -> str:
-    """What would make it fit."""
+    """Returns what would make it fit."""
     if not candidates:
         return "\nno one change of remat, microbatches, mesh or batch would make it fit, by estimate: try --search"
     return "\nwould fit, by estimate:\n" + _table(request, candidates)
 
 
 def ranking(request: Request, candidates: Sequence[Candidate]) -> str:
-    """What a search found, the fastest first."""
+    """Returns what a search found, the fastest first."""
     config = request.config
     shown = candidates[:10]
     return (

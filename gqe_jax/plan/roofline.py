@@ -74,7 +74,7 @@ def roofline(
     seq_len: int,
     ici: Mapping[tuple[str, ...], float],
 ) -> Roofline:
-    """The terms of a step; `ici` are the seconds of its collectives (`ici_seconds`)."""
+    """Returns the terms of a step; `ici` are the seconds of its collectives (`ici_seconds`)."""
     model, chip = config.model, topology.generation
     flops = step_flops(model, mode, batch_size, seq_len)
     attention = flops.attention + flops.shared_head
@@ -155,7 +155,8 @@ def ici_seconds(
 def expected_collectives(
     config: RunConfig, topology: Topology, mesh: Mapping[str, int], batch_size: int, seq_len: int
 ) -> list[Collective]:
-    """The large collectives of a training step, from the configuration alone; a compiled step's are read from it."""
+    """Returns the large collectives of a training step, from the configuration alone; a compiled step's are read from
+    it."""
     model, parts = config.model, config.train.accumulate
     expert, context = mesh["expert"], mesh["context"]
     item = compute_bytes(model)

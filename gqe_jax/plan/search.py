@@ -37,7 +37,7 @@ class Candidate:
         return self.memory <= FILL * topology(self.request.topology).generation.hbm
 
     def overrides(self, base: RunConfig) -> str:
-        """The arguments of the command line that make this variant of `base`."""
+        """Returns the arguments of the command line that make this variant of `base`."""
         config = self.request.config
         changed = {
             f"mesh.{axis}": size
@@ -54,7 +54,7 @@ class Candidate:
 
 
 def candidate(request: Request, mesh: Mapping[str, int]) -> Candidate:
-    """A variant with its estimates."""
+    """Returns a variant with its estimates."""
     where = topology(request.topology)
     sizes = request.config, mesh, request.mode, request.batch_size, request.seq_len
     expected = []
@@ -66,7 +66,7 @@ def candidate(request: Request, mesh: Mapping[str, int]) -> Candidate:
 
 
 def search(request: Request) -> list[Candidate]:
-    """All sensible variants of a training step on its topology that should fit, the fastest first.
+    """Returns all sensible variants of a training step on its topology that should fit, the fastest first.
 
     The batch stays as it is. Ranked by the time if nothing overlaps.
 

@@ -75,7 +75,7 @@ def joined(
 
 
 def every_text(text: str) -> list[str]:
-    """The text of every process, in their order; all have to ask together."""
+    """Returns the text of every process, in their order; all have to ask together."""
     data = np.frombuffer(text.encode(), np.uint8)
     if jax.process_count() == 1:
         return [text]

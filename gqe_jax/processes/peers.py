@@ -43,7 +43,8 @@ class Line:
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def read(self, timeout: float | None) -> dict[str, Any] | None:
-        """The next object; None: the other side is gone, or has said none in `timeout` seconds, or speaks otherwise."""
+        """Returns the next object; None: the other side is gone, or has said none in `timeout` seconds, or speaks
+        otherwise."""
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             while b"\n" not in self._buffer:
@@ -172,7 +173,7 @@ class Peers:
 
 
 def _is_notice(message: Mapping[str, Any]) -> bool:
-    """Whether a line says that a process is done, has failed or is gone, and which."""
+    """Says whether a line says that a process is done, has failed or is gone, and which."""
     process = message.get("gone", message.get("process"))
     said = message.get("done") is True or "gone" in message or isinstance(message.get("failed"), str)
     return said and type(process) is int and isinstance(message.get("host"), str)

@@ -90,7 +90,7 @@ def _name(processes: Sequence[int]) -> str:
 
 
 def _compare(hellos: Mapping[int, Mapping[str, Any]]) -> str | None:
-    """What is not equal among the processes and has to be, in words."""
+    """Returns what is not equal among the processes and has to be, in words."""
     for group, remedy in (
         ("versions", "install the same packages on all machines"),
         ("config", "give all the same --config and the same overrides"),
@@ -110,7 +110,7 @@ def _compare(hellos: Mapping[int, Mapping[str, Any]]) -> str | None:
 
 
 def _is_hello(message: Mapping[str, Any]) -> bool:
-    """Whether a line is what `meet` sends: its types and ranges, and text that may be printed."""
+    """Says whether a line is what `meet` sends: its types and ranges, and text that may be printed."""
 
     def is_text(value: Any) -> bool:
         return isinstance(value, str) and value.isprintable()
@@ -182,7 +182,7 @@ def _call(place: Place, hello: dict[str, Any], directory: str | Path, deadline: 
 
 
 def _answer(place: Place, hello: dict[str, Any], directory: str | Path, deadline: float) -> Peers:
-    """The others: call process 0 until it answers, and do as it says."""
+    """Returns the others: call process 0 until it answers, and do as it says."""
     trouble = ""
     while time.monotonic() < deadline:
         try:

@@ -83,7 +83,7 @@ ROPE_KEYS_OF = {  # kind → the keys of transformers that it reads
 
 
 def choose_class(model: ModelConfig, tokenizer: Tokenizer) -> tuple[Family | None, str]:
-    """The class of transformers that computes the model (None: ours), and a sentence on why.
+    """Returns the class of transformers that computes the model (None: ours), and a sentence on why.
 
     Raises:
       ConfigError: no class computes its kind of attention, and neither does our modelling file.
@@ -136,7 +136,7 @@ def _objections(family: Family, model: ModelConfig, tokenizer: Tokenizer) -> lis
 
 
 def to_hf(model: ModelConfig, family: Family | None, dtype: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of config.json.
+    """Returns the content of config.json.
 
     Args:
       model: of the weights beside it.
@@ -184,7 +184,7 @@ def to_hf(model: ModelConfig, family: Family | None, dtype: str, tokenizer: Toke
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
-    """The special tokens as config.json and generation_config.json have them; several may end a generation."""
+    """Returns the special tokens as config.json and generation_config.json have them; several may end a generation."""
     stops = list(tokenizer.stop_ids)
     eos = stops if len(stops) > 1 else tokenizer.eos_id
     return {"bos_token_id": tokenizer.eos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
@@ -298,7 +298,7 @@ _ONLY: dict[str, tuple[tuple, str]] = {
 
 
 def _window(family: Family | None, config: Mapping[str, Any], problems: list[str]) -> int | None:
-    """The window of every layer; a model in which only some layers have one is refused."""
+    """Returns the window of every layer; a model in which only some layers have one is refused."""
     window = config.get("sliding_window")
     kinds = set(config.get("layer_types") or ())
     if family is not None and not family.window:
@@ -352,7 +352,7 @@ def _rope_from_hf(config: Mapping[str, Any], problems: list[str]) -> dict[str, A
 
 
 def _complete_yarn(rope: dict[str, Any], config: Mapping[str, Any], problems: list[str]) -> None:
-    """The values that transformers derives: the factor from the lengths, the amplitude from two exponents."""
+    """Returns the values that transformers derives: the factor from the lengths, the amplitude from two exponents."""
     if rope.get("factor") is None:
         rope["factor"] = config["max_position_embeddings"] / rope["original_max_position_embeddings"]
     if not rope.get("truncate", True):

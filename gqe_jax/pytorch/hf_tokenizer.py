@@ -73,7 +73,8 @@ def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
 
 
 def start_token(tokenizer: Tokenizer) -> int:
-    """The token that an exported tokenizer puts before a text: eos, or what a tokenizer.json has for it (a bos)."""
+    """Returns the token that an exported tokenizer puts before a text: eos, or what a tokenizer.json has for it (a
+    bos)."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         first = _library_tokenizer(tokenizer).encode("a").ids[0]
         if first != tokenizer.encode("a")[0]:
@@ -88,7 +89,7 @@ def _library_tokenizer(tokenizer: HuggingFaceTokenizer) -> tokenizers.Tokenizer:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder.
+    """Returns the tokenizer of a folder.
 
     Raises:
       ConfigError: none that can be read.
@@ -166,7 +167,7 @@ def _bytes_definition(tokenizer: ByteTokenizer) -> tuple[dict[str, Any], dict[st
 
 
 def _byte_letters() -> list[str]:
-    """The printable letters that stand for the 256 bytes in byte-level tokenizers, as GPT-2 chose them."""
+    """Returns the printable letters that stand for the 256 bytes in byte-level tokenizers, as GPT-2 chose them."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = (byte for byte in range(256) if byte not in printable)
     letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -243,7 +244,8 @@ def _sentencepiece_definition(model: bytes, tokenizer: SentencePieceTokenizer) -
 
 
 def _unigram_scores(pieces: list[tuple[str, float, int]]) -> list[float]:
-    """The scores by which tokenizers' search finds what SentencePiece's does, which treats kinds of pieces apart."""
+    """Returns the scores by which tokenizers' search finds what SentencePiece's does, which treats kinds of pieces
+    apart."""
     normal = [score for _, score, kind in pieces if kind == NORMAL]
     highest, lowest = max(normal), min(normal)
     # Never part of a best path, not even where a text spells the name out, as "<0x41>" does.
@@ -255,7 +257,7 @@ def _unigram_scores(pieces: list[tuple[str, float, int]]) -> list[float]:
 
 
 def _merges(pieces: list[tuple[str, float, int]]) -> list[list[str]]:
-    """The merges of a BPE model, best first: every way to make a piece of two others, by the piece's score."""
+    """Returns the merges of a BPE model, best first: every way to make a piece of two others, by the piece's score."""
     known = {name: i for i, (name, _, kind) in enumerate(pieces) if kind in (NORMAL, USER_DEFINED)}
     merges = [
         (-score, known[name[:cut]], known[name[cut:]], [name[:cut], name[cut:]])
@@ -323,7 +325,7 @@ def _definition(
     pre_tokenizer: dict[str, Any] | None,
     decoder: dict[str, Any],
 ) -> dict[str, Any]:
-    """A tokenizer.json; `first` is the special token that is put in front of a text."""
+    """Returns a tokenizer.json; `first` is the special token that is put in front of a text."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
@@ -339,7 +341,7 @@ def _definition(
 
 
 def _beginning(name: str, id: int) -> dict[str, Any]:
-    """A post-processor that puts one token before a text, and before each of two."""
+    """Returns a post-processor that puts one token before a text, and before each of two."""
     begin = {"SpecialToken": {"id": name, "type_id": 0}}
     texts = [{"Sequence": {"id": which, "type_id": 0}} for which in ("A", "B")]
     return {

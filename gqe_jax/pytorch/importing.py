@@ -303,7 +303,7 @@ def _check_fit(
 
 
 def left_behind(source: Path) -> list[str]:
-    """What a Hugging Face folder holds that an import does not take along, though transformers heeds it."""
+    """Returns what a Hugging Face folder holds that an import does not take along, though transformers heeds it."""
     found = []
     path = source / GENERATION
     if path.is_file():

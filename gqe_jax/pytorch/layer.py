@@ -13,7 +13,7 @@ from gqe_jax.pytorch.names import ATTENTION_ROWS, TensorPart
 
 
 def layer_to_torch(layer: Attention) -> dict[str, np.ndarray]:
-    """The parameters under PyTorch's names and in its layout, for all kinds of attention here.
+    """Returns the parameters under PyTorch's names and in its layout, for all kinds of attention here.
 
     | name | shape | |
     |---|---|---|
@@ -110,7 +110,7 @@ def _variables(layer: Attention) -> dict[str, nnx.Variable]:
 
 
 def _rows(variables: dict[str, nnx.Variable]) -> dict[str, tuple[TensorPart, ...]]:
-    """The rows of the table that a layer has, with the parts that it has."""
+    """Returns the rows of the table that a layer has, with the parts that it has."""
     rows = {name: tuple(part for part in parts if part.path in variables) for name, parts in ATTENTION_ROWS.items()}
     unknown = variables.keys() - {part.path for parts in rows.values() for part in parts}
     if unknown:

@@ -45,7 +45,7 @@ class TorchTensor:
     layer: int | None
 
     def gather(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
-        """The tensor; `read` gives our parameters by path."""
+        """Returns the tensor; `read` gives our parameters by path."""
         columns = [part.to_torch(self._slice(read(part.path))) for part in self.parts]
         return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=-1)
 
@@ -62,7 +62,7 @@ class TorchTensor:
 
 
 def torch_tensors(shapes: Mapping[str, tuple[int, ...]]) -> list[TorchTensor]:
-    """The tensors of the PyTorch model, in the order in which it computes.
+    """Returns the tensors of the PyTorch model, in the order in which it computes.
 
     Args:
       shapes: path → shape of our parameters, the blocks' with their leading axis of layers; some of them will do.
@@ -118,7 +118,7 @@ def _variables(config: ModelConfig) -> dict[str, Placed]:
 def to_write(
     config: ModelConfig, read: Callable[[str], np.ndarray], dtype: np.dtype | None, *, zero_biases: bool = False
 ) -> list[Tensor]:
-    """The tensors to export, made one by one when they are written.
+    """Returns the tensors to export, made one by one when they are written.
 
     The router's stay float32 whatever `dtype` is: it computes in float32, and rounding would change its choices. A
     router without parameters ("fixed", "random") gets a weight of zeros, as in `layer_to_torch`.

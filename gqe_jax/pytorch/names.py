@@ -30,7 +30,7 @@ class TensorPart(NamedTuple):
     axes: str
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape in PyTorch of our parameter of `shape`."""
+        """Returns the shape in PyTorch of our parameter of `shape`."""
         groups = self.axes.replace("->", " ").split()
         if len(shape) != sum(map(len, groups)):
             raise ValueError(f"{self.path} has shape {shape}, but the name table gives it the axes {self.axes!r}")

@@ -61,7 +61,7 @@ GENERATION_RULES = {"eos_token_id": IDS}
 
 
 def checked_config(config: dict[str, Any], origin: object) -> dict[str, Any]:
-    """A config.json whose fields keep their rules, with one dictionary of rotary parameters: `rope_parameters`.
+    """Returns a config.json whose fields keep their rules, with one dictionary of rotary parameters: `rope_parameters`.
 
     transformers 4 wrote `rope_theta` and `rope_scaling`, 5 writes `rope_parameters`; where a file has several that say
     different things its versions do not agree on which is meant, so such a file is refused.

@@ -68,7 +68,7 @@ class StoredTensor(NamedTuple):
         return StoredTensor(self.file, self.dtype, shape, self.begin + first * row)
 
     def read(self) -> np.ndarray:
-        """The tensor, of a floating dtype."""
+        """Returns the tensor, of a floating dtype."""
         dtype = np.dtype(FLOATING[self.dtype])
         with self.file.open("rb") as file:
             file.seek(self.begin)
@@ -138,7 +138,8 @@ def _write_header(path: Path, tensors: Sequence[Tensor]) -> list[tuple[Tensor, i
 
 
 def _row_major(values: np.ndarray, dtype: np.dtype, block: int = 256) -> np.ndarray:
-    """The values in C order, of `dtype`. A transposed matrix is copied in blocks: four times as fast as in rows."""
+    """Returns the values in C order, of `dtype`. A transposed matrix is copied in blocks: four times as fast as in
+    rows."""
     if values.ndim != 2 or values.flags.c_contiguous:
         return np.asarray(values, dtype, order="C")
     result = np.empty(values.shape, dtype)
@@ -152,7 +153,7 @@ def _row_major(values: np.ndarray, dtype: np.dtype, block: int = 256) -> np.ndar
 
 
 def read_folder(directory: Path) -> dict[str, StoredTensor]:
-    """The tensors of a folder, by name; reads headers only.
+    """Returns the tensors of a folder, by name; reads headers only.
 
     Raises:
       ConfigError: no weights, pickles only, a damaged file, an index that points elsewhere or at what is not there.
@@ -189,7 +190,7 @@ def read_folder(directory: Path) -> dict[str, StoredTensor]:
 
 
 def read_file(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file, by name; reads the header only.
+    """Returns the tensors of one file, by name; reads the header only.
 
     Raises:
       ConfigError: a file that is cut off, is altered, or is none of this format.

@@ -44,7 +44,8 @@ class CheckpointFailed(OSError):
 
 
 def least_bytes(size: int) -> int:
-    """The least that parameters of `size` bytes take in a checkpoint: compressed, those of trained models take more."""
+    """Returns the least that parameters of `size` bytes take in a checkpoint: compressed, those of trained models take
+    more."""
     return size // 3
 
 
@@ -63,7 +64,7 @@ def unread_arrays_named(checkpoint: epath.Path) -> Iterator[None]:
 
 
 def cause_of(error: BaseException | None) -> str:
-    """One line of what Orbax raised, by its cause in the operating system where that is known."""
+    """Returns one line of what Orbax raised, by its cause in the operating system where that is known."""
     system = re.search(r"os_error_code='(\d+)'", str(error))  # at the end of a page from the storage library
     return os.strerror(int(system.group(1))) if system else (str(error) or repr(error)).splitlines()[0]
 
@@ -110,14 +111,14 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def newest_in_words(self) -> str:
-        """What there is to go on from, for a message."""
+        """Returns what there is to go on from, for a message."""
         newest = self.latest()
         if newest is None:
             return "there is no complete checkpoint yet, so the same command starts from the beginning"
         return f"the checkpoint of step {newest} is complete, and the same command goes on from it"
 
     def should_save(self, step: int) -> bool:
-        """Whether `step` is due by the interval; what makes saving impossible shows here, at the first step."""
+        """Says whether `step` is due by the interval; what makes saving impossible shows here, at the first step."""
         with self._failures_named(step):
             self._open_writer()
         return self._every is not None and step % self._every == 0
@@ -192,11 +193,11 @@ class Checkpoints:
                 writer.close()
 
     def read_config(self, step: int) -> dict[str, Any]:
-        """The configuration saved with `step`."""
+        """Returns the configuration saved with `step`."""
         return self._read_json(step, "config")
 
     def read_tokenizer(self, step: int) -> dict[str, bytes]:
-        """The tokenizer's files, by name, saved with `step`."""
+        """Returns the tokenizer's files, by name, saved with `step`."""
         files = self._read_json(step, "tokenizer")
         try:
             return {name: base64.b64decode(content, validate=True) for name, content in files.items()}
@@ -207,7 +208,7 @@ class Checkpoints:
             ) from error
 
     def read_format(self, step: int) -> int:
-        """The number of the form in which `step` was written.
+        """Returns the number of the form in which `step` was written.
 
         Raises:
           ConfigError: a newer version of gqe_jax wrote it, in a form that this one cannot read.
@@ -221,7 +222,7 @@ class Checkpoints:
         return form
 
     def has_optimizer(self, step: int) -> bool:
-        """Whether `step` holds an optimizer state, and not parameters alone."""
+        """Says whether `step` holds an optimizer state, and not parameters alone."""
         return self._has(step, "opt_state")
 
     def _has(self, step: int, item: str) -> bool:
@@ -236,7 +237,7 @@ class Checkpoints:
         return self._read_json(step, "data")
 
     def restore(self, step: int, *, params: Any, opt_state: Any = None, train: Any = None) -> dict[str, Any]:
-        """The arrays of `step`, on the mesh of the abstract trees (any mesh, not only the one that saved).
+        """Returns the arrays of `step`, on the mesh of the abstract trees (any mesh, not only the one that saved).
 
         Only the items given are read.
 
@@ -421,7 +422,7 @@ def _describe(item: str, tree: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _explain(path: str, expected: tuple[str, tuple] | None, found: tuple[str, tuple] | None) -> str:
-    """One difference between model and checkpoint, and the configuration keys that make it."""
+    """Returns one difference between model and checkpoint, and the configuration keys that make it."""
 
     def show(entry: tuple[str, tuple] | None) -> str:
         return "nothing" if entry is None else f"{entry[0]}{list(entry[1])}"

@@ -38,7 +38,8 @@ _LOCK_WAIT = 5.0  # seconds for the process that had the run before to end: it m
 
 
 def check_directory(directory: str | Path) -> epath.Path:
-    """The directory as a path. Raises ConfigError if it can be no run's: it has no name, or holds prepared data."""
+    """Returns the directory as a path. Raises ConfigError if it can be no run's: it has no name, or holds prepared
+    data."""
     if not str(directory).strip():
         raise ConfigError(f"--run={str(directory)!r} names no directory: give one, for instance --run runs/smoke")
     path = epath.Path(directory)
@@ -107,7 +108,7 @@ def _lock(path: Path) -> Iterator[str]:
 
 
 def _names(path: Path, file: IO[str]) -> bool:
-    """Whether the open file is still the one of that name."""
+    """Says whether the open file is still the one of that name."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -150,7 +151,8 @@ def check_same_model(directory: epath.Path, saved: RunConfig, wanted: RunConfig)
 
 
 def differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
-    """One line for each field that differs, those apart that change how a model is computed and not what it is."""
+    """Returns one line for each field that differs, those apart that change how a model is computed and not what it
+    is."""
     old, new = _flatten(to_dict(saved)), _flatten(to_dict(wanted))
     return [
         f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"

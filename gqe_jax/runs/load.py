@@ -75,7 +75,8 @@ def load_model(
 
 
 def _that_runs_on(mesh: jax.sharding.Mesh, config: RunConfig) -> RunConfig:
-    """The configuration; without its implementation of attention where that is for other devices than the mesh's."""
+    """Returns the configuration; without its implementation of attention where that is for other devices than the
+    mesh's."""
     attention = config.model.attention
     with jax.set_mesh(mesh):
         platform = target_platform()

@@ -129,7 +129,7 @@ class MetricWriter:
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
-    """What the lines of a run's metrics.jsonl say; see `record.metric_lines`."""
+    """Returns what the lines of a run's metrics.jsonl say; see `record.metric_lines`."""
     return [record for _, record in metric_lines(epath.Path(directory) / METRICS_FILE)]
 
 
@@ -155,7 +155,8 @@ def _plain(value: Any) -> Value:
 
 
 def import_extras(*, tensorboard: bool, wandb: bool) -> tuple[Any, Any]:
-    """The class of TensorBoard's writer and the module of Weights & Biases; None in place of what is not asked for.
+    """Returns the class of TensorBoard's writer and the module of Weights & Biases; None in place of what is not asked
+    for.
 
     Raises:
       ConfigError: the package that `tensorboard` or `wandb` needs is not installed.
@@ -215,7 +216,7 @@ def progress_line(
     mfu: float | None,
     data_wait: float = 0.0,
 ) -> str:
-    """One line of fixed width for the terminal and the log file.
+    """Returns one line of fixed width for the terminal and the log file.
 
     Args:
       step: steps taken.

@@ -68,7 +68,7 @@ def save_run(folder: Path, config: RunConfig, tokenizer: Tokenizer, arrays: Mapp
 
 
 def config_file(what: str, settings: Mapping[str, Any], **constants: str) -> str:
-    """A Python file with the `get_config` of a run.
+    """Returns a Python file with the `get_config` of a run.
 
     Args:
       what: the run is, a sentence.
@@ -97,7 +97,8 @@ def config_file(what: str, settings: Mapping[str, Any], **constants: str) -> str
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """The fields of a configuration that differ from their defaults, in groups, and its name: for `config_file`."""
+    """Returns the fields of a configuration that differ from their defaults, in groups, and its name: for
+    `config_file`."""
     groups = {name: _changed(getattr(config, name)) for name in ("data", "optimizer", "mesh", "train")}
     attention = {"kind": config.model.attention.kind} | _changed(config.model.attention)
     model = _changed(config.model) | {"attention": attention}

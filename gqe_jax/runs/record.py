@@ -43,7 +43,7 @@ class RunRecord:
         return np.asarray(steps, np.int64), np.asarray(values, np.float64)
 
     def last(self, prefix: str) -> dict[str, Any]:
-        """The last line of training (prefix "") or of evaluation ("eval/"), by the names of its metrics."""
+        """Returns the last line of training (prefix "") or of evaluation ("eval/"), by the names of its metrics."""
         key = prefix + "loss"
         return next((line for line in reversed(self.metrics) if key in line), {})
 

@@ -32,13 +32,13 @@ class TrainState:
 
 
 def initial_keys(seed: int) -> tuple[jax.Array, jax.Array]:
-    """The random keys of a run's initialisation, and of its training."""
+    """Returns the random keys of a run's initialisation, and of its training."""
     initialisation, training = jax.random.split(jax.random.key(seed))
     return initialisation, training
 
 
 def items_of(state: TrainState, form: int = FORMAT) -> dict[str, Any]:
-    """The state as the items of a checkpoint of that form hold it: the key as plain numbers."""
+    """Returns the state as the items of a checkpoint of that form hold it: the key as plain numbers."""
     train = {"step": state.step, "key": jax.random.key_data(state.key), buffers_name(form): state.buffers}
     return {"params": state.params, "opt_state": state.opt_state, "train": train}
 
@@ -56,5 +56,5 @@ def state_of(items: dict[str, Any], form: int = FORMAT) -> TrainState:
 
 
 def buffers_name(form: int) -> str:
-    """The name of the buffers in the item `train` of a checkpoint of that form."""
+    """Returns the name of the buffers in the item `train` of a checkpoint of that form."""
     return "router_bias" if form == 1 else "buffers"

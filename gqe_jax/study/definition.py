@@ -57,7 +57,7 @@ class Study:
     arms: Mapping[str, Arm]
 
     def part(self, arms: Sequence[str] | None, seeds: Sequence[int] | None) -> Study:
-        """The study of some arms and seeds alone (None: of all); the reference stays.
+        """Returns the study of some arms and seeds alone (None: of all); the reference stays.
 
         Raises:
           ConfigError: an arm or a seed is none of the study's.
@@ -102,7 +102,7 @@ class Cell:
         return self.config.data.batch_size * self.config.model.context
 
     def command(self, run: str | Path) -> list[str]:
-        """The words of the command behind `gqe`."""
+        """Returns the words of the command behind `gqe`."""
         return ["train", "--config", self.spec, "--run", str(run), *(f"--config.{text}" for text in self.overrides)]
 
 

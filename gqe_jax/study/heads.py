@@ -149,7 +149,7 @@ _REMEDY = "give a file that `gqe heads --save` wrote"
 
 
 def constants(curves: Curves) -> str:
-    """The curves as JSON, which `read_constants` reads."""
+    """Returns the curves as JSON, which `read_constants` reads."""
     fits = [{"heads": list(key), **dataclasses.asdict(curve)} for key, curve in _all(curves)]
     values = {"head_dim": curves.head_dim, "vocab_size": curves.vocab_size, "fits": fits}
     return json.dumps(values, indent=1) + "\n"
@@ -257,7 +257,8 @@ def compare_gqe(curves: Curves, heads: Routed, target: float, context: int) -> l
 
 
 def _larger(curves: Curves, gqe: Rival, context: int) -> Rival | None:
-    """The larger dense model with fewer heads and GQE's C(T) that has the lowest loss; None: no curve is of such."""
+    """Returns the larger dense model with fewer heads and GQE's C(T) that has the lowest loss; None: no curve is of
+    such."""
     found = []
     for (query_heads, kv_heads), curve in curves.dense.items():
         if query_heads >= gqe.attending:
@@ -278,7 +279,7 @@ def _larger(curves: Curves, gqe: Rival, context: int) -> Rival | None:
 
 
 def report_curves(curves: Curves) -> str:
-    """One line for each curve."""
+    """Returns one line for each curve."""
     lines = ["L(N) = A · N^(-b) + E, N parameters without embeddings, nats per token"]
     lines.append(f"  {'heads':<46}{'A':>11}{'b':>8}{'E':>9}{'residual':>10}{'runs':>6}")
     for key, curve in _all(curves):
@@ -289,7 +290,8 @@ def report_curves(curves: Curves) -> str:
 
 
 def report_search(curves: Curves, ranked: Sequence[Candidate], target: float, context: int) -> str:
-    """The candidates, the cheapest first, those that the runs say little of, and the command that trains the first."""
+    """Returns the candidates, the cheapest first, those that the runs say little of, and the command that trains the
+    first."""
     lines = [f"loss {target:g} at {context:,} tokens of context, cheapest first (Z = 0.9 √M + 0.1 ∛C)"]
     lines.append(f"  {'H':>4}{'G':>4}{'parameters':>15}{'layers':>8}{'d_model':>9}{'M':>11}{'C':>11}{'Z':>11}")
     for each in ranked:
@@ -311,7 +313,7 @@ def report_search(curves: Curves, ranked: Sequence[Candidate], target: float, co
 
 
 def command(best: Candidate, context: int, head_dim: int, vocab_size: int) -> str:
-    """A `gqe train` line with the sizes rounded to what a configuration can have."""
+    """Returns a `gqe train` line with the sizes rounded to what a configuration can have."""
     d_model = max(WIDTHS, WIDTHS * round(best.shape.d_model / WIDTHS))
     fields = {
         "model.d_model": d_model,
@@ -328,7 +330,7 @@ def command(best: Candidate, context: int, head_dim: int, vocab_size: int) -> st
 
 
 def report_rivals(rivals: Sequence[Rival], context: int) -> str:
-    """The comparison around GQE; ratios are to the dense model."""
+    """Returns the comparison around GQE; ratios are to the dense model."""
     dense = rivals[0]
     lines = [f"GQE beside its rivals at {context:,} tokens of context"]
     lines.append(f"  {'':<22}{'H':>4}{'G':>4}{'parameters':>15}{'M':>11}{'':>7}{'C':>11}{'':>7}{'loss':>10}")

@@ -209,7 +209,7 @@ class _Progress:
 
 
 def _command(cell: Cell, out: epath.Path, distributed: bool) -> list[str]:
-    """The words behind `gqe`."""
+    """Returns the words behind `gqe`."""
     return cell.command(out / RUNS / cell.name) + ["--distributed"] * distributed
 
 

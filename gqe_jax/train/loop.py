@@ -205,7 +205,8 @@ def train(config: RunConfig, directory: str | Path, *, previous_checkpoint: bool
 
 
 def _evaluation_is_missing(config: RunConfig, writer: MetricWriter, step: int) -> bool:
-    """Whether the step that a run goes on from was to be evaluated, but process 0, which records, has no result."""
+    """Says whether the step that a run goes on from was to be evaluated, but process 0, which records, has no
+    result."""
     if step == 0 or not config.train.eval_every or step % config.train.eval_every:
         return False
     return not first_says("recorded" if any(step == evaluated for evaluated, _ in writer.evaluations) else "")
@@ -254,7 +255,7 @@ def _restore(
 
 
 def _position(checkpoints: Checkpoints, newest: int, saved: RunConfig, data: PreparedData) -> Position:
-    """How far the run has read; before form 3 that is step times batch size, if `data` is what it read."""
+    """Says how far the run has read; before form 3 that is step times batch size, if `data` is what it read."""
     content = checkpoints.read_data(newest)
     if checkpoints.read_format(newest) >= 3:
         return Position.read(content.get("position"), f"{checkpoints.directory}/{newest}/data")

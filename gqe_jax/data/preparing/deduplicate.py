@@ -56,12 +56,12 @@ def hash_unit(folder: Path, unit: int, documents: Iterable[Document]) -> None:
 
 
 def is_hashed(folder: Path, unit: int) -> bool:
-    """Whether `hash_unit` has finished this unit."""
+    """Says whether `hash_unit` has finished this unit."""
     return _hashes(folder, unit).is_file()
 
 
 def mark_duplicates(folder: Path, units: int) -> None:
-    """The documents of each unit that are not kept, from the hashes of all units."""
+    """Returns the documents of each unit that are not kept, from the hashes of all units."""
     parts = [folder / f"part-{part:03d}" for part in range(_PARTS)]
     for part in parts:
         part.write_bytes(b"")

@@ -17,7 +17,7 @@ _WINDOW_TOKENS = 2**22  # what best-fit chooses from
 
 
 def row_packer(packing: str, seq_len: int, eos_id: int) -> RowCutter | BestFitPacker:
-    """The packer named "concat" or "best-fit"."""
+    """Returns the packer named "concat" or "best-fit"."""
     return {"concat": RowCutter, "best-fit": BestFitPacker}[packing](seq_len, eos_id)
 
 
@@ -35,7 +35,7 @@ class RowCutter:
         self._starts = np.empty(0, np.int64)
 
     def add(self, tokens: np.ndarray, continued: bool = False) -> Iterator[Row]:
-        """The rows that are full once this document, or the next part of the one before, has been appended."""
+        """Returns the rows that are full once this document, or the next part of the one before, has been appended."""
         starts = self._starts if continued else np.append(self._starts, len(self._stream))
         stream = np.concatenate([self._stream, self._eos[:0] if continued else self._eos, tokens], dtype=np.int32)
         end = (len(stream) - 1) // self._seq_len * self._seq_len
@@ -43,7 +43,7 @@ class RowCutter:
         return (_row(stream, starts, begin, self._seq_len) for begin in range(0, end, self._seq_len))
 
     def finish(self) -> Iterator[Row]:
-        """The row that is left, ended by eos; none if there was no document. Nothing can be added after it."""
+        """Returns the row that is left, ended by eos; none if there was no document. Nothing can be added after it."""
         stream, starts = self._stream, self._starts
         if len(stream):
             stream = np.concatenate([stream, self._eos])
@@ -74,7 +74,7 @@ class BestFitPacker:
         self._tokens = 0  # of these
 
     def add(self, tokens: np.ndarray, continued: bool = False) -> Iterator[Row]:
-        """The rows that are complete once this document, or the next part of the one before, has been added."""
+        """Yields the rows that are complete once this document, or the next part of the one before, has been added."""
         if not continued:
             self._end_document()
             if self._tokens >= _WINDOW_TOKENS:
@@ -86,7 +86,7 @@ class BestFitPacker:
         self._open = stream[whole:]
 
     def finish(self) -> Iterator[Row]:
-        """The rows of all that is left."""
+        """Yields the rows of all that is left."""
         self._end_document()
         yield from self._pack()
 

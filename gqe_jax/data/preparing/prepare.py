@@ -140,7 +140,7 @@ def _prepare_locally(
 
 
 def _join(job: Job, corpus: Corpus) -> Path:
-    """The finished units as one data set, in a folder of the work folder; the units are used up by it."""
+    """Returns the finished units as one data set, in a folder of the work folder; the units are used up by it."""
     folders = [job.unit_folder(number) for number in range(len(job.units))]
     results = [UnitResult.load(folder) for folder in folders]
     finished = job.folder / "finished"
@@ -217,7 +217,7 @@ def _require_text(corpus: Corpus, splits: dict[str, SplitInfo], heldout_fraction
 
 
 def default_corpus_dir(tokenizer: Tokenizer, seq_len: int) -> Path:
-    """The prepared default corpus, made on first use in the user's cache (see `cache_directory`).
+    """Returns the prepared default corpus, made on first use in the user's cache (see `cache_directory`).
 
     The folder's name is a digest of the sources, the tokenizer and the settings. Safe for processes that start at once.
     """

@@ -47,7 +47,7 @@ def progress_text(what: str, before: int, done: int, total: int, seconds: float)
 
 
 def size_text(count: float) -> str:
-    """A number of bytes for people, to three digits."""
+    """Returns a number of bytes for people, to three digits."""
     for unit in ("B", "kB", "MB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"

@@ -16,7 +16,7 @@ _FEWEST_HELDOUT_FILES = 8
 def split_document(
     document: Document, rule: str, heldout_fraction: float, source_split: str | None = None
 ) -> dict[str, Document]:
-    """The document's part in each split ("train", "heldout"); a split it has no text for is left out.
+    """Returns the document's part in each split ("train", "heldout"); a split it has no text for is left out.
 
     Rule "source": all goes to the split of the file that it comes from, `source_split`.
     Rule "document": the whole document goes to one split, by a hash of its name, whatever else the corpus holds.
@@ -37,7 +37,8 @@ def split_document(
 
 
 def split_rule(corpus: Corpus, heldout_fraction: float) -> str:
-    """The rule for `split_document`: "source" if the files know, else "document", or "tail" for few text files."""
+    """Returns the rule for `split_document`: "source" if the files know, else "document", or "tail" for few text
+    files."""
     if any(file.split for file in corpus.files):
         return "source"
     few = len(corpus.files) * heldout_fraction < _FEWEST_HELDOUT_FILES
@@ -45,7 +46,7 @@ def split_rule(corpus: Corpus, heldout_fraction: float) -> str:
 
 
 def _tail_start(text: str, fraction: float) -> int:
-    """Where the last `fraction` of the text begins, moved back to the beginning of its line if it has lines."""
+    """Says where the last `fraction` of the text begins, moved back to the beginning of its line if it has lines."""
     cut = len(text) - math.ceil(len(text) * fraction)
     line = text.rfind("\n", 0, cut) + 1
     return line or cut

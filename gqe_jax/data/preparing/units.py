@@ -70,7 +70,8 @@ class UnitResult:
 
 
 def plan_units(corpus: Corpus) -> list[tuple[SourceFile, ...]]:
-    """The corpus's files in runs of about equal size, at least one file each; a function of names and sizes alone."""
+    """Returns the corpus's files in runs of about equal size, at least one file each; a function of names and sizes
+    alone."""
     sizes = [file.stamp()[0] for file in corpus.files]
     least = max(_UNIT_BYTES, sum(sizes) // _MOST_UNITS)
     units: list[tuple[SourceFile, ...]] = []
@@ -106,7 +107,7 @@ class Job:
         return self.folder / f"unit-{number:05d}"
 
     def finished(self, number: int) -> bool:
-        """Whether the unit's folder is there, with all its shards."""
+        """Says whether the unit's folder is there, with all its shards."""
         folder = self.unit_folder(number)
         if not folder.is_dir():
             return False
@@ -114,7 +115,7 @@ class Job:
         return all((folder / shard.name).is_file() for shard in shards)
 
     def documents(self, number: int, progress: Progress) -> Iterator[tuple[SourceFile, Document]]:
-        """The unit's documents with their files; `progress` is told of bytes read.
+        """Yields the unit's documents with their files; `progress` is told of bytes read.
 
         Raises ConfigError if a file has changed.
         """
@@ -193,7 +194,7 @@ class Job:
 
 
 def _text_parts(text: str) -> Iterator[str]:
-    """The text in parts of at most `_PART_CHARACTERS`, cut after newlines where there are any."""
+    """Yields the text in parts of at most `_PART_CHARACTERS`, cut after newlines where there are any."""
     begin = 0
     while len(text) - begin > _PART_CHARACTERS:
         cut = text.rfind("\n", begin, begin + _PART_CHARACTERS) + 1 or begin + _PART_CHARACTERS

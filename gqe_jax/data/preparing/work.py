@@ -28,7 +28,7 @@ _PLAN_FILE = "plan.json"
 
 @contextlib.contextmanager
 def work_folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
-    """A temporary folder beside `out`, deleted at the end. Work that a killed process left there is resumed.
+    """Yields a temporary folder beside `out`, deleted at the end. Work that a killed process left there is resumed.
 
     plan: what the work depends on, as JSON, and its number of `units`; leftovers of another plan are deleted. After an
     error the folder stays if a unit of the work is finished in it, for the next call with the same plan.
@@ -71,7 +71,7 @@ def work_folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
 
 
 def _full_disk(out: Path, folder: Path, plan: dict[str, Any], error: OSError, kept: bool) -> OSError:
-    """The error of a full disk: what is needed, judged by the finished units, and what is free."""
+    """Returns the error of a full disk: what is needed, judged by the finished units, and what is free."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     written = sum(path.stat().st_size for path in files)
     finished = [path.with_name(SOURCES_FILE) for path in files if path.name == RESULT_FILE]
@@ -90,7 +90,7 @@ def _full_disk(out: Path, folder: Path, plan: dict[str, Any], error: OSError, ke
 
 
 def _difference(stale: Path, plan: dict[str, Any]) -> str | None:
-    """What differs between the plan of a stale work folder and this one; None: nothing."""
+    """Returns what differs between the plan of a stale work folder and this one; None: nothing."""
     try:
         before = json.loads((stale / _PLAN_FILE).read_text())
     except (OSError, ValueError):

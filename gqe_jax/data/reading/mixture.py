@@ -47,7 +47,7 @@ class MixtureSchedule:
         return chosen, cycle * self._quotas[chosen] + int(self._before[place])
 
     def given(self, position: int) -> np.ndarray:
-        """How many rows each set has given before a position, [sets]."""
+        """Says how many rows each set has given before a position, [sets]."""
         cycle, place = divmod(position, len(self._order))
         return cycle * np.array(self._quotas) + np.bincount(self._order[:place], minlength=len(self._quotas))
 
@@ -77,7 +77,7 @@ class MixturePart:
 
 
 def parse_mixture(text: str) -> list[MixturePart]:
-    """The parts of "DIR:WEIGHT,DIR:WEIGHT"; a weight is a decimal number or a fraction. Raises ConfigError."""
+    """Returns the parts of "DIR:WEIGHT,DIR:WEIGHT"; a weight is a decimal number or a fraction. Raises ConfigError."""
     parts = []
     for item in text.split(","):
         path, _, written = item.strip().rpartition(":")
@@ -93,7 +93,7 @@ def parse_mixture(text: str) -> list[MixturePart]:
 
 
 def _weight(value: Any) -> Fraction | None:
-    """The number that a text, or a number of JSON, stands for; None where it is none above 0."""
+    """Returns the number that a text, or a number of JSON, stands for; None where it is none above 0."""
     text = str(value) if type(value) in (str, int, float) else ""
     try:
         return Fraction(text) or None if _WEIGHT.fullmatch(text) else None
@@ -108,7 +108,8 @@ def _refuse_repeated(origin: str, parts: Sequence[MixturePart]) -> None:
 
 
 def quotas(parts: Sequence[MixturePart]) -> list[int]:
-    """The weights as the smallest whole numbers in the same proportion. Raises ConfigError if they are too fine."""
+    """Returns the weights as the smallest whole numbers in the same proportion. Raises ConfigError if they are too
+    fine."""
     denominator = math.lcm(*(part.weight.denominator for part in parts))
     numbers = [int(part.weight * denominator) for part in parts]
     common = math.gcd(*numbers)
@@ -136,7 +137,7 @@ def write_mixture(directory: Path, name: str, parts: Sequence[MixturePart]) -> N
 
 
 def read_mixture(directory: Path) -> list[MixturePart] | None:
-    """The parts that `directory/mixture.json` names; None if there is no such file. Raises ConfigError.
+    """Returns the parts that `directory/mixture.json` names; None if there is no such file. Raises ConfigError.
 
     Weights may also stand there as numbers.
     """

@@ -82,7 +82,8 @@ class PreparedRows:
         return self._ends[-1]
 
     def records(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:
-        """The records of these rows; an index of `len(self)` or more gives an empty one, which is a row of padding.
+        """Returns the records of these rows; an index of `len(self)` or more gives an empty one, which is a row of
+        padding.
 
         Raises ConfigError that names the shard if a row cannot be read. Safe to call from several threads.
         """
@@ -102,7 +103,7 @@ class PreparedRows:
         return records
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """The batch of these rows (see `rows.decode_rows`). Raises as `records`."""
+        """Returns the batch of these rows (see `rows.decode_rows`). Raises as `records`."""
         return decode_rows(self.records(indices), self.manifest.seq_len, self.manifest.eos_id)
 
 
@@ -220,7 +221,7 @@ class TrainingStream:
         return chosen, self._orders[chosen][int(self._first[chosen]) + draw]
 
     def read(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
-        """The batch of these rows of the stream."""
+        """Returns the batch of these rows of the stream."""
         places = [self[number] for number in numbers]
         records = [b""] * len(places)
         for number, rows in enumerate(self.rows):
@@ -268,7 +269,8 @@ def _epoch_seed(*numbers: int) -> int:
 
 
 def heldout_batches(data: PreparedSet, batch_size: int, chosen: Sequence[int] | None = None) -> Batches:
-    """The held-out rows in order, once, in global batches of `batch_size`; of each the rows `chosen` (None: all).
+    """Returns the held-out rows in order, once, in global batches of `batch_size`; of each the rows `chosen` (None:
+    all).
 
     The last batch is filled up with rows of padding (mask False), so every token counts exactly once and all processes
     get equally many batches. Raises as `train_batches`.

@@ -34,7 +34,7 @@ class Position:
     sets: Mapping[str, SetPosition] = dataclasses.field(default_factory=dict)
 
     def on(self, data: PreparedData) -> Position:
-        """The same rows read, on the way to read `data`: a new mixture begins its turns, a new set its rows.
+        """Returns the same rows read, on the way to read `data`: a new mixture begins its turns, a new set its rows.
 
         Raises ConfigError if `data` was given more turns than rows of it were read.
         """
@@ -48,7 +48,7 @@ class Position:
         return Position(data.digest, turn, sets)
 
     def after(self, data: PreparedData, rows: int) -> Position:
-        """The position when `rows` more rows of the stream of `data` have been read."""
+        """Returns the position when `rows` more rows of the stream of `data` have been read."""
         begun = self.on(data)
         before, now = data.schedule.given(begun.turn), data.schedule.given(begun.turn + rows)
         sets = dict(begun.sets)
@@ -57,11 +57,11 @@ class Position:
         return Position(data.digest, begun.turn + rows, sets)
 
     def rows(self, data: PreparedData) -> list[int]:
-        """How many rows of each set of `data` were read."""
+        """Says how many rows of each set of `data` were read."""
         return [self.sets[part.digest].rows if part.digest in self.sets else 0 for part in data.sets]
 
     def describe(self, data: PreparedData) -> str:
-        """How much of each set of `data` was read, in words."""
+        """Says how much of each set of `data` was read, in words."""
         words = []
         for part, rows in zip(data.sets, self.rows(data), strict=True):
             epoch = rows // part.train_rows + 1

@@ -109,7 +109,7 @@ class PreparedData:
         self.sets[0].manifest.check_tokenizer(tokenizer)
 
     def describe(self) -> str:
-        """One line for each set, for the log."""
+        """Returns one line for each set, for the log."""
         lines = []
         for data, share in zip(self.sets, self.shares, strict=True):
             split = data.manifest.train
@@ -234,7 +234,7 @@ def _check_files(data: PreparedSet, config: DataConfig) -> PreparedSet:
 
 
 def _local_copy(path: str) -> Path:
-    """A prepared folder of a bucket as a copy in the user's cache, made once: rows are read at random."""
+    """Returns a prepared folder of a bucket as a copy in the user's cache, made once: rows are read at random."""
     remote = epath.Path(path)
     if not (remote / MANIFEST_FILE).exists():
         raise ConfigError(f"data.path={path!r} holds no {MANIFEST_FILE}, so it is no prepared data set: check the path")

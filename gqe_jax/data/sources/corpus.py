@@ -45,7 +45,8 @@ class Corpus:
     column: str = "text"
 
     def documents(self) -> Iterator[Document]:
-        """All documents in order, empty ones included. Raises ConfigError on a line or file that cannot be read."""
+        """Yields all documents in order, empty ones included. Raises ConfigError on a line or file that cannot be
+        read."""
         for file in self.files:
             yield from file.documents(self.column)
 
@@ -55,7 +56,7 @@ class Corpus:
 
 
 def stdlib_corpus(root: str | Path | None = None) -> Corpus:
-    """The default corpus: the .py files of the running Python's standard library, sources and docstrings.
+    """Returns the default corpus: the .py files of the running Python's standard library, sources and docstrings.
 
     Tests, installed packages, generated tables and per-machine settings are left out. `root` is another library's
     folder. Raises ConfigError where this Python carries no sources (a zipped or frozen library).
@@ -82,7 +83,7 @@ def _skipped_in_stdlib(name: str) -> bool:
 
 
 def files_corpus(patterns: Sequence[str | Path], column: str = "text") -> Corpus:
-    """The user's own files: paths or glob patterns (`**` goes into folders), local or in a bucket (gs://).
+    """Returns the user's own files: paths or glob patterns (`**` goes into folders), local or in a bucket (gs://).
 
     Text and JSON lines (.jsonl), each also .gz or .zst, Parquet, and the folder of a Hugging Face dataset
     (`save_to_disk`). Each file is read once, however many names or links lead to it. Document names are relative to the
@@ -102,7 +103,7 @@ def files_corpus(patterns: Sequence[str | Path], column: str = "text") -> Corpus
 
 
 def _each_once(paths: Sequence[Path]) -> list[Path]:
-    """One path for each file there is: of several that lead to it the shortest, then the first by name."""
+    """Returns one path for each file there is: of several that lead to it the shortest, then the first by name."""
     files: dict[object, Path] = {}
     for path in sorted(paths, key=lambda path: (len(path.parts), str(path))):
         if "://" in str(path):  # a bucket has no links
@@ -147,7 +148,8 @@ def _refuse_no_match(pattern: str) -> NoReturn:
 
 
 def _found(folder: str, parts: Sequence[str]) -> Iterator[str]:
-    """What a pattern's `parts` match below a folder, as `glob.glob` has it; but no link is followed in a circle."""
+    """Yields what a pattern's `parts` match below a folder, as `glob.glob` has it; but no link is followed in a
+    circle."""
     if "**" not in parts:
         yield from glob.glob(os.path.join(glob.escape(folder), *parts))
         return
@@ -159,7 +161,7 @@ def _found(folder: str, parts: Sequence[str]) -> Iterator[str]:
 
 
 def _folders(root: str) -> Iterator[str]:
-    """A folder and all those below it that are not hidden, each once, whatever links lead back to it."""
+    """Yields a folder and all those below it that are not hidden, each once, whatever links lead back to it."""
     seen: set[tuple[int, int]] = set()
     waiting = [root]
     while waiting:
@@ -180,7 +182,8 @@ def _folders(root: str) -> Iterator[str]:
 
 
 def _plain_file(path: Path, pattern: str) -> Path:
-    """The absolute path, if it is a file's. Raises ConfigError for what is not there, could block, or never ends."""
+    """Returns the absolute path, if it is a file's. Raises ConfigError for what is not there, could block, or never
+    ends."""
     remote = "://" in str(path)
     if not (path.exists() if remote else os.path.lexists(path)):
         raise ConfigError(
@@ -205,7 +208,7 @@ def _plain_file(path: Path, pattern: str) -> Path:
 
 
 def _dataset_files(folder: Path) -> list[Path]:
-    """The Arrow files of a Hugging Face dataset that was saved to `folder`, in its own order of rows."""
+    """Returns the Arrow files of a Hugging Face dataset that was saved to `folder`, in its own order of rows."""
     again = "save the dataset again with save_to_disk"
     splits, state = folder / "dataset_dict.json", folder / "state.json"
     if splits.is_file():

@@ -99,7 +99,7 @@ class SourceFile:
         return self.kind != "text"
 
     def documents(self, column: str, progress: Progress = lambda position: None) -> Iterator[Document]:
-        """The file's documents: its `column` in each record, or else the file itself.
+        """Yields the file's documents: its `column` in each record, or else the file itself.
 
         A text file of more than `TEXT_PART` bytes is several documents, each ended at the end of a line. `progress`
         is told how far the file has been read, in its own bytes. Raises ConfigError for what cannot be read.
@@ -224,12 +224,12 @@ class SourceFile:
 
 
 def _value_type(kind) -> str:
-    """The name of an Arrow type; of a dictionary that of its values."""
+    """Returns the name of an Arrow type; of a dictionary that of its values."""
     return str(getattr(kind, "value_type", kind)) if str(kind).startswith("dictionary<") else str(kind)
 
 
 def _some(names: list[str]) -> str:
-    """The first names of a list, for a message."""
+    """Returns the first names of a list, for a message."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "none"
 
 

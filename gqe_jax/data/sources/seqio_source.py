@@ -67,7 +67,7 @@ class SeqioShard:
         return stat.st_size, stat.st_mtime_ns
 
     def documents(self, column: str, progress: Progress = lambda position: None) -> Iterator[Document]:
-        """The examples' feature `column`: tokens with their text, or text alone where the feature is text."""
+        """Yields the examples' feature `column`: tokens with their text, or text alone where the feature is text."""
         task = _task(import_seqio(self.modules), self.task)
         tokenizer = None if _is_text(task, column) else task_tokenizer(task, column)
         for number, example in enumerate(self._examples(task, column), start=1):
@@ -141,7 +141,7 @@ def _task(seqio: ModuleType, name: str) -> Any:
 
 
 def task_corpus(name: str, modules: Sequence[str], feature: str = DEFAULT_FEATURE) -> Corpus:
-    """The task's training split as a corpus, with its validation split held out if it has one.
+    """Returns the task's training split as a corpus, with its validation split held out if it has one.
 
     Raises ConfigError for a task that is not registered, has no training split, or lacks the feature.
     """
@@ -166,7 +166,7 @@ def task_corpus(name: str, modules: Sequence[str], feature: str = DEFAULT_FEATUR
 
 
 def task_tokenizer(task: Any, feature: str) -> Tokenizer:
-    """The tokenizer that a task's vocabulary is. Raises ConfigError for vocabularies of other kinds."""
+    """Returns the tokenizer that a task's vocabulary is. Raises ConfigError for vocabularies of other kinds."""
     import seqio
 
     vocabulary = task.output_features[feature].vocabulary
@@ -182,20 +182,21 @@ def task_tokenizer(task: Any, feature: str) -> Tokenizer:
 
 
 def _is_text(task: Any, feature: str) -> bool:
-    """Whether the feature is text, to be tokenised here."""
+    """Says whether the feature is text, to be tokenised here."""
     import tensorflow as tf
 
     return task.output_features[feature].dtype == tf.string
 
 
 def corpus_tokenizer(name: str, modules: Sequence[str], feature: str = DEFAULT_FEATURE) -> Tokenizer | None:
-    """The tokenizer of a registered task; None if the task gives text."""
+    """Returns the tokenizer of a registered task; None if the task gives text."""
     task = _task(import_seqio(modules), name)
     return None if _is_text(task, feature) else task_tokenizer(task, feature)
 
 
 def mixture_rates(name: str, modules: Sequence[str]) -> dict[str, float]:
-    """The mixture's tasks and their rates, which are shares of *examples*. Raises ConfigError for an unknown name."""
+    """Returns the mixture's tasks and their rates, which are shares of *examples*. Raises ConfigError for an unknown
+    name."""
     seqio = import_seqio(modules)
     if name not in seqio.MixtureRegistry.names():
         known = {*seqio.MixtureRegistry.names()}

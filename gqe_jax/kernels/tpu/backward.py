@@ -114,7 +114,7 @@ class BackwardCall:
         )
 
     def _kv_spec(self):
-        """The BlockSpec of an array of which each group has its own part."""
+        """Returns the BlockSpec of an array of which each group has its own part."""
         return pl.BlockSpec((1, self.blocks.block_kv, self.plan.width), lambda b, g, t, *_: (b, self._kv_block(t), g))
 
     def _kv_input_spec(self):
@@ -173,7 +173,8 @@ class BackwardCall:
         return scratch
 
     def kernel(self, gradients):
-        """The Pallas call, with results like `gradients`; if these are of several chunks they are arguments too."""
+        """Returns the Pallas call, with results like `gradients`; if these are of several chunks they are arguments
+        too."""
         plan, blocks = self.plan, self.blocks
         groups, names, scratch = plan.groups_per_block, list(self.inputs), self._scratch()
         num_scalars = 2 + (not plan.mask.aligned or plan.mask.has_length) + plan.has_kv_head

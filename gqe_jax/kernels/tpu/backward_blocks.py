@@ -27,7 +27,8 @@ class BackwardBlocks:
 
 
 def backward_blocks(plan) -> BackwardBlocks:
-    """The blocks given, or tuned ones that fit; no larger than the lengths need, with the longest chunk that fits.
+    """Returns the blocks given, or tuned ones that fit; no larger than the lengths need, with the longest chunk that
+    fits.
 
     Raises:
       ValueError: given blocks exceed VMEM, or the smallest do.

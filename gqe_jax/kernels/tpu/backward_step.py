@@ -275,7 +275,7 @@ class BackwardStep:
         out[0, part] = scatter_heads(heads, plan.head_dim).astype(out.dtype)
 
     def experts(self, p, selected, part):
-        """The gradients of each expert's queries, zero where no slot selected it."""
+        """Returns the gradients of each expert's queries, zero where no slot selected it."""
         plan = self.plan
         if "expert_index" not in self.inputs:
             return selected

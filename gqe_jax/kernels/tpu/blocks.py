@@ -96,7 +96,7 @@ def forward_blocks(
     bounded: bool = False,
     halvings: int = 0,
 ) -> Blocks:
-    """The blocks of the forward kernel, given or tuned, no larger than the lengths need.
+    """Returns the blocks of the forward kernel, given or tuned, no larger than the lengths need.
 
     Args:
       bounded: the mask cuts blocks elsewhere than on the diagonal, so that large ones are computed, and fetched, in
@@ -141,19 +141,19 @@ def forward_blocks(
 
 
 def _largest_divisor(size: int, most: int) -> int:
-    """The largest multiple of 128 up to `most` that divides `size`."""
+    """Returns the largest multiple of 128 up to `most` that divides `size`."""
     return max(x for x in range(LANES, max(most, LANES) + 1, LANES) if size % x == 0)
 
 
 def even_blocks(length: int, most: int) -> int:
-    """The size of the fewest equal blocks of at most `most` that cover `length`, a multiple of 128."""
+    """Returns the size of the fewest equal blocks of at most `most` that cover `length`, a multiple of 128."""
     tiles = ceil_div(length, LANES)
     count = ceil_div(tiles, most // LANES)
     return ceil_div(tiles, count) * LANES
 
 
 def tpu_generation() -> str:
-    """The name of the generation that the computation is lowered for.
+    """Returns the name of the generation that the computation is lowered for.
 
     Raises:
       ValueError: it is lowered for no TPU.

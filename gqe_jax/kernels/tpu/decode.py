@@ -90,7 +90,7 @@ class _DecodePlan:
 
 
 def heads_side_by_side(num_kv_heads: int, head_dim: int, value_dim: int | None = None) -> int:
-    """How many KV heads lie side by side in a row of the cache: as few as fill 128 lanes, or else all of them.
+    """Says how many KV heads lie side by side in a row of the cache: as few as fill 128 lanes, or else all of them.
 
     Where a row has whole vectors of 128 lanes, XLA lays the cache out as the kernel reads it; any other is copied at
     every step.

@@ -222,7 +222,8 @@ class ForwardStep:
         return _over_sublanes(jnp.maximum, self.scratch["scores"][chunk, part[1]])
 
     def raise_max(self, part, highest):
-        """The rows' maxima with `highest` [8, rows], and what everything that they have so far is to be multiplied
+        """Returns the rows' maxima with `highest` [8, rows], and what everything that they have so far is to be
+        multiplied
         with."""
         _, rows = part
         before = self.scratch["row_max"][:, rows]
@@ -255,7 +256,8 @@ class ForwardStep:
             self.add(part, [s], [self.scratch["v_transposed"][:, :unit]])
 
     def diagonal(self, last_tile):
-        """The block of keys at the queries' own positions, beside the tile at `last_tile` (None: there is none).
+        """Returns the block of keys at the queries' own positions, beside the tile at `last_tile` (None: there is
+        none).
 
         Part h of the queries sees the parts of the keys before h whole, and part h up to the diagonal.
         """
@@ -308,7 +310,8 @@ class ForwardStep:
             add(place)
 
     def add(self, part, scores, values):
-        """One step of the online softmax for some rows of a group: scores float32 [keys, rows] and values [W, keys], in
+        """Returns one step of the online softmax for some rows of a group: scores float32 [keys, rows] and values [W,
+        keys], in
         pieces."""
         scratch, (p, rows) = self.scratch, part
         self.raise_max(part, functools.reduce(jnp.maximum, [_over_sublanes(jnp.maximum, s) for s in scores]))

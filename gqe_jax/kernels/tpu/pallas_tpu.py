@@ -46,7 +46,8 @@ def obstacle(call) -> str | None:
 
 
 def _lack_of_memory(call) -> str | None:
-    """What the error says where no blocks fit the VMEM of the TPU that the call is lowered for, if one is known."""
+    """Returns what the error says where no blocks fit the VMEM of the TPU that the call is lowered for, if one is
+    known."""
     try:
         generation = tpu_generation()
     except UnknownGeneration as error:
@@ -150,7 +151,7 @@ def _attend(plan: KernelPlan, mask: Mask, expert_index, kv_head, q_rope, q, k, v
 
 
 def _attend_fwd(plan, *args):
-    """The forward pass, and what the backward pass needs of it.
+    """Returns the forward pass, and what the backward pass needs of it.
 
     The kernel turns queries by the rotary tables and has no gradient in them. Where that is asked for, queries are
     selected, normed and turned before the kernel, by differentiable XLA operations: slower, and only then.
@@ -251,7 +252,7 @@ def _heads_together(plan, x):
 
 
 def _heads_apart(plan, x, heads):
-    """The reverse, for an array of q's length with that many heads per group, or (None) of K's."""
+    """Returns the reverse, for an array of q's length with that many heads per group, or (None) of K's."""
     length = plan.kv_len if heads is None else plan.q_len
     shape = (plan.num_groups,) if heads is None else (plan.num_groups, heads)
     x = x[:, :length].reshape(plan.batch, length, *shape, plan.head_dim)

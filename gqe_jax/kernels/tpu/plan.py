@@ -123,13 +123,15 @@ class KernelPlan:
         return self.kv_len % self.blocks.unit != 0
 
     def all_see(self, count: int, others: int) -> bool:
-        """Whether each of `count` queries is known to see one of `others` keys, or each key to be seen by a query."""
+        """Says whether each of `count` queries is known to see one of `others` keys, or each key to be seen by a
+        query."""
         mask = self.mask
         meets_itself = (mask.aligned and count <= others) or not (mask.causal or mask.window)
         return meets_itself and not mask.has_length and not mask.has_segments
 
     def has_hidden_keys(self, block: int) -> bool:
-        """Whether there may be keys that no query sees, or that lie past the array's end in blocks of that size: memory
+        """Says whether there may be keys that no query sees, or that lie past the array's end in blocks of that size:
+        memory
         may hold anything there."""
         return round_up(self.kv_len, LANES) % block != 0 or not self.all_see(self.kv_len, self.q_len)
 

@@ -75,13 +75,14 @@ class BlockSchedule:
         return min(last + 1, self.num_kv_blocks) if isinstance(i, int) else jnp.minimum(last + 1, self.num_kv_blocks)
 
     def row(self, r: jax.Array, c: jax.Array) -> jax.Array:
-        """The q block of a step."""
+        """Returns the q block of a step."""
         if not self.folded:
             return r
         return jnp.where(c < self.row_length(r), r, self.num_q_blocks - 1 - r)
 
     def block(self, r: jax.Array, c: jax.Array, bounds) -> jax.Array:
-        """The kv block of a step: folded rows end at the diagonal, and all begin at their first block. A step with
+        """Returns the kv block of a step: folded rows end at the diagonal, and all begin at their first block. A step
+        with
         nothing to compute has one outside the row."""
         if self.folded:
             length = self.row_length(r)
@@ -89,7 +90,8 @@ class BlockSchedule:
         return divide(bounds[0] * self.unit, self.block_kv) + c if self.bounded else c
 
     def fetched(self, r: jax.Array, c: jax.Array, bounds) -> jax.Array:
-        """The kv block that a step has in memory: its own, or for a step that computes nothing the row's last."""
+        """Returns the kv block that a step has in memory: its own, or for a step that computes nothing the row's
+        last."""
         j = self.block(r, c, bounds)
         if self.num_kv_blocks == 1:
             return 0 * j
@@ -106,7 +108,7 @@ class BlockSchedule:
         return (c == 0) | ((c == self.row_length(r)) & ~self._alone(r))
 
     def is_last(self, r: jax.Array, c: jax.Array) -> jax.Array:
-        """Whether a row of blocks ends with this step."""
+        """Says whether a row of blocks ends with this step."""
         if not self.folded:
             return c == self.width - 1
         length = self.row_length(r)
@@ -138,18 +140,18 @@ def divide(x: jax.Array | int, by: int) -> jax.Array | int:
 
 
 def is_folded(mask, q_len: int, kv_len: int) -> bool:
-    """Whether the schedule of a `Mask`, or of its static part, a `MaskKind`, is the folded triangle."""
+    """Says whether the schedule of a `Mask`, or of its static part, a `MaskKind`, is the folded triangle."""
     return mask.causal and mask.aligned and mask.window is None and q_len == kv_len
 
 
 def is_bounded(mask, q_len: int, kv_len: int) -> bool:
-    """Whether the keys that a row sees come from scalar memory."""
+    """Says whether the keys that a row sees come from scalar memory."""
     cut = (mask.causal or mask.window is not None) and not is_folded(mask, q_len, kv_len)
     return cut or mask.has_segments or mask.has_length
 
 
 def make_schedule(mask, q_len: int, kv_len: int, block_q: int, block_kv: int, unit: int) -> BlockSchedule:
-    """The schedule of a `Mask`, or of its static part, a `MaskKind`."""
+    """Returns the schedule of a `Mask`, or of its static part, a `MaskKind`."""
     width = ceil_div(kv_len, block_kv)
     if mask.window is not None:
         keys = block_q + (mask.window - 1) * (1 if mask.causal else 2)

@@ -17,7 +17,7 @@ from gqe_jax.tpu import LANES
 
 
 def column(x: jax.Array, lane: jax.Array, *, exact: bool) -> jax.Array:
-    """The column `lane` (traced) of float32 [rows, lanes]: [rows, 1], or not `exact` and of integers up to 256
+    """Returns the column `lane` (traced) of float32 [rows, lanes]: [rows, 1], or not `exact` and of integers up to 256
     [rows, 128]: the cross-lane unit is the busiest here, and the matrix unit is idle."""
     if exact:
         return jnp.sum(jnp.where(lane_index(x.shape) == lane, x, 0.0), axis=1, keepdims=True)
@@ -27,7 +27,7 @@ def column(x: jax.Array, lane: jax.Array, *, exact: bool) -> jax.Array:
 
 
 def expert_queries(q: jax.Array, expert: int, group: int, num_experts: int, head_dim: int) -> jax.Array:
-    """The queries of one expert of the block's group `group`, float32 [rows, W], in that group's lanes of W.
+    """Returns the queries of one expert of the block's group `group`, float32 [rows, W], in that group's lanes of W.
 
     q: [rows, groups of the block · M · D]. Where two groups share the lanes, the other half holds another expert's.
     """

@@ -14,7 +14,7 @@ def unfinish_queries(
     grad: jax.Array, raw: jax.Array | None, rope: jax.Array | None, norm_scale: jax.Array | None, *, group: int,
     head_dim: int, norm_dim: int, norm_eps: float,
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
-    """The gradients of `finish_queries` (with factor 1) in its queries [rows, W] and its norm_scale [1, W].
+    """Returns the gradients of `finish_queries` (with factor 1) in its queries [rows, W] and its norm_scale [1, W].
 
     Args:
       grad: float32 [rows, W], of the finished queries; what lies in the lanes of other groups is ignored.

@@ -11,7 +11,7 @@ def lane_index(shape: tuple[int, ...]) -> jax.Array:
 
 
 def dot(a: jax.Array, b: jax.Array, *, contract: tuple[int, int], exact: bool) -> jax.Array:
-    """The product of two matrices over one axis of each, in float32; `exact`: float32 operands in full."""
+    """Returns the product of two matrices over one axis of each, in float32; `exact`: float32 operands in full."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     precision = lax.Precision.HIGHEST if exact else None
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)

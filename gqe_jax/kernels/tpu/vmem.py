@@ -17,7 +17,7 @@ SMALL_BYTES = 64 << 10
 
 
 def fitting_blocks(plan) -> Blocks:
-    """The forward kernel's blocks: given ones, or tuned ones made to fit.
+    """Returns the forward kernel's blocks: given ones, or tuned ones made to fit.
 
     Raises:
       ValueError: given blocks exceed VMEM, or the smallest do; sizes that do not divide each other.
@@ -101,7 +101,8 @@ def _q_side_bytes(plan) -> int:
 
 
 def too_large(plan, kernel: str, sizes: dict[str, int], need: Callable[[dict[str, int]], int]) -> ValueError:
-    """The error for blocks that exceed VMEM: what they need, what there is, and the largest size of each that fits.
+    """Returns the error for blocks that exceed VMEM: what they need, what there is, and the largest size of each that
+    fits.
 
     Args:
       plan: of the call; kernel: "forward" or "backward".
