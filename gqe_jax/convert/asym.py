@@ -34,10 +34,10 @@ def asym_gqa(
     batches: Sequence[Batch],
     *,
     num_kv_heads: int | None = None,
-    items: Items = "kv",
+    items: Items | None = None,
     equal: bool = False,
     max_group_size: int | None = None,
-    align: bool = True,
+    align: bool | None = None,
     refit: bool = True,
     seed: int = 0,
 ) -> Converted:
@@ -63,10 +63,10 @@ def to_asym_gqa(
     model: ModelConfig,
     *,
     num_kv_heads: int | None = None,
-    items: Items = "kv",
+    items: Items | None = None,
     equal: bool = False,
     max_group_size: int | None = None,
-    align: bool = True,
+    align: bool | None = None,
     seed: int = 0,
     heads: Callable[[], Any] | None = None,
 ) -> Conversion:
@@ -77,10 +77,10 @@ def to_asym_gqa(
       model: of the source.
       num_kv_heads: G', at most the source's G.
       items: what heads are compared by: keys and values that calibration text gives ("kv", the mean of both), one of
-        them, or the weights alone, which is QCQA's measure (arXiv 2406.10247).
+        them, or the weights alone, which is QCQA's measure (arXiv 2406.10247); None: "kv".
       equal: groups of equal size: the result is plain GQA with its heads in another order.
       max_group_size: most query heads of a group; None: twice their mean number, which bounds the padding.
-      align: turn the heads of a group towards each other first, and compare them so turned.
+      align: turn the heads of a group towards each other first, and compare them so turned; None: yes.
       seed: of the search's random starts.
       heads: gives the buffer of a key-driven source that is called HEADS, int [L, G]. Such a source becomes the same
         function with the allocation that it has; the other arguments say nothing of it.
@@ -90,6 +90,7 @@ def to_asym_gqa(
     """
     if isinstance(model.attention, KeyDrivenConfig):
         given = {"--num-kv-heads": num_kv_heads, "--max-group-size": max_group_size, "--equal": equal or None}
+        given |= {"--items": items, "--align": align}
         for option, value in given.items():
             require(
                 value is None,
@@ -98,6 +99,7 @@ def to_asym_gqa(
             )
         assert heads is not None
         return _frozen(model.attention, int(np.max(heads())))
+    items, align = items or "kv", align is None or align
     source = dense_source(model, "asym_gqa")
     there, members = source.num_kv_heads, source.num_query_heads // source.num_kv_heads
     require(num_kv_heads is not None, "--to asym_gqa needs to know how many KV heads are left: add --num-kv-heads")
