@@ -170,7 +170,7 @@ def aligned(
     params = {path: x.copy() for path, x in params.items()}
     values = pair_moments(moments, params["v_proj.kernel"], params.get("v_proj.bias"))
     keys = pair_moments(moments, params["k_proj.kernel"], params.get("k_proj.bias"))
-    for own in groups:
+    for own in map(np.asarray, groups):
         if len(own) == 1:
             continue
         pairs = np.ix_(own, own)
