@@ -129,7 +129,9 @@ def report(static: Static) -> str:
         f"in attention alone, where GQA gets its queries rotated.\nThe bound counts the matrix unit alone, for pairs "
         f"that the mask lets through."
     ]
-    parts += [table.text(static.cells, rivals, part, backward) for part in table.PARTS for backward in table.PASSES]
+    for part, backward in itertools.product(table.PARTS, table.PASSES):
+        readings = _one_figure_for_both(static, part, backward)
+        parts.append("\n".join([table.text(static.cells, rivals, part, backward), *readings]))
     rows = quantities(static)
     if rows:
         lines = ["quantities" + (" and the goals that they were built to" if static.head_dim == 128 else "")]
@@ -144,6 +146,26 @@ def report(static: Static) -> str:
             what = table.title(cell.part, cell.backward, cell.rival, cell.seq_len)
             parts.append(f"{what}: {cell.note.strip().splitlines()[0][:300]}")
     return "\n\n".join(parts)
+
+
+def _one_figure_for_both(static: Static, part: str, backward: bool) -> list[str]:
+    """Says in a line for each length what the speed-up over our dense attention is where both sides get one figure."""
+    lines = []
+    dense, ours = table.dense(RIVALS["tpu"])[-1], RIVALS["tpu"][-1]
+    for seq_len in sorted({cell.seq_len for cell in static.cells}):
+        keys = [[(x, backward, rival.name, seq_len) for rival in (dense, ours)] for x in ("attention", part)]
+        kernels, whole = ([static.compiled.get(key) for key in pair] for pair in keys)
+        if not all(isinstance(x, Compiled) for x in [*kernels, *whole]):
+            continue
+        by_xla, by_bytes = (
+            (kernels[0].kernel_cycles + slow) / (kernels[1].kernel_cycles + fast)
+            for slow, fast in ([x.xla_cycles for x in whole], [x.xla_need for x in whole])
+        )
+        lines.append(
+            f"{seq_len:8}  over {dense.name}, one figure for both sides: {by_xla:.2f} by XLA's estimates, "
+            f"{by_bytes:.2f} by bytes"
+        )
+    return lines
 
 
 def quantities(static: Static) -> dict[str, float]:

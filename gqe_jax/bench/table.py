@@ -70,7 +70,7 @@ def text(cells: Sequence[Cell], rivals: Sequence[Rival], part: str, backward: bo
     header += "".join(f"{'over ' + rival.name:>18}" for rival in dense(rivals))
     shares = part == "attention"
     if shares:
-        header += f"{'GFLOP':>10}  share of bound: {', '.join(rival.name for rival in rivals)}"
+        header += f"{'GFLOP':>10}  share of bound: {' / '.join(rival.name for rival in rivals)}"
     lines.append(header)
     for seq_len in sorted({cell.seq_len for cell in cells}):
         row = [find(cells, part, backward, rival.name, seq_len) for rival in rivals]
@@ -81,7 +81,7 @@ def text(cells: Sequence[Cell], rivals: Sequence[Rival], part: str, backward: bo
         if shares:
             line += f"{row[-1].flops / 1e9:10,.0f}" if row[-1] else f"{'-':>10}"
             share = ["-" if not cell or cell.share is None else f"{cell.share:.0%}" for cell in row]
-            line += f"  {', '.join(share)}"
+            line += f"  {' / '.join(share)}"
         lines.append(line)
     return "\n".join(lines)
 
