@@ -1,5 +1,6 @@
 """The scripts of tpu_scripts/, end to end against a gcloud that records calls and runs workers' commands in shells."""
 
+import functools
 import json
 import os
 import re
@@ -260,8 +261,10 @@ def test_watch_follows(cloud, road):
         cloud(script, *road)
     cloud("launch.sh", *road, "--", *TRAIN)
     arguments, ready = cloud.arguments("watch.sh", *road), cloud
+    # A shell cannot catch a signal that it was started to ignore, as what runs in the background of another is.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     watch = subprocess.Popen(
-        arguments, env=ready.environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+        arguments, env=ready.environment(), stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed
     )
     try:
         lines = []
