@@ -213,7 +213,7 @@ def test_random_calls_equal_float64_attention(monkeypatch, implementation, count
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("implementation", "count"), [("reference", 12), ("xla", 16), ("pallas_tpu", 8), ("pallas_tpu_decode", 12)]
+    ("implementation", "count"), [("reference", 8), ("xla", 10), ("pallas_tpu", 5), ("pallas_tpu_decode", 12)]
 )
 def test_many_random_calls_equal_float64_attention(monkeypatch, implementation, count):
     """The same, over many more draws."""
