@@ -40,7 +40,7 @@ def expert_queries(q: jax.Array, expert: int, group: int, num_experts: int, head
 
 
 def selected_queries(plan, g, p, inputs, rows: slice = slice(None)) -> list[jax.Array]:
-    """For each slot of group p of the group block g, the selected expert's queries: float32 [rows, W].
+    """Returns, for each slot of group p of the group block g, the selected expert's queries: float32 [rows, W].
 
     inputs: references to blocks, "q" [1, block_q, groups · M · D] and (not if dense) "expert_index" [1, block_q, G·K].
     """

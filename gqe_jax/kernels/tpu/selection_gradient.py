@@ -39,7 +39,7 @@ def unfinish_queries(
 
 
 def scatter_heads(heads: list[list[jax.Array]], head_dim: int) -> jax.Array:
-    """For each group of a block and each of its heads [rows, W], in its group's lanes → [rows, groups · heads · D]."""
+    """Joins [rows, W] of each head of each group of a block, in its group's lanes → [rows, groups · heads · D]."""
     flat = [(group, head) for group, of_group in enumerate(heads) for head in of_group]
     if head_dim == heads[0][0].shape[1]:
         in_place = [head for _, head in flat]

@@ -13,7 +13,7 @@ from gqe_jax.rounding import round_up
 from gqe_jax.tpu import LANES
 
 SMALL_BYTES = 64 << 10
-"""For what is not counted one by one."""
+"""Room that is left for what is not counted one by one."""
 
 
 def fitting_blocks(plan) -> Blocks:
@@ -94,7 +94,7 @@ def _epilogue_bytes(plan, block_q: int) -> int:
 
 
 def _q_side_bytes(plan) -> int:
-    """For each token of a block of queries: expert index, rotary tables, output, log-sum-exp."""
+    """Counts, for the tokens of a block of queries: expert index, rotary tables, output, log-sum-exp."""
     heads = plan.groups_per_block * plan.num_slots
     index, rope = round_up(plan.num_groups * plan.num_slots, LANES), round_up(2 * plan.width, LANES)
     return 4 * (index + rope + 8 * heads) + plan.dtype.itemsize * round_up(heads * plan.head_dim, LANES)

@@ -157,7 +157,7 @@ class GQEConfig(PretrainedConfig):
 
     @property
     def ignore_keys_at_rope_validation(self):
-        """For transformers 5, which does not know this key in "dynamic"."""
+        """Names a key for transformers 5, which does not know it in "dynamic"."""
         return {"original_max_position_embeddings"} if self.rope_parameters["rope_type"] == "dynamic" else set()
 
     def _check(self):

@@ -147,7 +147,7 @@ def _mix(bits):
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling: float, softcap: float | None = None, **kwargs):
-    """As transformers' interface has it: query [B, H, S, D], key and value [B, G, T, D] → ([B, S, H, D], None)."""
+    """Follows transformers' interface: query [B, H, S, D], key and value [B, G, T, D] → ([B, S, H, D], None)."""
     query = query.unflatten(1, (key.shape[1], -1))
     scores = query @ key[:, :, None].transpose(-1, -2) * scaling
     if softcap is not None:
@@ -351,7 +351,7 @@ class GQEDecoderLayer(GradientCheckpointingLayer):
         self.mlp = GQEMLP(config)
 
     def forward(self, x: torch.Tensor, **kwargs):
-        """As `GQEAttention`. No nested tuple: reentrant checkpointing would lose the gradient of what is in it."""
+        """Returns what `GQEAttention` does. No nested tuple: reentrant checkpointing would lose the gradient within it."""
         y, *routing = self.self_attn(self.input_layernorm(x), **kwargs)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), *routing
