@@ -351,7 +351,7 @@ class GQEDecoderLayer(GradientCheckpointingLayer):
         self.mlp = GQEMLP(config)
 
     def forward(self, x: torch.Tensor, **kwargs):
-        """Returns what `GQEAttention` does. No nested tuple: reentrant checkpointing would lose the gradient within it."""
+        """Returns what `GQEAttention` does. No nested tuple: reentrant checkpointing would lose gradients in one."""
         y, *routing = self.self_attn(self.input_layernorm(x), **kwargs)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), *routing
