@@ -1,6 +1,5 @@
 """The scripts of tpu_scripts/, end to end against a gcloud that records calls and runs workers' commands in shells."""
 
-import functools
 import json
 import os
 import re
@@ -262,10 +261,11 @@ def test_watch_follows(cloud, road):
     cloud("launch.sh", *road, "--", *TRAIN)
     arguments, ready = cloud.arguments("watch.sh", *road), cloud
     # A shell cannot catch a signal that it was started to ignore, as what runs in the background of another is.
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     watch = subprocess.Popen(
-        arguments, env=ready.environment(), stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed
+        arguments, env=ready.environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
     )
+    signal.signal(signal.SIGINT, before)
     try:
         lines = []
         while not any("gqe train" in line for line in lines):
