@@ -21,7 +21,7 @@ class GQAConfig(AttentionConfig):
 
     POSITIONAL: ClassVar = ("num_query_heads", "num_kv_heads", "head_dim")
 
-    kind: str = "gqa"  # chooses this kind
+    kind: str = "gqa"
     num_query_heads: int  # H = G · M
     out_bias: bool | None = None  # bias of the output projection; None: as `bias`. Qwen2 has it on q, k and v only
 

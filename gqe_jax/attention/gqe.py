@@ -24,7 +24,7 @@ class GQEConfig(AttentionConfig):
 
     POSITIONAL: ClassVar = ("num_query_experts", "num_kv_heads", "top_k", "head_dim")
 
-    kind: str = "gqe"  # chooses this kind
+    kind: str = "gqe"
     num_query_experts: int  # N = G · M query heads in all
     top_k: int = 1  # k, experts selected per token and group
     variant: Literal["gqe", "hard_concat", "weighted_concat"] = "gqe"  # the last two have no ō and s, only the slots
