@@ -183,7 +183,7 @@ def decode(
     first_row = 0 if layer is None else layer * batch
     k = k.reshape(-1, plan.kv_len * plan.token_rows, plan.width)
     v = v.reshape(-1, plan.kv_len * plan.token_rows, plan.value_width)
-    read = _lanes_read(plan, kv_head) if plan.has_unread else ()
+    read = _lanes_read(plan, kv_head, k.dtype) if plan.has_unread else ()
     o, lse = _attend(plan, mask, kv_head, read, rows, k, v, first_row)
 
     count = q_len * num_runs * num_slots
@@ -203,9 +203,9 @@ def _block_kv(plan: _DecodePlan, dtype) -> int:
     return min(max(BLOCK_BYTES // token_bytes // LANES, 1) * LANES, round_up(plan.kv_len, LANES))
 
 
-def _lanes_read(plan: _DecodePlan, kv_head):
-    """(for K [L, W], for V [L, Wv]), float32: 1 in the lanes of KV heads that some run reads, 0 in the others."""
-    read = jnp.zeros(plan.num_kv_heads, jnp.float32).at[kv_head].set(1.0).reshape(plan.token_rows, -1)
+def _lanes_read(plan: _DecodePlan, kv_head, dtype):
+    """Returns (for K [L, W], for V [L, Wv]) of `dtype`: 1 in the lanes of KV heads that some run reads, else 0."""
+    read = jnp.zeros(plan.num_kv_heads, dtype).at[kv_head].set(1.0).reshape(plan.token_rows, -1)
     widths = plan.width // plan.side_by_side, plan.value_width // plan.side_by_side
     return tuple(jnp.tile(jnp.repeat(read, width, axis=1), (plan.block_kv, 1)) for width in widths)
 
@@ -396,7 +396,8 @@ def _kernel(
 
 
 def _where_read(x, read):
-    return jnp.where(read > 0, x.astype(jnp.float32), 0.0).astype(x.dtype)  # not every vector unit knows bfloat16
+    x32, read32 = x.astype(jnp.float32), read.astype(jnp.float32)  # not every vector unit knows bfloat16
+    return jnp.where(read32 > 0, x32, 0.0).astype(x.dtype)
 
 
 def _capped(plan, s):
